@@ -1,0 +1,204 @@
+"""What is measured, and how: milliseconds per token, bytes, read bandwidth, and where it was measured."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.baselines import Loaded
+
+GIB = 2**30
+
+
+class Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when tokens came: first when the prompt goes in, then at each new token.
+
+    transformers copies a token to the host before it streams it, so the times hold for a GPU too.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor | None = None) -> None:
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One `generate` call: greedy, `batch` random prompts of `prompt` tokens, `tokens` new ones each.
+
+    `padded`: the prompts are padded on the left, the first by nothing and the last by half its length.
+    """
+
+    batch: int
+    prompt: int
+    tokens: int
+    padded: bool
+
+    def inputs(self, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
+        """Token ids [batch, prompt] and their attention mask."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(1, vocabulary, (self.batch, self.prompt), generator=generator)
+        mask = torch.ones_like(ids)
+        if self.padded:
+            for row in range(1, self.batch):
+                mask[row, : self.prompt // 2 * row // (self.batch - 1)] = 0
+        return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One timed generation: `prefill_ms` from the prompt to the first token, `decode_ms` per token after it."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+def time_generation(loaded: Loaded, ids: Tensor, mask: Tensor, tokens: int) -> Turn:
+    """Time one greedy generation of `tokens` new tokens, at least 2; `decode_ms` is the median over them."""
+    clock = Clock()
+    with torch.no_grad():
+        loaded.generate(ids, mask, tokens, clock)
+    steps = [after - before for before, after in zip(clock.seconds, clock.seconds[1:], strict=False)]
+    return Turn(1000 * steps[0], 1000 * median(steps[1:]))
+
+
+def read_bandwidth(device: str, repeats: int = 7) -> float:
+    """Bytes per second of the fastest of several sums over 1 GiB: what reading weights can reach here."""
+    data, seconds = torch.ones(GIB // 4, device=device), []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return GIB / min(seconds)
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Bytes that this process takes at most, above what it has now: resident memory, or the GPU's allocations."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.start = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from the memory of this moment. Where the peak cannot be reset (no Linux), `bytes` is None."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.start = -1
+            else:
+                self.start = _status("VmRSS")
+
+    @property
+    def bytes(self) -> int | None:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() - self.start
+        return None if self.start < 0 else _status("VmHWM") - self.start
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def storages(root: object) -> dict[int, int]:
+    """Bytes of every storage reachable from a module, tensor or container, by address.
+
+    Looks into tensor subclasses (quantized weights are made of several tensors) and into plain objects that modules
+    and tensors carry (scales, states), so nothing that a peer keeps is missed.
+    """
+    found: dict[int, int] = {}
+    seen, todo = set(), [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type | str | bytes | int | float):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if hasattr(item, "__tensor_flatten__"):
+                todo += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+            elif item.device.type != "meta":
+                storage = item.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            todo += vars(item).values()
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set):
+            todo += item
+        elif isinstance(item, nn.Module) or type(item).__module__.partition(".")[0] not in ("builtins", "types"):
+            todo += getattr(item, "__dict__", {}).values()
+    found.pop(0, None)
+    return found
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that one token of a decode reads: all but an embedding table that the head does not share,
+    of which it reads a row."""
+    everything, table = storages(model), storages(model.get_input_embeddings())  # type: ignore[operator]
+    head = storages(model.get_output_embeddings())  # type: ignore[operator]
+    return sum(everything.values()) - sum(size for at, size in table.items() if at not in head)
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What it ran on: the processor, or the GPU and its memory. No name of the machine."""
+    described: dict[str, Any] = {"cpu": _cpu(), "cores": torch.get_num_threads(), "system": platform.system()}
+    described["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        described |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    return described
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """The versions of python and of these distributions; of the package, its own also where it is not installed."""
+    found = {"python": platform.python_version()}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            if name == "hf_accel_patch":
+                found[name] = __import__(name).__version__
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit that was measured, with `-dirty` where files differ from it; None outside a repository."""
+    root = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

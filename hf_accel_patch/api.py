@@ -1,0 +1,155 @@
+"""patch, unpatch, patched, plan, report: the whole flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from hf_accel_patch.errors import AlreadyPatched, NotReversible
+from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model
+from hf_accel_patch.journal import Journal
+from hf_accel_patch.options import parse
+from hf_accel_patch.plan import Pass, Plan, build, described
+from hf_accel_patch.report import Report
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
+
+
+@dataclass
+class State:
+    """What a patched model carries. It refers to parts of the model only, so a deep copy carries its own."""
+
+    passes: tuple[Pass, ...]
+    journal: Journal
+    report: Report
+
+
+def patch(model: T, **options: Any) -> T:
+    """Make a loaded causal LM faster and smaller, in place; returns the object that it was given.
+
+    `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
+    exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` switches that pass off.
+
+    Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
+    pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.
+    """
+    _patch(model, parse(options))
+    return model
+
+
+def unpatch(model: T, *, reload: bool = False) -> T:
+    """Take the patch off, bit for bit; a model that is not patched is returned as it is.
+
+    Raises NotReversible, before anything is undone, where the originals of quantized weights were discarded. With
+    `reload`, they are read again from the checkpoint at `model.name_or_path`.
+    """
+    found = find_model(model)
+    state: State | None = vars(found).get(STATE)
+    if state is None:
+        return model
+    lost = state.journal.discarded
+    if lost and not reload:
+        raise NotReversible(
+            f"the originals of {len(lost)} quantized weights were discarded ({lost[0]}, ...)",
+            "patch with Quantize(..., originals='keep') to keep them in memory, or unpatch(model, reload=True) to read "
+            "them from the checkpoint again",
+        )
+    restored = _read_again(found, lost) if lost else {}
+    state.journal.undo()
+    for name, parameter in restored.items():
+        path, _, leaf = name.rpartition(".")
+        found.get_submodule(path)._parameters[leaf] = parameter
+    del vars(found)[STATE]
+    return model
+
+
+@contextmanager
+def patched(model: T, **options: Any) -> Iterator[T]:
+    """Patched inside the `with` block, as before after it, also when the block raises. Originals are kept."""
+    already = STATE in vars(find_model(model))
+    _patch(model, parse(options, keep_originals=True))
+    try:
+        yield model
+    finally:
+        if not already:
+            unpatch(model)
+
+
+def plan(model: object, **options: Any) -> Plan:
+    """What `patch` would do, without doing it. `model`: as for `patch`, or the path or id of a checkpoint, of which
+    only the configuration is read."""
+    passes = parse(options)
+    if isinstance(model, str | PathLike):
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    return build(bind(model), passes)
+
+
+def report(model: object) -> Report:
+    """What was done to a model. Prints as a table; `to_dict()` for programs."""
+    found = find_model(model)
+    state: State | None = vars(found).get(STATE)
+    return Report(type(found).__name__, ()) if state is None else state.report
+
+
+def _patch(target: object, passes: tuple[Pass, ...]) -> None:
+    model = find_model(target)
+    state: State | None = vars(model).get(STATE)
+    if state is not None:
+        if state.passes == passes:
+            return
+        raise AlreadyPatched(f"{type(model).__name__} is patched with other options", "call unpatch(model) first")
+    view = bind(model)
+    check_weights(view)
+    decided = build(view, passes)
+    vars(model)[STATE] = _apply(view, passes, decided)
+    logger.info(str(report(model)))
+
+
+def _apply(view: View, passes: tuple[Pass, ...], decided: Plan) -> State:
+    """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
+    is done so far, whole and usable, under a report that says so."""
+    journal, rows = Journal(), []
+    try:
+        for decision in decided.decisions:
+            row = described(decision)
+            if decision in decided.steps:
+                before = view.weight_bytes()
+                decision.by.apply(decision, journal)  # type: ignore[arg-type]
+                row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
+            rows.append(row)
+        journal.delete_attribute(view.model, "_compiled_call")  # compiled from the model as it was
+    except BaseException as error:
+        if not journal.discarded:
+            journal.undo()
+            raise
+        done = f"{error}: {len(journal.discarded)} weights are quantized, the others are as they were"
+        vars(view.model)[STATE] = State(passes, journal, Report(view.subject, tuple(rows), done))
+        raise
+    return State(passes, journal, Report(view.subject, tuple(rows)))
+
+
+def _read_again(model: PreTrainedModel, names: list[str]) -> dict[str, torch.nn.Parameter]:
+    """The parameters of these names from the model's checkpoint. Tied ones stay one parameter."""
+    path = model.name_or_path
+    if not path:
+        raise NotReversible("the model does not know the checkpoint that it came from", "load it anew")
+    try:
+        fresh = type(model).from_pretrained(path, dtype=dtype_of(model))
+    except (OSError, ValueError) as error:
+        raise NotReversible(f"the checkpoint at {path} cannot be read: {error}") from error
+    parameters = dict(fresh.named_parameters(remove_duplicate=False))
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise NotReversible(f"the checkpoint at {path} has no {missing[0]}")
+    return {name: parameters[name] for name in names}

@@ -1,0 +1,139 @@
+"""The command line: `python -m hf_accel_patch COMMAND`, or `hf-accel-patch COMMAND` where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from transformers.utils import logging
+
+from hf_accel_patch.errors import HfAccelError
+
+BAD_INPUT = 2  # the exit code of argparse for bad arguments, and ours for what the package refuses
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. What the package refuses becomes one line on stderr and code 2."""
+    options = parser().parse_args(arguments)
+    try:
+        with quiet():
+            options.command(options)
+    except (HfAccelError, ValueError, TypeError, OSError) as error:
+        print(f"hf-accel-patch: {_one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
+    found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
+    commands = found.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_plan):
+        add(commands)
+    return found
+
+
+def _add_demo(commands: Any) -> None:
+    from hf_accel_patch.demo import DTYPE
+    from hf_accel_patch.shapes import SHAPES
+
+    added = commands.add_parser("demo", help="measure a model before and after patch(), and take the patch off again")
+    which = added.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="PATH_OR_ID", help="any causal LM (default: the bundled code-llama-8m)")
+    which.add_argument("--shape", choices=SHAPES, help="speed and memory only, on random weights of a known shape")
+    added.add_argument("--quantize", default="int4", metavar="SCHEME", help=f"int4 (default) or int8; stock is {DTYPE}")
+    added.add_argument("--tokens", type=positive, default=48, metavar="N", help="tokens to generate per prompt (48)")
+    added.add_argument("--windows", type=positive, default=16, metavar="N", help="windows of held-out text (16)")
+    added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
+    added.add_argument("--device", default="cpu", help="where the model is loaded (cpu)")
+    add_json(added)
+    added.set_defaults(command=_demo)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from hf_accel_patch.demo import Settings, run, show
+
+    settings = Settings(
+        model=options.model,
+        shape=options.shape,
+        quantize=options.quantize,
+        tokens=options.tokens,
+        windows=options.windows,
+        threads=options.threads,
+        device=options.device,
+    )
+    result = run(settings)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        show(result)
+
+
+def _add_plan(commands: Any) -> None:
+    added = commands.add_parser("plan", help="print what patch() would do to a model; its weights are not read")
+    added.add_argument("model", metavar="PATH_OR_ID")
+    add_passes(added)
+    add_json(added)
+    added.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from hf_accel_patch import plan
+
+    planned = plan(options.model, **keywords(options))
+    print(json.dumps(planned.to_dict(), indent=2) if options.json else planned)
+
+
+def add_passes(added: argparse.ArgumentParser) -> None:
+    """The options that become keywords of `patch`."""
+    added.add_argument("--quantize", metavar="SCHEME", help="weights in int4 or int8 (default: as they are)")
+    added.add_argument("--no-attention", action="store_true", help="leave the attention as it is")
+
+
+def keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `patch` that were asked for."""
+    asked: dict[str, Any] = {} if options.quantize is None else {"quantize": options.quantize}
+    return asked | ({"attention": False} if options.no_attention else {})
+
+
+def add_json(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and progress bars of transformers, which are as they were afterwards."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

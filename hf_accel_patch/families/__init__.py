@@ -1,0 +1,199 @@
+"""What differs between architectures, and the view that passes get of a live model.
+
+Structure is found, not listed: an attention module is one whose forward looks its function up in transformers'
+registry, a rotary module is one with inverse frequencies, a linear layer is an `nn.Linear`. What cannot be found stands
+here in tables; no other room of the package knows a model type or the name of a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_accel_patch.errors import UnsupportedModel
+
+# Where a wrapper keeps the model inside it: torch.compile, pipelines, PEFT
+WRAPPERS = ("_orig_mod", "model", "base_model")
+
+# Model types whose attention works on the dense mask itself, or chooses keys by more than the attention function sees
+UNSUITABLE_ATTENTION = {"deepseek_v4": "it adds scores of its compressed blocks to the dense additive mask"}
+
+# What our attention function understands, by the names under which transformers' own eager functions take it
+ATTENTION_ARGUMENTS = frozenset(
+    [
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "dropout",
+        "scaling",
+        "is_causal",
+        "softcap",
+        "s_aux",
+        "sinks",
+        "position_bias",
+        "sliding_window",
+        "head_mask",
+        "kwargs",
+    ]
+)
+
+# Parts of the names under which PEFT adds modules of its own
+ADAPTERS = ("lora_", "adapter_", "vera_")
+
+# Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
+CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
+
+
+@dataclass(frozen=True)
+class View:
+    """A live causal LM as passes see it. Reads only.
+
+    `model` has `generate`; `config` is the text configuration. In a multimodal model, `named_modules` are those of the
+    text decoder and of the head: the other parts are left alone.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    subject: str
+    parts: tuple[tuple[str, nn.Module], ...]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of the language model once, with its qualified name in `model`."""
+        seen: set[nn.Module] = set()
+        for prefix, part in self.parts:
+            yield from part.named_modules(memo=seen, prefix=prefix)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the model's parameters and buffers; tied and shared ones count once."""
+        return weight_bytes(self.model)
+
+    def attention_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules that take their attention function from transformers' registry, under the name in `config`."""
+        return [
+            (name, module)
+            for name, module in self.named_modules()
+            if uses_registry(type(module)) and vars(module).get("config") is self.config
+        ]
+
+    def rotary_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules that hold inverse frequencies of rotary positions, as buffers."""
+        return [pair for pair in self.named_modules() if any(n.endswith("inv_freq") for n in pair[1]._buffers)]
+
+
+def bind(target: object) -> View:
+    """The view of the causal LM in `target`: a model, or a PEFT model, compiled module or pipeline around one.
+
+    Raises UnsupportedModel for what is no causal LM of transformers.
+    """
+    model = find_model(target)
+    config = model.config.get_text_config(decoder=True)
+    kind = type(model).__name__
+    if config is model.config:
+        return View(model, config, kind, (("", model),))
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = tuple((names[id(part)], part) for part in (decoder, head) if part is not None and id(part) in names)
+    return View(model, config, f"{kind} (its text decoder)", parts)
+
+
+def find_model(target: object) -> PreTrainedModel:
+    """The transformers causal LM in `target`. Raises UnsupportedModel."""
+    found: Any = target
+    for _ in range(4):
+        if isinstance(found, PreTrainedModel):
+            break
+        inner = (getattr(found, name, None) for name in WRAPPERS)
+        found = next((part for part in inner if isinstance(part, nn.Module)), None)
+    kind = type(target).__name__
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModel(
+            f"{kind} is no causal LM of transformers", "pass what AutoModelForCausalLM.from_pretrained returns"
+        )
+    if type(found).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return found
+    if found.config.is_encoder_decoder or not found.can_generate():
+        raise UnsupportedModel(
+            f"{type(found).__name__} is no causal LM: it has no head that generates text from left to right",
+            "load the checkpoint with AutoModelForCausalLM",
+        )
+    return found
+
+
+def check_weights(view: View) -> None:
+    """Raise UnsupportedModel for weights that are not whole in the memory of this process."""
+    from torch.distributed.tensor import DTensor
+
+    for name, module in view.model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            raise UnsupportedModel(
+                f"the weights of {name or view.subject!r} are offloaded by accelerate",
+                "load the model without offloading to cpu or disk",
+            )
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            if tensor.is_meta:
+                raise UnsupportedModel(
+                    f"{name}.{key} is on the meta device, so it has no values", "load the weights first"
+                )
+            if isinstance(tensor, DTensor):
+                raise UnsupportedModel(
+                    f"{name}.{key} is a DTensor, a weight spread over processes", "patch the model before sharding it"
+                )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module; shared storage counts once."""
+    storages: dict[Any, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta:
+            storages[id(tensor)] = tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr() or id(storage)] = storage.nbytes()
+    return sum(storages.values())
+
+
+@cache
+def uses_registry(kind: type) -> bool:
+    """Whether the forward of this class takes its attention function from transformers' registry."""
+    return "ALL_ATTENTION_FUNCTIONS" in _source(getattr(kind, "forward", None))
+
+
+@cache
+def branches_on_name(kind: type) -> bool:
+    """Whether the file of this class chooses its path by the names of implementations: under a name that it does not
+    know, it would hand the attention function something else than it does under "sdpa"."""
+    return bool(re.search(r'_attn_implementation\s*(==|!=|in)[^\n]*"sdpa"', _source(sys.modules.get(kind.__module__))))
+
+
+@cache
+def unknown_arguments(kind: type) -> tuple[str, ...]:
+    """What the eager function beside this attention class takes and ours does not know."""
+    eager = vars(sys.modules.get(kind.__module__, object)).get("eager_attention_forward")
+    return tuple(sorted(set(inspect.signature(eager).parameters) - ATTENTION_ARGUMENTS)) if eager else ()
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

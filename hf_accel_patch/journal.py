@@ -1,0 +1,117 @@
+"""The only writer to a model. Every write notes what the instance had before, so undo is written once, here.
+
+What is restored is the entry of the instance, never the value that an inherited name resolved to: written back, an
+inherited value would shadow its class for ever. A journal lives on the model that it changed and holds nothing but
+references to parts of that model, so a deep copy of the model carries a journal of its own.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Kind = Literal["attribute", "items", "class"]
+
+
+class _Absent:
+    """Marks an attribute that the instance did not have. A deep copy is the same marker."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Absent:
+        return self
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class Write:
+    """One change: what kind, to which object, under which name, and what was there."""
+
+    kind: Kind
+    target: Any
+    name: str
+    before: Any
+
+
+class Journal:
+    """An undo stack over the objects of one model."""
+
+    def __init__(self) -> None:
+        self._writes: list[Write] = []
+        self.discarded: list[str] = []  # names of the weights that undo cannot bring back
+
+    def __len__(self) -> int:
+        return len(self._writes)
+
+    def set_attribute(self, target: object, name: str, value: object) -> None:
+        """`target.name = value` in the instance's own dictionary, past any `__setattr__`."""
+        self._note("attribute", target, name, vars(target).get(name, ABSENT))
+        vars(target)[name] = value
+
+    def delete_attribute(self, target: object, name: str) -> None:
+        """Remove the instance's own entry `name`, if it has one."""
+        if name in vars(target):
+            self._note("attribute", target, name, vars(target)[name])
+            del vars(target)[name]
+
+    def bind_method(self, target: object, name: str, function: Callable[..., Any]) -> None:
+        """Give the instance a method. It is a bound method, which a deep copy binds to the copy; a closure would go
+        on calling the old model."""
+        self.set_attribute(target, name, types.MethodType(function, target))
+
+    def change_class(self, target: object, new: type) -> None:
+        self._note("class", target, "__class__", type(target))
+        target.__class__ = new
+
+    def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
+        """Replace a parameter that the module has."""
+        self._replace(module, "_parameters", module._parameters | {name: value})
+
+    def set_buffer(self, module: nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
+        """Replace or add a buffer. A new one goes last; one that exists stays as persistent as it was."""
+        if name not in module._buffers and not persistent:
+            names = module._non_persistent_buffers_set
+            self._note("attribute", module, "_non_persistent_buffers_set", names)
+            vars(module)["_non_persistent_buffers_set"] = names | {name}
+        self._replace(module, "_buffers", module._buffers | {name: value})
+
+    def remove_parameter(self, module: nn.Module, name: str, *, keep: bool, label: str = "") -> None:
+        """Take a parameter out. Without `keep` it is freed, and undo is refused from here on, naming `label`."""
+        if keep:
+            self._replace(module, "_parameters", {k: v for k, v in module._parameters.items() if k != name})
+        else:
+            del module._parameters[name]
+            self.discarded.append(label or name)
+
+    def undo(self) -> None:
+        """Take everything back, last write first. A second call does nothing."""
+        while self._writes:
+            write = self._writes.pop()
+            if write.kind == "class":
+                write.target.__class__ = write.before
+            elif write.kind == "items":
+                mapping = vars(write.target)[write.name]
+                mapping.clear()
+                mapping.update(write.before)
+            elif write.before is ABSENT:
+                vars(write.target).pop(write.name, None)
+            else:
+                vars(write.target)[write.name] = write.before
+
+    def _replace(self, module: nn.Module, store: str, items: dict[str, Any]) -> None:
+        """Change the content of a module's `_parameters` or `_buffers`. The whole mapping is noted, because the order
+        of its entries is part of what a state dict and an optimizer see."""
+        mapping = vars(module)[store]
+        self._note("items", module, store, dict(mapping))
+        mapping.clear()
+        mapping.update(items)
+
+    def _note(self, kind: Kind, target: object, name: str, before: object) -> None:
+        self._writes.append(Write(kind, target, name, before))

@@ -1,0 +1,152 @@
+"""What the demo measures of a model: bytes, peak memory, speed, perplexity, memory that is free."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.generation.streamers import BaseStreamer
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the live parameters and buffers; tied ones count once."""
+    return sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+
+
+class PeakMemory:
+    """The peak of memory since `reset`, in bytes above what was in use when this was made.
+
+    On CUDA what PyTorch has allocated, on Linux the resident memory of the process. Elsewhere the peak of a process
+    cannot be reset, so two phases of it cannot be told apart: `read` returns None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base = self.reset()
+
+    def reset(self) -> int | None:
+        """Start again from what is in use now; returns that, in bytes."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        if sys.platform != "linux":
+            return None
+        _return_freed_memory()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not permitted in some containers
+            return None
+        return _status("VmRSS")
+
+    def read(self) -> int | None:
+        if self._base is None:
+            return None
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _status("VmHWM")
+        return None if peak is None else max(peak - self._base, 0)
+
+
+def _return_freed_memory() -> None:
+    """Hand what malloc keeps of freed blocks back to the system, which counts it as resident otherwise (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> int | None:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a model could still take: of the device, or of this machine within the limit of its container.
+    None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    if sys.platform != "linux":
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else None
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    system = next((int(row[1]) * 1024 for row in rows if row[0] == "MemAvailable:"), None)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2, or no limit: "max"
+        return system
+    return limit if system is None else min(limit, system)
+
+
+class Clock(BaseStreamer):  # type: ignore[misc]
+    """A streamer that notes when each token came: first the prompt, then the tokens."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def token_ms(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Milliseconds per token of prefill and of decode, of one greedy `generate` for prompt [1, T]."""
+    clock, limits = Clock(), {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}
+    mask = torch.ones_like(prompt)
+    model.generate(prompt, attention_mask=mask, do_sample=False, num_beams=1, streamer=clock, **limits)
+    start, first, *rest = clock.times
+    steps = [after - before for before, after in zip([first, *rest], rest, strict=False)]
+    return 1000 * (first - start) / prompt.shape[1], 1000 * median(steps)
+
+
+def interleaved_ms(
+    models: Sequence[Any], prompt: Tensor, new_tokens: int, most_rounds: int = 15, most_seconds: float = 40
+) -> list[tuple[float, float]]:
+    """`token_ms` of each model, medians over rounds in which all are timed in turn: what else the machine does falls on
+    all of them. A first round does not count; at least 3 do, then as many as fit into the time."""
+    for model in models:
+        token_ms(model, prompt, 2)
+    rounds: list[list[tuple[float, float]]] = []
+    start = time.perf_counter()
+    while len(rounds) < 3 or (len(rounds) < most_rounds and time.perf_counter() - start < most_seconds):
+        rounds.append([token_ms(model, prompt, new_tokens) for model in models])
+    by_model = zip(*rounds, strict=True)
+    return [(median(prefill for prefill, _ in times), median(decode for _, decode in times)) for times in by_model]
+
+
+def spread_windows(tokenizer: Any, text: str, count: int, length: int) -> list[Tensor]:
+    """At most `count` windows of `length` tokens each, [1, T], spread evenly over the text."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    whole = ids.shape[1] // length
+    chosen = sorted({number * whole // count for number in range(count)})
+    return [ids[:, number * length : (number + 1) * length] for number in chosen if number < whole]
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
+    """exp of the mean cross-entropy of every token of the windows but their first."""
+    total, tokens = 0.0, 0
+    for window in windows:
+        ids = window.to(model.device)
+        scores = model(ids, use_cache=False).logits[0, :-1].float()
+        total += cross_entropy(scores, ids[0, 1:], reduction="sum").double().item()
+        tokens += ids.shape[1] - 1
+    return math.exp(total / tokens)

@@ -1,0 +1,1 @@
+"""Tensor math. Imports torch only."""

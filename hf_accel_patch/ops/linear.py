@@ -1,0 +1,152 @@
+"""Products with quantized weights on the CPU, on kernels that PyTorch ships.
+
+PyTorch's int8 and int4 kernels read the weights at memory speed for one or a few rows of activations, but only with
+bfloat16 activations (with float32 or float16 they are scalar code), and their time grows with the rows. A prefill
+unpacks blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel
+for this processor at all, is measured once per process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_accel_patch.ops.quantize import quantize_int4, row_blocks
+
+UNPACK_ELEMENTS = 1 << 22  # weights unpacked at a time: 8 MB in bfloat16
+NEVER = 1 << 30  # rows
+
+
+def pack_int4(weight: Tensor, group_size: int, block: int) -> tuple[Tensor, Tensor]:
+    """Quantize [N, K] and lay the codes out for PyTorch's CPU kernel, row block by row block.
+
+    Returns codes uint8 [N', K / 2] and scales and zeros bfloat16 [K / G, N', 2], N' being N rounded up to whole blocks.
+    In memory the codes are [N' / block, K, block / 2]: the low half-byte is a row of the block's first half, the high
+    half-byte the same row of its second half.
+    """
+    N, K = weight.shape
+    padded = -(-N // block) * block
+    packed = torch.empty(padded // block, K, block // 2, dtype=torch.uint8)
+    scales = torch.empty(K // group_size, padded, 2, dtype=torch.bfloat16)
+    for rows in row_blocks(weight, block):
+        codes, scale, zero = quantize_int4(weight[rows], group_size)
+        if short := -len(codes) % block:
+            codes, scale, zero = (F.pad(x, (0, 0, 0, short)) for x in (codes, scale, zero))
+        stop = rows.start + len(codes)
+        halves = codes.view(-1, 2, block // 2, K)
+        bytes_ = halves[:, 1].bitwise_left_shift(4).bitwise_or_(halves[:, 0])
+        packed[rows.start // block : stop // block] = bytes_.transpose(1, 2)
+        scales[:, rows.start : stop, 0] = scale.T
+        scales[:, rows.start : stop, 1] = zero.T
+    return packed.view(padded, K // 2), scales
+
+
+def unpack_int4(packed: Tensor, scales: Tensor, block: int, start: int, stop: int) -> Tensor:
+    """Blocks start..stop as bfloat16 [stop - start, K, block], transposed as the codes lie in memory."""
+    K = packed.shape[1] * 2
+    groups = scales.shape[0]
+    bytes_ = packed.view(-1, K, block // 2)[start:stop]
+    out = torch.empty(stop - start, K, 2, block // 2, dtype=torch.bfloat16)
+    out[:, :, 0] = bytes_.bitwise_and(15).sub_(8).view(torch.int8)
+    out[:, :, 1] = bytes_.bitwise_right_shift(4).sub_(8).view(torch.int8)
+    s = scales[:, start * block : stop * block].view(groups, -1, block, 2).transpose(0, 1)
+    scale, zero = (s[..., i].unsqueeze(2).contiguous() for i in (0, 1))
+    grouped = out.view(stop - start, groups, K // groups, block)
+    torch.addcmul(zero, grouped, scale, out=grouped)
+    return out.view(stop - start, K, block)
+
+
+def rows_int4(packed: Tensor, scales: Tensor, block: int, index: Tensor) -> Tensor:
+    """Rows `index` [n] of the weights, bfloat16 [n, K]."""
+    K = packed.shape[1] * 2
+    lane = index % block
+    bytes_ = packed.view(-1, K, block // 2)[index // block, :, lane % (block // 2)]
+    codes = bytes_.bitwise_right_shift((lane // (block // 2) * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
+    scale, zero = scales[:, index].unbind(-1)
+    grouped = codes.view(len(index), scales.shape[0], -1).float() - 8
+    return (grouped * scale.T[..., None] + zero.T[..., None]).view(len(index), K).bfloat16()
+
+
+def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, kernel_rows: int) -> Tensor:
+    """x [M, K] bfloat16 times the weights' transpose: bfloat16 [M, N']. Up to `kernel_rows` rows take the kernel."""
+    if x.shape[0] <= kernel_rows:
+        group_size = x.shape[1] // scales.shape[0]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
+    N, K = packed.shape[0], packed.shape[1] * 2
+    out = x.new_empty(x.shape[0], N)
+    step = max(1, UNPACK_ELEMENTS // (K * block))
+    for start in range(0, N // block, step):
+        stop = min(start + step, N // block)
+        product = torch.matmul(x, unpack_int4(packed, scales, block, start, stop))
+        out[:, start * block : stop * block].view(-1, stop - start, block).copy_(product.transpose(0, 1))
+    return out
+
+
+def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, kernel_rows: int) -> Tensor:
+    """x [M, K] bfloat16 times the transpose of int8 codes [N, K] with scales [N]: bfloat16 [M, N]."""
+    if x.shape[0] <= kernel_rows:
+        return torch._weight_int8pack_mm(x, codes, scales)
+    out = x.new_empty(x.shape[0], len(codes))
+    step = max(1, UNPACK_ELEMENTS // codes.shape[1])
+    for start in range(0, len(codes), step):
+        rows = slice(start, start + step)
+        torch.mul(F.linear(x, codes[rows].to(x.dtype)), scales[rows], out=out[:, rows])
+    return out
+
+
+@cache
+def int4_block() -> int:
+    """Rows per block in the layout of PyTorch's kernel on this processor: 64 with AVX512, 32 with AVX2; 0 where it has
+    another layout, and with it no fast kernel."""
+    codes = torch.randint(0, 16, (128, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for block in (64, 32):
+        halves = codes.view(-1, 2, block // 2, 64)
+        ours = (halves[:, 1] << 4 | halves[:, 0]).transpose(1, 2).to(torch.uint8)
+        if torch.equal(ours.reshape(expected.shape), expected):
+            return block
+    return 0
+
+
+@cache
+def kernel_rows_int4() -> int:
+    """Up to how many rows of activations PyTorch's int4 kernel beats unpacking, measured; 0 where it never does."""
+    block = int4_block()
+    if not block:
+        return 0
+    packed, scales = pack_int4(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), 64, block)
+    return _crossover(1024, lambda x, rows: linear_int4(x, packed, scales, block, rows))
+
+
+@cache
+def kernel_rows_int8() -> int:
+    """The same for int8."""
+    codes, scales = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
+    return _crossover(1024, lambda x, rows: linear_int8(x, codes, scales, rows))
+
+
+def _crossover(K: int, linear: Callable[[Tensor, int], Tensor]) -> int:
+    """The largest power of two of rows, up to 256, at which the kernel still wins."""
+    best = 0
+    for M in (1, 4, 16, 32, 64, 128, 256):
+        x = torch.ones(M, K, dtype=torch.bfloat16)
+        if _seconds(lambda x=x: linear(x, NEVER)) > _seconds(lambda x=x: linear(x, 0)):  # type: ignore[misc]
+            break
+        best = M
+    return best
+
+
+def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,86 @@
+"""A mask that is a description until somebody asks for its elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+Build = Callable[[int, int, int, int], Tensor]
+
+
+class DescribedMask(Tensor):
+    """A bool mask [B, 1, T, S] that takes no memory. Shape, dtype and device are those of the dense mask; any operation
+    on it builds the dense one first, so code that works on masks stays right, and code that only passes them on is
+    spared them. The package's attention asks for the blocks that it needs.
+
+    `build(start, stop, first, last)` gives the dense block of these queries and keys. `window`: the keys that a query
+    sees end with its own and are at most this many (None: it sees all earlier ones); `causal` says whether this may be
+    used to leave keys out. `runs` gives, where it can, the one run of tokens per sequence that sees itself causally.
+    """
+
+    build: Build
+    offset: int  # of the first query, counted in keys
+    causal: bool
+    window: int | None
+    runs: Callable[[], list[tuple[int, int]] | None]
+    _runs: list[tuple[int, int]] | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        build: Build,
+        *,
+        offset: int = 0,
+        causal: bool = False,
+        window: int | None = None,
+        runs: Callable[[], list[tuple[int, int]] | None] = lambda: None,
+    ) -> DescribedMask:
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        mask.build, mask.offset, mask.causal, mask.window, mask.runs = build, offset, causal, window, runs
+        return mask  # type: ignore[no-any-return]
+
+    def keys(self, start: int, stop: int) -> tuple[int, int]:
+        last = self.shape[-1]
+        if not self.causal:
+            return 0, last
+        first = 0 if self.window is None else max(0, start + self.offset - self.window + 1)
+        return min(first, last - 1), max(1, min(last, stop + self.offset))
+
+    def block(self, start: int, stop: int, first: int, last: int) -> Tensor | None:
+        return self.build(start, stop, first, last)
+
+    def spans(self) -> list[tuple[int, int]] | None:
+        """Computed once, however many layers ask: on a GPU it waits for the device."""
+        if not hasattr(self, "_runs"):
+            self._runs = self.runs()
+        return self._runs
+
+    def dense(self) -> Tensor:
+        return self.build(0, self.shape[-2], 0, self.shape[-1]).expand(self.shape)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DescribedMask(shape={tuple(self.shape)}, window={self.window})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dense = lambda mask: mask.dense()  # noqa: E731
+        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
+
+
+def contiguous_runs(padding: Tensor) -> list[tuple[int, int]] | None:
+    """The run of True in each row of a bool [B, S], or None if a row has more than one run."""
+    S = padding.shape[-1]
+    counts = padding.sum(-1)
+    starts = padding.int().argmax(-1)
+    stops = S - padding.flip(-1).int().argmax(-1)
+    whole = (stops - starts == counts) | (counts == 0)
+    rows = torch.stack([starts, starts + counts, whole], dim=-1).tolist()
+    return [(start, stop) for start, stop, _ in rows] if all(row[2] for row in rows) else None

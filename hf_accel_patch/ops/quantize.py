@@ -1,0 +1,75 @@
+"""Weight-only quantization of a matrix [N, K]: N output features, K input features.
+
+int8: one scale per row, w = q * scale. int4: asymmetric, per row and group of G input features, w = (q - 8) * scale + zero
+with q in 0..15. Scales and zeros are bfloat16, and the codes are chosen for the rounded ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REFINEMENTS = 2  # least-squares fits of scale and zero to the codes; a third one changes the error by less than 1 %
+SHRINK = 0.95  # of the range of a group at the start: clipping its ends a little costs less than a coarser grid
+BLOCK_ELEMENTS = 1 << 19  # weights quantized at a time: a few float32 temporaries of 2 MB, which stay in the cache
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scales bfloat16 [N], rounding to nearest."""
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), dtype=torch.bfloat16)
+    for rows in row_blocks(weight, 1):
+        block = weight[rows].float()
+        scale = (block.abs().amax(1) / 127).clamp_min(1e-20).bfloat16()
+        scales[rows] = scale
+        codes[rows] = torch.round(block / scale[:, None].float()).clamp_(-127, 127).to(torch.int8)
+    return codes, scales
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """The weights [N, K] in float32 (float64 for float64 scales)."""
+    return codes.to(torch.promote_types(scales.dtype, torch.float32)) * scales[:, None]
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, K] in 0..15, scales and zeros bfloat16 [N, K / G].
+
+    Starts from the slightly shrunk range of each group; then scale and zero are fitted to the codes by least squares
+    and the codes chosen anew, which lowers the squared error of rounding to nearest by about a tenth without data.
+    """
+    N, K = weight.shape
+    w = weight.float().view(N, K // group_size, group_size)
+    low, high = torch.aminmax(w, dim=-1)
+    middle, half = (high + low) / 2, (high - low) / 2 * SHRINK
+    scale, start = (2 * half / 15).clamp_min(1e-20), middle - half  # start: the weight of code 0
+    mean = w.mean(-1)
+    for _ in range(REFINEMENTS):
+        q = _codes(w, scale, start)
+        q_mean = q.mean(-1)
+        covariance = torch.linalg.vecdot(q, w) / group_size - q_mean * mean
+        variance = torch.linalg.vecdot(q, q) / group_size - q_mean * q_mean
+        fitted = torch.where(variance > 1e-6, covariance / variance.clamp_min(1e-6), scale)
+        scale = torch.where(fitted > 0, fitted, scale)
+        start = mean - scale * q_mean
+    scale = scale.bfloat16()
+    zero = (start + 8 * scale.float()).bfloat16()
+    codes = _codes(w, scale.float(), zero.float() - 8 * scale.float())
+    return codes.to(torch.uint8).view(N, K), scale, zero
+
+
+def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The weights [N, K] in float32 (float64 for float64 scales) from codes [N, K], scales and zeros [N, K / G]."""
+    N, K = codes.shape
+    q = codes.view(N, scale.shape[1], -1).to(torch.promote_types(scale.dtype, torch.float32)) - 8
+    return (q * scale[..., None] + zero[..., None]).view(N, K)
+
+
+def row_blocks(weight: Tensor, multiple: int) -> list[slice]:
+    """Slices over the rows, each a multiple of `multiple` rows and about BLOCK_ELEMENTS weights."""
+    N, K = weight.shape
+    rows = max(1, BLOCK_ELEMENTS // max(K, 1) // multiple) * multiple
+    return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
+
+
+def _codes(w: Tensor, scale: Tensor, start: Tensor) -> Tensor:
+    inverse = scale.reciprocal()
+    return torch.addcmul((-start * inverse)[..., None], w, inverse[..., None]).round_().clamp_(0, 15)

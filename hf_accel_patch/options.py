@@ -1,0 +1,60 @@
+"""The keywords of `patch`, as passes in the order in which they are applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hf_accel_patch.passes import Attention, Frequencies, Later, Prefill, Quantize
+from hf_accel_patch.plan import Pass
+
+KEYWORDS = ("gqa", "rope", "quantize", "attention", "cache", "speculative")
+LATER = {  # keyword: what stays as it is while this version has no such pass
+    "gqa": "key/value heads stay as they are: no conversion in this version",
+    "cache": "transformers' own cache stays: no replacement in this version",
+    "speculative": "no draft tokens: no speculative decoding in this version",
+}
+
+
+def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pass, ...]:
+    """The passes that these keywords of `patch` ask for.
+
+    Raises TypeError for an unknown keyword and ValueError for an impossible value. `keep_originals`: whatever the
+    passes replace must come back.
+    """
+    for name in keywords:
+        if name not in KEYWORDS:
+            raise TypeError(f"patch() has no keyword {name!r}; its keywords are {', '.join(KEYWORDS)}")
+    for name in ("rope", *LATER):
+        if keywords.get(name) not in (None, False) and not (name == "cache" and keywords[name] is True):
+            raise ValueError(f"{name}={keywords[name]!r} is not in this version; leave the keyword out")
+    later = {name: Later(name, reason) for name, reason in LATER.items()}
+    return (
+        later["gqa"],
+        Frequencies(),
+        _quantize(keywords.get("quantize"), keep_originals),
+        *_attention(keywords.get("attention", True)),
+        later["cache"],
+        later["speculative"],
+    )
+
+
+def _quantize(value: Any, keep_originals: bool) -> Pass:
+    if value in (None, False):
+        return Later("quantize", "not asked for: weights keep their precision")
+    chosen = Quantize(value) if isinstance(value, str) else value
+    if not isinstance(chosen, Quantize):
+        raise ValueError(f"quantize={value!r}; allowed: a scheme such as 'int4', a Quantize, or None")
+    if keep_originals and chosen.originals == "discard":
+        raise ValueError("patched() takes the patch off after its body, so it cannot discard the originals")
+    return dataclasses.replace(chosen, originals="keep" if keep_originals else chosen.originals or "discard")
+
+
+def _attention(value: Any) -> tuple[Pass, ...]:
+    if value is False:
+        off = "switched off: attention=False"
+        return Later("attention", off), Later("prefill", off)
+    chosen = Attention() if value in (True, None) else value
+    if not isinstance(chosen, Attention):
+        raise ValueError(f"attention={value!r}; allowed: True, False, or an Attention")
+    return chosen, Prefill()

@@ -1,0 +1,225 @@
+"""Attention: one exact function for every model that looks its attention up in transformers' registry."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
+from hf_accel_patch.journal import Journal
+from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
+from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
+from hf_accel_patch.plan import Skip, Step
+
+KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
+DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
+SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
+SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Exact attention in memory linear in the length. On by default.
+
+    No mask of length x length for padded batches, sliding windows and chunks; grouped keys and values are not copied
+    per query head; soft caps (Gemma 2) and sinks (gpt-oss), for which transformers falls back to storing all scores,
+    go block by block; a window's keys outside a block are not computed. `output_attentions` is answered, at the price
+    of the full scores. Outputs equal stock's up to floating-point rounding.
+    """
+
+    backend: Literal["auto"] = "auto"  # PyTorch's kernels, by device and shape
+
+    name = "attention"
+
+    def __post_init__(self) -> None:
+        if self.backend != "auto":
+            raise ValueError(f"attention: unknown backend {self.backend!r}; allowed: 'auto'")
+
+    def inspect(self, view: View) -> Step | Skip:
+        found = view.attention_modules()
+        skip = partial(Skip, self, bytes_now=view.weight_bytes())
+        if reason := UNSUITABLE_ATTENTION.get(view.config.model_type):
+            return skip(reason)
+        if not found:
+            return skip("no module takes its attention from transformers' registry: hand-written, or no attention")
+        if any(branches_on_name(type(module)) for _, module in found):
+            return skip("its attention chooses its path by the names of transformers' own implementations")
+        if unknown := sorted({name for _, module in found for name in unknown_arguments(type(module))}):
+            return skip(f"its attention function takes what ours does not know: {', '.join(unknown)}")
+        if not view.model._supports_sdpa and any(getattr(module, "is_causal", True) is False for _, module in found):
+            return skip("its attention is not marked as causal, so nothing but the dense mask says so")
+        was = vars(view.config).get(SELECTED)
+        if was not in (None, "eager", "sdpa"):
+            return skip(f"it was loaded with attn_implementation={was!r}, which stays in place")
+        if view.config.is_encoder_decoder:
+            return skip("it is an encoder-decoder, whose masks are its own")
+        size = view.weight_bytes()
+        facts = {"exact": True, "bytes_before": size, "bytes_after": size, "modules": len(found), "was": was or "eager"}
+        return Step(self, facts, (view,))
+
+    def apply(self, step: Step, journal: Journal) -> None:
+        """Select our function for this model only: it gets its own copy of the configuration, because the
+        configuration object may be shared with models that nobody patched."""
+        (view,) = step.work
+        config = copy.copy(view.config)
+        vars(config)[SELECTED] = KEY
+        for _, module in view.named_modules():
+            if vars(module).get("config") is view.config:
+                journal.set_attribute(module, "config", config)
+        journal.bind_method(view.model, "init_continuous_batching", _init_continuous_batching)
+
+
+def register() -> None:
+    """Add our functions to transformers' registries, under a key that no unpatched model selects."""
+    AttentionInterface.register(KEY, attention_forward)
+    AttentionMaskInterface.register(KEY, describe_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function behind our key, as transformers calls it.
+
+    query [B, H, T, D], key and value [B, K, S, D or V], mask [B or 1, H or 1, T, S]; returns the output [B, T, H, V] and
+    the weights [B, H, T, S] if `output_attentions` asks for them. Sinks are one more logit without a value: `s_aux` [H],
+    or `sinks` [B, H, T, 1] where they depend on the query.
+    """
+    T, S = query.shape[2], key.shape[2]
+    if T > 1 and attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if causal and S > T:  # the prefill of a static cache: what is behind the queries is not written yet
+            key, value, S = key[:, :, :T], value[:, :, :T], T
+            position_bias = position_bias if position_bias is None else position_bias[..., :T]
+    else:
+        causal = False
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    answer = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1)
+    if softcap is None and sinks is None and position_bias is None and not answer:
+        described = isinstance(attention_mask, DescribedMask)
+        if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= SCORE_ELEMENTS):
+            return _direct(query, key, value, attention_mask, dropout, scale, causal), None
+    variant = Variant(scale, dropout, softcap, sinks, position_bias)
+    mask = _mask(attention_mask, T, S, causal, query.device)
+    if answer:
+        output, weights = scored(query, key, value, mask.block(0, T, 0, S), position_bias, variant)
+        return output.transpose(1, 2).contiguous(), weights
+    return attend(query, key, value, mask, variant).transpose(1, 2).contiguous(), None
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function behind our key: what stock's `sdpa` gets, or a description of it where that would be large.
+
+    None stands for plain causal attention, as it does under `sdpa`.
+    """
+    dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
+    small = batch_size * q_length * kv_length <= DENSE_ELEMENTS
+    if small or isinstance(q_offset, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
+        return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
+    windowed = local_size is not None and kv_length >= local_size
+    square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
+    if square and (attention_mask is None or bool(attention_mask.all())):
+        return None
+
+    def build(start: int, stop: int, first: int, last: int) -> Tensor:
+        return dense(
+            q_length=stop - start,
+            kv_length=last - first,
+            q_offset=q_offset + start,
+            kv_offset=kv_offset + first,
+            allow_is_causal_skip=False,
+        )
+
+    def runs() -> list[tuple[int, int]] | None:
+        plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+        if not (square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)):
+            return None
+        return contiguous_runs(attention_mask)
+
+    return DescribedMask(
+        (batch_size, 1, q_length, kv_length),
+        torch.device(device),
+        build,
+        offset=q_offset - kv_offset,
+        causal=allow_is_causal_skip,
+        window=local_size if windowed else None,
+        runs=runs,
+    )
+
+
+def _direct(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float, causal: bool
+) -> Tensor:
+    """One call of PyTorch's fused attention. Returns [B, T, H, V]."""
+    B, H, T, D = query.shape
+    K = key.shape[1]
+    if T == 1 and H != K and (mask is not None or query.device.type == "cpu"):
+        # the heads of a group become rows, so their keys are read once; up to ten times faster than enable_gqa on a CPU
+        if mask is not None and mask.shape[1] != 1:
+            mask = mask.reshape(mask.shape[0], K, H // K, -1)
+        output = F.scaled_dot_product_attention(query.reshape(B, K, H // K, D), key, value, mask, dropout, scale=scale)
+        return output.reshape(B, 1, H, -1)
+    grouped = H != K
+    if grouped and mask is not None and query.device.type != "cpu":
+        return attend(query, key, value, Dense(mask), Variant(scale, dropout)).transpose(1, 2).contiguous()
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _mask(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
+    if isinstance(mask, DescribedMask):
+        return mask
+    if mask is not None:
+        return Dense(mask)
+    return Causal(S, device) if causal else Everything(S)
+
+
+def _init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Continuous batching accepts only the attention names that it knows: it runs on stock's, and gets ours back when
+    its manager stops."""
+    ours = self.config._attn_implementation
+    stock = "sdpa" if self._supports_sdpa else "eager"
+    self.set_attn_implementation(stock)
+    try:
+        manager = type(self).init_continuous_batching(self, *args, **kwargs)
+    except BaseException:
+        self.set_attn_implementation(ours)
+        raise
+    manager._original_attn_impl = ours
+    return manager

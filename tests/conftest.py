@@ -1,0 +1,75 @@
+"""The environment of every test: no network, no chatter, two threads, none of the package's own variables."""
+
+from __future__ import annotations
+
+import os
+
+for _name in [name for name in os.environ if name.startswith("HF_ACCEL")]:
+    del os.environ[_name]
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from cases import greedy, left_padded, logits, prompt, tiny
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+torch.set_num_threads(2)  # bit-equal results need the same split of the work in every run
+warnings.filterwarnings("ignore", module="transformers")
+
+KEY = "hf_accel_patch"  # the name of our attention in transformers' registry
+LONG = (300, 180, 64)  # prompts whose dense mask would be larger than what the attention pass stores
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model answers: logits alone, left-padded, and left-padded at a length where masks are no longer stored;
+    greedy tokens alone and left-padded."""
+
+    alone: Tensor
+    padded: Tensor
+    long: Tensor
+    tokens: Tensor
+    padded_tokens: Tensor
+
+
+def outputs(model: torch.nn.Module) -> Outputs:
+    return Outputs(
+        logits(model, prompt()),
+        logits(model, **left_padded()),
+        logits(model, **left_padded(*LONG)),
+        greedy(model, prompt()),
+        greedy(model, **left_padded()),
+    )
+
+
+@cache
+def _stock(family: str) -> Outputs:
+    return outputs(tiny(family))
+
+
+@pytest.fixture(scope="session")
+def stock() -> Callable[[str], Outputs]:
+    """What the unpatched model of a family answers; computed once."""
+    return _stock
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type]]:
+    """The classes of the attention modules that called our function, in the order of their calls."""
+    import hf_accel_patch  # noqa: F401  (registers the function)
+
+    calls: list[type] = []
+    ours = AttentionInterface._global_mapping[KEY]
+
+    def counted(module, *args, **kwargs):
+        calls.append(type(module))
+        return ours(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, KEY, counted)
+    yield calls
