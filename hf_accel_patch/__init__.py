@@ -5,7 +5,8 @@
 >>> model = patch(model, quantize="int4")       # and weights in 4 bits
 >>> print(report(model))
 
-Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing else.
+Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing
+else.
 """
 
 from hf_accel_patch.api import patch, patched, plan, report, unpatch

@@ -125,7 +125,7 @@ def _apply(view: View, passes: tuple[Pass, ...], decided: Plan) -> State:
             row = described(decision)
             if decision in decided.steps:
                 before = view.weight_bytes()
-                decision.by.apply(decision, journal)  # type: ignore[arg-type]
+                decision.by.apply(decision, journal)
                 row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
             rows.append(row)
         journal.delete_attribute(view.model, "_compiled_call")  # compiled from the model as it was

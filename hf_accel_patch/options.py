@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from hf_accel_patch.passes import Attention, Frequencies, Later, Prefill, Quantize
 from hf_accel_patch.plan import Pass
@@ -42,7 +42,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
 def _quantize(value: Any, keep_originals: bool) -> Pass:
     if value in (None, False):
         return Later("quantize", "not asked for: weights keep their precision")
-    chosen = Quantize(value) if isinstance(value, str) else value
+    chosen = Quantize(cast(Any, value)) if isinstance(value, str) else value
     if not isinstance(chosen, Quantize):
         raise ValueError(f"quantize={value!r}; allowed: a scheme such as 'int4', a Quantize, or None")
     if keep_originals and chosen.originals == "discard":

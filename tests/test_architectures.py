@@ -41,7 +41,8 @@ def test_type(model_type: str) -> None:
     model, stock = _stock(model_type, ids)
     tokens = _tokens(model, ids)
     tolerance = max(EXACT, AMPLIFIED * _rounding(model_type, ids, stock))
-    before = fingerprint(model)
+    earlier, _, before = fingerprint(model), logits(model, ids), fingerprint(model)
+    moving = set(changes(earlier, before))  # recurrent states that stock itself keeps in its modules
 
     assert patch(model) is model
     attention = entry(report(model).to_dict(), "attention")
@@ -52,7 +53,7 @@ def test_type(model_type: str) -> None:
         assert torch.equal(greedy(model, ids, TOKENS), tokens)
 
     unpatch(model)
-    remaining = changes(before, fingerprint(model))
+    remaining = [place for place in changes(before, fingerprint(model)) if place not in moving]
     assert not remaining, describe(remaining)
     assert torch.equal(logits(model, ids), stock)
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ UNSUITABLE_ATTENTION = {"deepseek_v4": "it adds scores of its compressed blocks 
 
 # What our attention function understands, by the names under which transformers' own eager functions take it
 ATTENTION_ARGUMENTS = frozenset(
-    [
+    {
         "module",
         "query",
         "key",
@@ -42,11 +42,8 @@ ATTENTION_ARGUMENTS = frozenset(
         "softcap",
         "s_aux",
         "sinks",
-        "position_bias",
-        "sliding_window",
-        "head_mask",
-        "kwargs",
-    ]
+    }
+    | {"position_bias", "sliding_window", "head_mask", "kwargs"}
 )
 
 # Parts of the names under which PEFT adds modules of its own
@@ -84,7 +81,8 @@ class View:
         return [
             (name, module)
             for name, module in self.named_modules()
-            if uses_registry(type(module)) and vars(module).get("config") is self.config
+            if uses_registry(type(module))  # type: ignore[arg-type]
+            and vars(module).get("config") is self.config
         ]
 
     def rotary_modules(self) -> list[tuple[str, nn.Module]]:

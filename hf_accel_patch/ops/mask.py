@@ -41,9 +41,9 @@ class DescribedMask(Tensor):
         window: int | None = None,
         runs: Callable[[], list[tuple[int, int]] | None] = lambda: None,
     ) -> DescribedMask:
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.build, mask.offset, mask.causal, mask.window, mask.runs = build, offset, causal, window, runs
-        return mask  # type: ignore[no-any-return]
+        return mask
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         last = self.shape[-1]

@@ -26,9 +26,9 @@ class QuantizedWeight(Tensor):
     @staticmethod
     def __new__(cls, module: Quantized) -> QuantizedWeight:
         like = module.like
-        weight = Tensor._make_wrapper_subclass(cls, module.weight_shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        weight = Tensor._make_wrapper_subclass(cls, module.weight_shape, dtype=like.dtype, device=like.device)
         weight.module = module
-        return weight  # type: ignore[no-any-return]
+        return weight
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -143,14 +143,19 @@ class Int4Embedding(Int4, QuantizedEmbedding):
     pass
 
 
-@cache
-def quantized_class(kind: type[nn.Module], scheme: str) -> type[nn.Module]:
-    """The class that a module of class `kind` is changed to.
+def quantized_class(module: nn.Module, scheme: str) -> type[nn.Module]:
+    """The class that a module is changed to.
 
     An embedding class that adds to `nn.Embedding.forward` (Gemma's scale) keeps its own forward: the quantized class
     stands between it and `nn.Embedding`, where its `super().forward` finds it.
     """
-    if issubclass(kind, nn.Embedding):
-        base: type[nn.Module] = {"int8": Int8Embedding, "int4": Int4Embedding}[scheme]
-        return base if kind is nn.Embedding else type(kind.__name__, (kind, base), {"__module__": kind.__module__})
-    return {"int8": Int8Linear, "int4": Int4Linear}[scheme]
+    if not isinstance(module, nn.Embedding):
+        return {"int8": Int8Linear, "int4": Int4Linear}[scheme]
+    base = {"int8": Int8Embedding, "int4": Int4Embedding}[scheme]
+    kind: Any = type(module)
+    return base if kind is nn.Embedding else _between(kind, base)
+
+
+@cache
+def _between(kind: Any, base: Any) -> type[nn.Module]:
+    return type(kind.__name__, (kind, base), {"__module__": kind.__module__})

@@ -1,7 +1,8 @@
 """Weight-only quantization of a matrix [N, K]: N output features, K input features.
 
-int8: one scale per row, w = q * scale. int4: asymmetric, per row and group of G input features, w = (q - 8) * scale + zero
-with q in 0..15. Scales and zeros are bfloat16, and the codes are chosen for the rounded ones.
+int8: one scale per row, w = q * scale. int4: asymmetric, per row and group of G input features,
+w = (q - 8) * scale + zero with q in 0..15. Scales and zeros are bfloat16, and the codes are chosen for the rounded
+ones.
 """
 
 from __future__ import annotations

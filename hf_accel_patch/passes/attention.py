@@ -51,9 +51,10 @@ class Attention:
             return skip(reason)
         if not found:
             return skip("no module takes its attention from transformers' registry: hand-written, or no attention")
-        if any(branches_on_name(type(module)) for _, module in found):
+        kinds: set[Any] = {type(module) for _, module in found}
+        if any(map(branches_on_name, kinds)):
             return skip("its attention chooses its path by the names of transformers' own implementations")
-        if unknown := sorted({name for _, module in found for name in unknown_arguments(type(module))}):
+        if unknown := sorted({name for kind in kinds for name in unknown_arguments(kind)}):
             return skip(f"its attention function takes what ours does not know: {', '.join(unknown)}")
         if not view.model._supports_sdpa and any(getattr(module, "is_causal", True) is False for _, module in found):
             return skip("its attention is not marked as causal, so nothing but the dense mask says so")
@@ -101,9 +102,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The function behind our key, as transformers calls it.
 
-    query [B, H, T, D], key and value [B, K, S, D or V], mask [B or 1, H or 1, T, S]; returns the output [B, T, H, V] and
-    the weights [B, H, T, S] if `output_attentions` asks for them. Sinks are one more logit without a value: `s_aux` [H],
-    or `sinks` [B, H, T, 1] where they depend on the query.
+    query [B, H, T, D], key and value [B, K, S, D or V], mask [B or 1, H or 1, T, S]; returns the output [B, T, H, V]
+    and the weights [B, H, T, S] if `output_attentions` asks for them. Sinks are one more logit without a value:
+    `s_aux` [H], or `sinks` [B, H, T, 1] where they depend on the query.
     """
     T, S = query.shape[2], key.shape[2]
     if T > 1 and attention_mask is None:
@@ -147,7 +148,8 @@ def describe_mask(
     """
     dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
     small = batch_size * q_length * kv_length <= DENSE_ELEMENTS
-    if small or isinstance(q_offset, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if small or traced or isinstance(q_offset, Tensor):
         options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
         return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
     windowed = local_size is not None and kv_length >= local_size

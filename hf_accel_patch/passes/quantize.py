@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,9 @@ class Quantize:
     """Weight-only quantization of every `nn.Linear`, and of an embedding table that is tied to one.
 
     `int8`: one scale per output channel; nearly exact. `int4`: a scale and a zero per group of input features, fitted
-    by least squares without data; 4.5 bits per weight at the default group of 64. The head, and the embedding table that
-    is tied to it, are kept in int8 under int4 too: rounding errors there go straight into the logits. Activations stay in 16 bits (those of
-    float32 and float16 models are rounded to bfloat16 on the way into a kernel).
+    by least squares without data; 4.5 bits per weight at the default group of 64. The head, and the embedding table
+    that is tied to it, are kept in int8 under int4 too: rounding errors there go straight into the logits. Activations
+    stay in 16 bits (those of float32 and float16 models are rounded to bfloat16 on the way into a kernel).
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
@@ -107,7 +107,8 @@ class Quantize:
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Smallest weight first, each freed before the next: the largest packed weight meets the smallest model."""
-        model, *targets = step.work
+        model: PreTrainedModel = step.work[0]
+        targets: Sequence[Target] = step.work[1:]
         total = sum(target.shape[0] * target.shape[1] for target in targets)
         quiet = total < PROGRESS_WEIGHTS
         with logging.tqdm(
@@ -134,7 +135,7 @@ class Quantize:
             journal.set_buffer(module, "like", like, persistent=False)
             for key, value in (("weight_shape", target.shape), ("block", block), ("kernel_rows", rows)):
                 journal.set_attribute(module, key, value)
-            journal.change_class(module, quantized_class(type(module), target.scheme))
+            journal.change_class(module, quantized_class(module, target.scheme))
             if "_old_forward" in vars(module):  # accelerate's hook calls the forward that it found
                 journal.set_attribute(module, "_old_forward", types.MethodType(type(module).forward, module))
 
@@ -160,7 +161,7 @@ class Quantize:
             if reason:
                 skipped += [(name, reason) for name, _ in linear]
             else:
-                N, K = linear[0][1].weight.shape
+                N, K = cast(Tensor, modules[0][1]._parameters["weight"]).shape
                 targets.append(Target(tuple(modules), (N, K), scheme, group_size))
         return targets, skipped
 

@@ -1,0 +1,125 @@
+"""How much faster is a patched model than stock, and than what peers make of it? Prefill and decode, batch 1 or more.
+
+    python -m benchmarks.decode --shape llama-3.2-1b
+    python -m benchmarks.decode --shape tiny --systems stock exact int4 --rounds 3
+    python -m benchmarks.decode --device cuda --batch 8 --prompt 2048 --padded --systems stock exact
+
+Every system sits in a process of its own; in each round each generates once, in turn, so that whatever else the machine
+does falls on all of them. One row of JSON per shape and system is added to --out as soon as a shape is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.baselines import SYSTEMS
+from benchmarks.measure import git_commit, hardware, read_bandwidth, versions
+from benchmarks.shapes import SHAPES
+from benchmarks.table import markdown
+from benchmarks.worker import Failed, Job, Worker
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable (default: llama-3.2-1b)")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
+    parser.add_argument("--layers", type=int, help="cut each shape to this many layers")
+    parser.add_argument("--rounds", type=int, default=9, help="generations timed per system (default: 9)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")
+    parser.add_argument("--tokens", type=int, default=33, help="new tokens, at least 2 (default: 33)")
+    parser.add_argument("--batch", type=int, default=1, help="prompts generated at once (default: 1)")
+    parser.add_argument("--padded", action="store_true", help="pad the prompts of a batch on the left, to half at most")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a system may load, and again run (default: 300)")
+    parser.add_argument("--out", type=Path, help="file of rows (default: decode.jsonl in $OUT, or in benchmarks/results)")
+    options = parser.parse_args()
+    if options.tokens < 2 or options.rounds < 1:
+        parser.error("--tokens must be at least 2 and --rounds at least 1")
+    options.shape = options.shape or ["llama-3.2-1b"]
+    options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "decode.jsonl"
+    return options
+
+
+def start(jobs: list[Job], limit_s: float) -> tuple[dict[str, Worker], dict[str, str]]:
+    """Load the systems one after the other; those that cannot run, with their reasons."""
+    workers: dict[str, Worker] = {}
+    reasons: dict[str, str] = {}
+    for job in tqdm(jobs, desc=f"{jobs[0].shape}: load", leave=False):
+        worker = None
+        try:
+            worker = Worker(job, limit_s)
+            workers[job.system] = worker
+        except Failed as error:
+            reasons[job.system] = str(error)
+    return workers, reasons
+
+
+def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
+    """One row per system: facts, and a list over the rounds of each time."""
+    common = ("layers", "dtype", "device", "threads", "batch", "prompt", "tokens", "padded")
+    parameters = {name: getattr(options, name) for name in common}
+    workers, reasons = start([Job(system, shape, **parameters) for system in options.systems], options.limit)
+    rows: dict[str, dict[str, Any]] = {
+        system: {"system": system, **worker.facts, "prefill_ms": [], "decode_ms": []} for system, worker in workers.items()
+    }
+    bandwidths = []
+    for number in tqdm(range(options.rounds), desc=f"{shape}: rounds"):
+        bandwidths.append(read_bandwidth(options.device))
+        for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
+            try:
+                turn = workers[system].turn()
+            except Failed as error:
+                reasons[system] = str(error)
+                workers.pop(system).close()
+                continue
+            for name, value in (turn or {}).items():
+                rows[system][name].append(round(value, 3))
+    for system, worker in workers.items():
+        try:
+            rows[system]["run_peak_bytes"] = worker.peak_bytes()
+        except Failed as error:
+            reasons[system] = str(error)
+        worker.close()
+    described = {"shape": shape, **parameters, "rounds": options.rounds, "bandwidth_bytes_per_s": round(median(bandwidths))}
+    return [
+        described | ({"system": system, "reason": reasons[system]} if system in reasons else rows[system])
+        for system in options.systems
+    ]
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    run = {
+        "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "hardware": hardware(options.device),
+        "versions": versions("torch", "transformers", "hf_accel_patch"),
+    }
+    everything = []
+    for shape in options.shape:
+        rows = [run | row for row in compare(options, shape)]
+        for row in rows:
+            row["versions"] = row["versions"] | row.pop("peer", {})
+        with options.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        everything += rows
+    print(markdown(everything))
+
+
+if __name__ == "__main__":
+    main()
