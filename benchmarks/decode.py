@@ -43,8 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a system may load, and again run (default: 300)")
-    parser.add_argument("--out", type=Path, help="file of rows (default: decode.jsonl in $OUT, or in benchmarks/results)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a system to load, and again to run (300)")
+    parser.add_argument("--out", type=Path, help="file of rows (decode.jsonl in $OUT or in benchmarks/results)")
     options = parser.parse_args()
     if options.tokens < 2 or options.rounds < 1:
         parser.error("--tokens must be at least 2 and --rounds at least 1")
@@ -58,10 +58,8 @@ def start(jobs: list[Job], limit_s: float) -> tuple[dict[str, Worker], dict[str,
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
     for job in tqdm(jobs, desc=f"{jobs[0].shape}: load", leave=False):
-        worker = None
         try:
-            worker = Worker(job, limit_s)
-            workers[job.system] = worker
+            workers[job.system] = Worker(job, limit_s)
         except Failed as error:
             reasons[job.system] = str(error)
     return workers, reasons
@@ -73,7 +71,8 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     parameters = {name: getattr(options, name) for name in common}
     workers, reasons = start([Job(system, shape, **parameters) for system in options.systems], options.limit)
     rows: dict[str, dict[str, Any]] = {
-        system: {"system": system, **worker.facts, "prefill_ms": [], "decode_ms": []} for system, worker in workers.items()
+        system: {"system": system, **worker.facts} | {"prefill_ms": [], "decode_ms": []}
+        for system, worker in workers.items()
     }
     bandwidths = []
     for number in tqdm(range(options.rounds), desc=f"{shape}: rounds"):
@@ -93,7 +92,8 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
         except Failed as error:
             reasons[system] = str(error)
         worker.close()
-    described = {"shape": shape, **parameters, "rounds": options.rounds, "bandwidth_bytes_per_s": round(median(bandwidths))}
+    described = {"shape": shape, **parameters, "rounds": options.rounds}
+    described["bandwidth_bytes_per_s"] = round(median(bandwidths))
     return [
         described | ({"system": system, "reason": reasons[system]} if system in reasons else rows[system])
         for system in options.systems

@@ -1,7 +1,6 @@
 """The README's table, made from the rows in benchmarks/results.
 
-    python -m benchmarks.table
-    python -m benchmarks.table --write README.md
+`python -m benchmarks.table` prints it; `python -m benchmarks.table --write README.md` puts it into that file.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ NAMES = {
 COLUMNS = (
     "system",
     "decode, ms per token",
-    "× stock",
+    "x stock",
     "prefill, ms",
-    "× stock",
+    "x stock",
     "weights, GB",
     "peak of loading, GB",
     "peak of running, GB",
@@ -37,7 +36,7 @@ Row = dict[str, Any]
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table per shape, setting and machine, each row the latest of its system, under a line that says what it is."""
+    """One table per shape, setting and machine, with the latest row of each system, under a line that names them."""
     groups: dict[str, dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: str(row["run"])):
         same = [row["shape"], row["hardware"], *(row[name] for name in SETTINGS)]
@@ -100,7 +99,8 @@ def _cells(row: Row, stock: Row | None) -> str:
 
 
 def _name(row: Row) -> str:
-    return NAMES.get(row["system"], row["system"])
+    name: str = row["system"]
+    return NAMES.get(name, name)
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

@@ -44,7 +44,12 @@ class Worker:
         self.process = context.Process(target=_work, args=(job, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.facts: dict[str, Any] = self._answer()
+        try:
+            self.facts: dict[str, Any] = self._answer()
+        except Failed:
+            self.process.kill()
+            self.close()
+            raise
         self.left_s = limit_s
 
     def turn(self) -> dict[str, float] | None:
@@ -61,7 +66,8 @@ class Worker:
         return peak
 
     def close(self) -> None:
-        self.pipe.close()
+        self.pipe.close()  # which an idle worker takes as its end
+        self.process.join(5)
         self.process.kill()
         self.process.join()
 
@@ -118,8 +124,8 @@ def _serve(job: Job, pipe: Connection) -> None:
     del model
     time_generation(loaded, ids, mask, min(job.tokens, MOST_WARMUP_TOKENS))
     gc.collect()
-    facts = {"load_s": load_s, "weight_bytes": loaded.weight_bytes, "read_bytes": loaded.weight_bytes}
-    facts["load_peak_bytes"] = None
+    facts: dict[str, Any] = {"load_s": round(load_s, 3), "load_peak_bytes": None}
+    facts |= {"weight_bytes": loaded.weight_bytes, "read_bytes": loaded.weight_bytes}
     if loaded.model is not None:
         facts["weight_bytes"] = sum(storages(loaded.model).values())
         facts["read_bytes"] = read_bytes(loaded.model)

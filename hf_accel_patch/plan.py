@@ -85,7 +85,9 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
     hidden = ("pass", "exact", "reason", "bytes_before", "bytes_after")
     cells = [("pass", "state", "output", "weights", "")]
     for row in rows:
-        said = row.get("reason") or ", ".join(f"{key} {value}" for key, value in row.items() if key not in hidden)
+        said = row.get("reason") or ", ".join(
+            _fact(key, row[key]) for key in row if key not in hidden and row[key] != []
+        )
         before, after = row["bytes_before"], row["bytes_after"]
         size = f"{in_words(before)} -> {in_words(after)}" if before != after else "same"
         on = "reason" not in row
@@ -105,3 +107,8 @@ def in_words(size_bytes: int) -> str:
 
 def _output(row: dict[str, Any]) -> str:
     return "exact" if row["exact"] else "changed"
+
+
+def _fact(key: str, value: Any) -> str:
+    """A long list is counted; `to_dict` has it whole."""
+    return f"{len(value)} {key}" if isinstance(value, list) and len(value) > 3 else f"{key} {value}"

@@ -182,8 +182,8 @@ def tiny(family: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Values under which a fault shows: attention that is not uniform, no bias or sink that is zero, no norm that is
-    one. Embeddings are small, so that a tied model does not repeat its last token, and no end token stops `generate`."""
+    """Values under which a fault shows: attention that is not uniform, no bias or sink that is zero, no norm of one.
+    Embeddings are small, so that a tied model does not repeat its last token, and no end token stops `generate`."""
     generator = torch.Generator().manual_seed(seed)
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for parameter in model.parameters():
@@ -213,8 +213,8 @@ def left_padded(*lengths: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Logits [B, T, V]; zero at padded positions, where models may answer anything. The seed is for models that hash at
-    random."""
+    """Logits [B, T, V]; zero at padded positions, where models may answer anything. The seed is for models that hash
+    at random."""
     torch.manual_seed(0)
     scores = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
     return scores if attention_mask is None else scores * attention_mask[..., None]
@@ -233,6 +233,5 @@ def relative_error(ours: Tensor, stock: Tensor) -> float:
 
 
 def entry(described: dict[str, Any], name: str) -> dict[str, Any]:
-    """What `report(model).to_dict()` or `plan(model).to_dict()` says of one pass. KeyError if it does not speak of it."""
-    rows = {row["pass"]: row for row in described["passes"]}
-    return rows[name]
+    """What the plain data of a report or a plan says of one pass. KeyError if it does not speak of it."""
+    return {row["pass"]: row for row in described["passes"]}[name]

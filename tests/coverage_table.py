@@ -20,21 +20,21 @@ from pathlib import Path
 for _name in [name for name in os.environ if name.startswith("HF_ACCEL")]:
     del os.environ[_name]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # a checkout that is not installed
+sys.path.append(str(Path(__file__).parent.parent))  # a checkout that is not installed
 
 import torch
 import transformers
 from cases import CLASS_NAMES, TYPES, build, entry, logits, prompt
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel_patch import HfAccelError, Quantize, patch, report, unpatch
 
-PAGE = ROOT / "docs" / "coverage.md"
-PLAIN_FLOOR = 2  # dimensions from which a parameter is a matrix
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+LEAST_SIDE = 32  # smaller ones outside linear layers are tables of decays, mixing weights and the like
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Row:
 
     def line(self) -> str:
         if self.unbuilt:
-            cells = (self.model_type, self.class_name, f"not built: {self.unbuilt}", "", "", "")
+            cells = (self.model_type, self.class_name, self.unbuilt, "", "", "")
         elif self.refused:
             cells = (self.model_type, self.class_name, self.attention, f"none: {self.refused}", "", self.left)
         else:
@@ -65,11 +65,13 @@ class Row:
 def row(model_type: str) -> Row:
     """Build one type, patch it with and without quantization, take the patches off."""
     class_name = CLASS_NAMES[model_type]
+    stage = "not built"
     try:
         model = build(model_type)
+        stage = "stock fails"
         logits(model, prompt(24))
     except Exception as error:  # whatever a type raises that needs more than a configuration
-        return Row(model_type, class_name, unbuilt=one_line(error))
+        return Row(model_type, class_name, unbuilt=f"{stage}: {one_line(error)}")
     try:
         attention = entry(report(patch(model)).to_dict(), "attention").get("reason", "on")
         unpatch(model)
@@ -88,13 +90,13 @@ def row(model_type: str) -> Row:
 
 
 def linear_like(model: PreTrainedModel) -> dict[int, str]:
-    """The weights of linear layers, and stacks of them, each once: its identity -> the class that holds it."""
+    """The matrices that activations are multiplied by, and stacks of them, each once: identity -> class of the module.
+    Outside linear layers these are all large parameters of two or more dimensions, but for tables and convolutions."""
     found: dict[int, str] = {}
     for module in model.modules():
-        linear = isinstance(module, nn.Linear | Conv1D)
-        stacked = not isinstance(module, nn.modules.conv._ConvNd)
+        linear, other = isinstance(module, nn.Linear | Conv1D), isinstance(module, nn.Embedding | _ConvNd)
         for parameter in module.parameters(recurse=False):
-            if (linear and parameter.ndim == PLAIN_FLOOR) or (stacked and parameter.ndim > PLAIN_FLOOR):
+            if parameter.ndim >= 2 and (linear or (not other and min(parameter.shape[-2:]) >= LEAST_SIDE)):
                 found.setdefault(id(parameter), type(module).__name__)
     return found
 
@@ -125,15 +127,16 @@ def page(rows: list[Row]) -> str:
             "| | types |",
             "|---|---|",
             f"| known to transformers | {len(rows)} |",
-            f"| built here | {len(built)} |",
+            f"| built here and run by stock | {len(built)} |",
             f"| attention is ours | {len(on)} |",
             f"| attention stays, with its reason | {len(built) - len(on)} |",
             f"| `quantize` finds weights | {len(quantized)} |",
             f"| `quantize` takes every linear-like weight | {len(whole)} |",
             "",
             "* attention: `on`, or why it stays as it is.",
-            "* quantized: of all linear-like weights (`nn.Linear`, `Conv1D`, stacks of experts; tied ones count once), how "
-            "many int8 takes. int4 takes the same ones where the input features are a multiple of 32.",
+            "* quantized: of all linear-like weights (of `nn.Linear` and `Conv1D`, and matrices and stacks of experts that "
+            "are parameters of other modules; tied ones count once), how many int8 takes. int4 takes the same ones where "
+            "the input features are a multiple of 32.",
             "* share: of all parameters of the tiny model, embeddings among them, whose vocabulary is 256.",
             "* left: the classes whose linear-like weights stay in floating point.",
             "",
@@ -147,7 +150,7 @@ def page(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)} instead of printing it")
+    parser.add_argument("--write", action="store_true", help="write docs/coverage.md instead of printing it")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     rows = []

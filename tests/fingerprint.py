@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import types
-from typing import Any
 
 import torch
 import transformers
@@ -166,6 +165,3 @@ def _digest(tensor: Tensor) -> str:
 def describe(places: list[str]) -> str:
     """For the message of a failing test."""
     return f"{len(places)} changes: {', '.join(places[:6])}"
-
-
-__all__: list[Any] = ["changes", "describe", "fingerprint", "shared_state"]

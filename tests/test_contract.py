@@ -48,7 +48,7 @@ def untouched(before: dict[str, object], model: PreTrainedModel) -> None:
 
 
 def distance(ours: Outputs, stock: Outputs, name: str) -> float:
-    """One minus the cosine similarity of the logits, each position's taken around their mean; the mean over positions."""
+    """One minus the cosine similarity of each position's logits, taken around their mean; the mean over positions."""
     a, b = (getattr(each, name).double().flatten(0, 1) for each in (ours, stock))
     real = b.abs().sum(-1) > 0  # padded positions are zero
     a, b = (x[real] - x[real].mean(-1, keepdim=True) for x in (a, b))

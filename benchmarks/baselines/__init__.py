@@ -64,7 +64,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
 def find(system: str) -> tuple[Baseline, str]:
     """The module and the variant of a system."""
     module, variant = SYSTEMS[system]
-    return import_module(f"{__name__}.{module}"), variant  # type: ignore[return-value]
+    return import_module(f"{__name__}.{module}"), variant
 
 
 def hugging_face(model: Any) -> Loaded:

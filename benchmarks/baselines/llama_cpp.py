@@ -113,5 +113,5 @@ def _interleaved(name: str, weight: Tensor, head_size: int) -> Tensor:
 
 def _read_weights(model: Any) -> int:
     """Weights that a token reads where the embedding table is not the head: all but that table."""
-    table = model.get_input_embeddings().weight.numel()
-    return sum(parameter.numel() for parameter in model.parameters()) - int(table)
+    table: int = model.get_input_embeddings().weight.numel()
+    return int(sum(parameter.numel() for parameter in model.parameters())) - table

@@ -1,4 +1,4 @@
-"""torchao, eager: int8 weights with a scale per row, int4 in groups of 64 in the packing of the device."""
+"""torchao, eager: int8 weights with a scale per row; int4 in groups of 64, in the packing that the device has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def load(model: Any, variant: str) -> Loaded:
 
     if variant == "int8":
         quantize_(model, Int8WeightOnlyConfig())
+    elif model.device.type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=64))
     else:
-        packing = "opaque" if model.device.type == "cpu" else "tile_packed_to_4d"
-        quantize_(model, Int4WeightOnlyConfig(group_size=64, int4_packing_format=packing))
+        quantize_(model, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
     return hugging_face(model)

@@ -1,0 +1,176 @@
+"""Quantized models as torch modules and as transformers models."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from cases import greedy, left_padded, logits, prompt, randomise, tiny
+from torch import nn
+
+import hf_accel_patch
+from hf_accel_patch import Quantize, patch, report, unpatch
+from hf_accel_patch.ops import linear
+from hf_accel_patch.ops.modules import Quantized
+
+BFLOAT16 = 0.04  # what rounding the activations of every product to bfloat16 does to the logits of random weights
+MODEL = Path(hf_accel_patch.__file__).parent / "models" / "code-llama-8m"
+
+
+def rounded(model, quantized):
+    """A stock model whose weights are those that the codes of a quantized one stand for."""
+    for name, module in quantized.named_modules():
+        if isinstance(module, Quantized):
+            model.get_submodule(name).weight = nn.Parameter(module.dequantize(torch.float32))
+    return model
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+@pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2", "phi3", "opt", "gpt_neox"))
+@pytest.mark.parametrize("rows", ("kernel", "unpacked"))
+def test_a_quantized_model_is_stock_with_rounded_weights(name, scheme, rows, monkeypatch):
+    for function in ("kernel_rows_int4", "kernel_rows_int8"):
+        monkeypatch.setattr(
+            f"hf_accel_patch.passes.quantize.{function}", lambda: linear.NEVER if rows == "kernel" else 0
+        )
+    if rows == "kernel" and not linear.int4_block():
+        pytest.skip("no int4 kernel on this processor")
+    model = patch(tiny(name), quantize=scheme)
+    stock = rounded(tiny(name), model)
+    for inputs in ({"input_ids": prompt()}, left_padded()):
+        ours, expected = logits(model, **inputs), logits(stock, **inputs)
+        assert (ours - expected).std() < BFLOAT16 * expected.std()
+
+
+@pytest.mark.parametrize("scheme, bound", (("int8", 1.005), ("int4", 1.03)))
+def test_perplexity_of_the_bundled_model(scheme, bound):
+    from hf_accel_patch.texts import held_out_text
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    ids = torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"])[: 512 * 24].view(24, 512)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def loss():
+        return sum(model(row[None], labels=row[None], use_cache=False).loss.double() for row in ids) / len(ids)
+
+    before = loss()
+    patch(model, quantize=scheme)
+    assert (loss() - before).exp() * 1.002 > 1.0 and (loss() - before).exp() < bound
+
+
+def test_a_tied_table_stays_one_table():
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    table = model.model.embed_tokens.weight.detach().clone()
+    patch(model, quantize="int4")
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert head.qweight is embedding.qweight and head.bits == embedding.bits == "int8"
+    rows = embedding(torch.tensor([[0, 5, 4095]]))
+    assert rows.shape == (1, 3, 256) and rows.dtype == torch.bfloat16
+    assert ((rows - table[[0, 5, 4095]]).norm() / rows.norm()).item() < 0.02
+
+
+def test_an_embedding_with_a_forward_of_its_own_keeps_it():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    expected, kind = model.model.embed_tokens(prompt()), type(model.model.embed_tokens)
+    patch(model, quantize=Quantize("int8", originals="keep"))
+    ours = model.model.embed_tokens(prompt())
+    assert isinstance(model.model.embed_tokens, kind) and isinstance(model.model.embed_tokens, Quantized)
+    assert 0 < ((ours - expected).norm() / expected.norm()).item() < 0.02
+    copy.deepcopy(model)
+    unpatch(model)
+    assert type(model.model.embed_tokens) is kind and torch.equal(model.model.embed_tokens(prompt()), expected)
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+def test_the_weight_reads_as_a_tensor(scheme):
+    model = tiny("llama")
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    patch(model, quantize=scheme)
+    module = model.model.layers[0].mlp.up_proj
+    weight = module.weight
+    assert weight.shape == before.shape and weight.dtype == before.dtype and weight.device == before.device
+    assert torch.equal(weight + 0, module.dequantize(torch.float32))
+    assert ((weight - before).norm() / before.norm()).item() < 0.15
+    assert "QuantizedWeight" in repr(weight) and scheme in repr(module)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_casts_leave_codes_and_scales_alone(dtype):
+    model = patch(tiny("llama"), quantize="int4")
+    module = model.model.layers[0].mlp.up_proj
+    dense = module.dequantize(torch.float32)
+    model.to(dtype)
+    assert torch.equal(module.dequantize(torch.float32), dense) and module.weight.dtype == dtype
+    assert model(prompt()).logits.dtype == dtype
+
+
+def test_state_dicts_load_into_a_model_patched_alike():
+    model, other = patch(tiny("llama"), quantize="int4"), tiny("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    patch(other, quantize="int4")
+    assert not torch.equal(logits(other, prompt()), logits(model, prompt()))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, prompt()), logits(model, prompt()))
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_saved_models_load_in_stock(tied, tmp_path):
+    config = tiny("llama").config
+    config.tie_word_embeddings = tied
+    model = randomise(transformers.AutoModelForCausalLM.from_config(config))
+    patch(model, quantize="int4")
+    model.save_pretrained(tmp_path)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert "quantization_config" not in stock.config.to_dict()
+    ours, expected = logits(model, prompt()), logits(stock, prompt())
+    assert (ours - expected).std() < BFLOAT16 * expected.std()
+    assert torch.equal(stock.lm_head.weight, model.lm_head.dequantize(torch.float32))
+
+
+def test_gradients_pass_through_frozen_weights():
+    model = patch(tiny("llama"), quantize="int4")
+    stock = rounded(tiny("llama"), model)
+    inputs = torch.randn(1, 5, 64)
+    grads = []
+    for each in (model, stock):
+        x = inputs.clone().requires_grad_()
+        each(inputs_embeds=x).logits.square().mean().backward()
+        grads.append(x.grad)
+    assert (grads[0] - grads[1]).norm() < BFLOAT16 * grads[1].norm()
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+def test_compiling_a_quantized_model(scheme):
+    model = patch(tiny("llama"), quantize=scheme)
+    expected = logits(model, prompt())
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    assert (logits(compiled, prompt()) - expected).abs().max() < 1e-3 * expected.std()
+
+
+def test_skipping_by_name_and_pattern():
+    model = patch(tiny("llama"), quantize=Quantize("int4", skip=("lm_head", "model.layers.0.*")))
+    names = {name for name, module in model.named_modules() if isinstance(module, Quantized)}
+    linear = {name for name, module in tiny("llama").named_modules() if type(module) is nn.Linear}
+    assert names == {name for name in linear if name != "lm_head" and not name.startswith("model.layers.0.")}
+    row = {row["pass"]: row for row in report(model).to_dict()["passes"]}["quantize"]
+    assert {"name": "lm_head", "reason": "asked for by skip"} in row["skipped"]
+
+
+def test_generation_runs_with_beams_and_padding():
+    model = patch(tiny("llama"), quantize="int4")
+    assert greedy(model, tokens=6, num_beams=2, **left_padded()).shape == (3, 6)
+
+
+def test_activations_elsewhere_are_refused():
+    model = patch(tiny("llama"), quantize="int4")
+    with pytest.raises(RuntimeError, match="unpatch, move the model, patch again"):
+        model.lm_head(torch.empty(1, 64, device="meta"))
