@@ -94,7 +94,7 @@ def synchronize(device: str) -> None:
 
 
 class PeakMemory:
-    """Bytes that this process takes at most, above what it has now: resident memory, or the GPU's allocations."""
+    """Bytes that this process takes at most, above what it has now: resident memory, or its allocations on the GPU."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -102,17 +102,20 @@ class PeakMemory:
         self.restart()
 
     def restart(self) -> None:
-        """Count from the memory of this moment. Where the peak cannot be reset (no Linux), `bytes` is None."""
+        """Count from the memory of this moment."""
+        self.forget()
+        if self.start >= 0:
+            self.start = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+
+    def forget(self) -> None:
+        """Leave the peak so far out. Where that cannot be done (no Linux), `bytes` is None."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.start = -1
-            else:
-                self.start = _status("VmRSS")
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.start = -1
 
     @property
     def bytes(self) -> int | None:

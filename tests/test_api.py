@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_are_refused(model, value):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = value
     before = fingerprint(model)
-    with pytest.raises(UnsupportedModel, match="layers.1.mlp.up_proj.weight holds NaN or infinity"):
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         patch(model, quantize="int4")
     assert fingerprint(model) == before
 

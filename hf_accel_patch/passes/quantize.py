@@ -24,6 +24,7 @@ from hf_accel_patch.plan import Skip, Step
 Scheme = Literal["int8", "int4"]
 SCHEMES = ("int8", "int4", "nf4", "llm.int8")  # all that the name can be; the last two are not in this version
 GROUP_SIZES = (64, 32, 128)  # in the order of choice: 64 costs half a bit per weight and loses little against 32
+HEAD_GROUP_SIZE, HEAD_REFINEMENTS = 32, 6  # rounding errors of the head go straight into the logits
 PROGRESS_WEIGHTS = 100_000_000  # smaller models are done before a bar is seen
 
 
@@ -33,13 +34,13 @@ class Target:
 
     modules: tuple[tuple[str, nn.Module], ...]
     shape: tuple[int, int]
-    scheme: Scheme
     group_size: int  # 0 for int8, which has one scale per row
+    head: bool
 
     @property
     def packed_bytes(self) -> int:
         N, K = self.shape
-        if self.scheme == "int8":
+        if not self.group_size:
             return N * K + 2 * N
         padded = -(-N // 64) * 64
         return padded * K // 2 + 4 * padded * K // self.group_size
@@ -51,8 +52,8 @@ class Quantize:
 
     `int8`: one scale per output channel; nearly exact. `int4`: a scale and a zero per group of input features, fitted
     by least squares without data; 4.5 bits per weight at the default group of 64. The head, and the embedding table
-    that is tied to it, are kept in int8 under int4 too: rounding errors there go straight into the logits. Activations
-    stay in 16 bits (those of float32 and float16 models are rounded to bfloat16 on the way into a kernel).
+    that is tied to it, get groups of 32: rounding errors there go straight into the logits. Activations stay in 16
+    bits (those of float32 and float16 models are rounded to bfloat16 on the way into a kernel).
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
@@ -98,9 +99,6 @@ class Quantize:
         facts: dict[str, Any] = {"exact": False, "bytes_before": before, "bytes_after": after, "scheme": self.scheme}
         sizes = sorted({target.group_size for target in targets} - {0})
         facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes} if sizes else {}
-        facts |= (
-            {"head": "int8"} if self.scheme == "int4" and any(target.scheme == "int8" for target in targets) else {}
-        )
         facts |= {"backend": self._backend(), "weights": len(targets), "originals": self.originals or "discard"}
         facts["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
         return Step(self, facts, (view.model, *sorted(targets, key=lambda target: target.packed_bytes)))
@@ -121,11 +119,11 @@ class Quantize:
 
     def _replace(self, target: Target, journal: Journal) -> None:
         weight, block = _weight(target).detach(), int4_block() or 64
-        if target.scheme == "int8":
+        if self.scheme == "int8":
             qweight, scales = quantize_int8(weight)
             rows = kernel_rows_int8() if weight.shape[1] % 16 == 0 else 0
         else:
-            qweight, scales = pack_int4(weight, target.group_size, block)
+            qweight, scales = pack_int4(weight, target.group_size, block, HEAD_REFINEMENTS if target.head else None)
             rows = kernel_rows_int4()
         scales, like = scales.view(torch.int16), weight.new_empty(0)
         for name, module in target.modules:
@@ -135,7 +133,7 @@ class Quantize:
             journal.set_buffer(module, "like", like, persistent=False)
             for key, value in (("weight_shape", target.shape), ("block", block), ("kernel_rows", rows)):
                 journal.set_attribute(module, key, value)
-            journal.change_class(module, quantized_class(module, target.scheme))
+            journal.change_class(module, quantized_class(module, self.scheme))
             if "_old_forward" in vars(module):  # accelerate's hook calls the forward that it found
                 journal.set_attribute(module, "_old_forward", types.MethodType(type(module).forward, module))
 
@@ -156,16 +154,16 @@ class Quantize:
             linear = [pair for pair in modules if isinstance(pair[1], nn.Linear)]
             if not linear or not all(id(module) in inside for _, module in modules):
                 continue
-            scheme: Scheme = "int8" if any(module is head for _, module in modules) else self.scheme
-            reason, group_size = self._refuse(modules, shared.get(key, []), scheme)
+            is_head = any(module is head for _, module in modules)
+            reason, group_size = self._refuse(modules, shared.get(key, []), is_head)
             if reason:
                 skipped += [(name, reason) for name, _ in linear]
             else:
                 N, K = cast(Tensor, modules[0][1]._parameters["weight"]).shape
-                targets.append(Target(tuple(modules), (N, K), scheme, group_size))
+                targets.append(Target(tuple(modules), (N, K), group_size, is_head))
         return targets, skipped
 
-    def _refuse(self, modules: list[tuple[str, nn.Module]], shared: list[str], scheme: Scheme) -> tuple[str, int]:
+    def _refuse(self, modules: list[tuple[str, nn.Module]], shared: list[str], is_head: bool) -> tuple[str, int]:
         """Why this weight stays as it is ("" if it does not), and its group size."""
         for name, module in modules:
             if any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in self.skip):
@@ -182,7 +180,7 @@ class Quantize:
         assert weight is not None
         if not weight.is_floating_point():
             return f"its weight is {weight.dtype} already", 0
-        if scheme == "int8":
+        if self.scheme == "int8":
             return "", 0
         K = weight.shape[1]
         fitting = [size for size in GROUP_SIZES if K % size == 0]
@@ -191,6 +189,8 @@ class Quantize:
                 f"quantize: group_size={self.group_size} does not divide the {K} input features of {modules[0][0]}; "
                 f"sizes that do: {', '.join(map(str, sorted(fitting))) or 'none'}"
             )
+        if is_head and self.group_size is None:
+            fitting = [size for size in fitting if size == HEAD_GROUP_SIZE]
         return ("", self.group_size or fitting[0]) if fitting else (f"{K} input features are no multiple of 32", 0)
 
     def _backend(self) -> str:

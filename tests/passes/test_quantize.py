@@ -65,10 +65,10 @@ def test_a_tied_table_stays_one_table():
     table = model.model.embed_tokens.weight.detach().clone()
     patch(model, quantize="int4")
     head, embedding = model.lm_head, model.model.embed_tokens
-    assert head.qweight is embedding.qweight and head.bits == embedding.bits == "int8"
+    assert head.qweight is embedding.qweight and head.bits == embedding.bits == "int4"
     rows = embedding(torch.tensor([[0, 5, 4095]]))
     assert rows.shape == (1, 3, 256) and rows.dtype == torch.bfloat16
-    assert ((rows - table[[0, 5, 4095]]).norm() / rows.norm()).item() < 0.02
+    assert ((rows - table[[0, 5, 4095]]).norm() / rows.norm()).item() < 0.1
 
 
 def test_an_embedding_with_a_forward_of_its_own_keeps_it():
