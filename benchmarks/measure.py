@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -169,7 +170,7 @@ def read_bytes(model: nn.Module) -> int:
 
 def hardware(device: str) -> dict[str, Any]:
     """What it ran on: the processor, or the GPU and its memory. No name of the machine."""
-    described: dict[str, Any] = {"cpu": _cpu(), "cores": torch.get_num_threads(), "system": platform.system()}
+    described: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()}
     described["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)

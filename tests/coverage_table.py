@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_accel_patch import HfAccelError, Quantize, patch, report, unpatch
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
-LEAST_SIDE = 32  # smaller ones outside linear layers are tables of decays, mixing weights and the like
+LEAST_ELEMENTS = 64 * 64  # smaller parameters outside linear layers are decays, mixing weights, biases per head
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def linear_like(model: PreTrainedModel) -> dict[int, str]:
     for module in model.modules():
         linear, other = isinstance(module, nn.Linear | Conv1D), isinstance(module, nn.Embedding | _ConvNd)
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim >= 2 and (linear or (not other and min(parameter.shape[-2:]) >= LEAST_SIDE)):
+            if parameter.ndim >= 2 and (linear or (not other and parameter.numel() >= LEAST_ELEMENTS)):
                 found.setdefault(id(parameter), type(module).__name__)
     return found
 
@@ -134,9 +134,9 @@ def page(rows: list[Row]) -> str:
             f"| `quantize` takes every linear-like weight | {len(whole)} |",
             "",
             "* attention: `on`, or why it stays as it is.",
-            "* quantized: of all linear-like weights (of `nn.Linear` and `Conv1D`, and matrices and stacks of experts that "
-            "are parameters of other modules; tied ones count once), how many int8 takes. int4 takes the same ones where "
-            "the input features are a multiple of 32.",
+            "* quantized: of all linear-like weights (of `nn.Linear` and `Conv1D`, and matrices and stacks of experts "
+            "that are parameters of other modules; tied ones count once), how many int8 takes. int4 takes the same ones "
+            "where the input features are a multiple of 32.",
             "* share: of all parameters of the tiny model, embeddings among them, whose vocabulary is 256.",
             "* left: the classes whose linear-like weights stay in floating point.",
             "",

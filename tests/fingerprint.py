@@ -48,8 +48,8 @@ class Same:
 
 def fingerprint(model: PreTrainedModel) -> Facts:
     """Per module: which object it is, its class, all it has of its own (hooks and children among it). Per parameter and
-    buffer: which object it is, dtype, shape, strides, content, gradient, what it shares memory with. The configurations,
-    with the attention name that they keep apart."""
+    buffer: which object it is, dtype, shape, strides, content, gradient, what it shares memory with. The
+    configurations, with the attention name that they keep apart."""
     facts: Facts = {}
     first_users: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
