@@ -14,6 +14,10 @@ import argparse
 import datetime
 import json
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +52,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.tokens < 2 or options.rounds < 1:
         parser.error("--tokens must be at least 2 and --rounds at least 1")
+    options.interrupted = False
     options.shape = options.shape or ["llama-3.2-1b"]
     options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "decode.jsonl"
     return options
@@ -57,12 +62,21 @@ def start(jobs: list[Job], limit_s: float) -> tuple[dict[str, Worker], dict[str,
     """Load the systems one after the other; those that cannot run, with their reasons."""
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
-    for job in tqdm(jobs, desc=f"{jobs[0].shape}: load", leave=False):
-        try:
+    for job in tqdm(jobs, desc=f"{jobs[0].shape}: load", leave=False, disable=None):
+        with dropped(job.system, workers, reasons):
             workers[job.system] = Worker(job, limit_s)
-        except Failed as error:
-            reasons[job.system] = str(error)
     return workers, reasons
+
+
+@contextmanager
+def dropped(system: str, workers: dict[str, Worker], reasons: dict[str, str]) -> Iterator[None]:
+    """A system that fails inside leaves the comparison, its reason noted."""
+    try:
+        yield
+    except Failed as error:
+        reasons[system] = str(error)
+        if system in workers:
+            workers.pop(system).close(at_once=True)
 
 
 def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
@@ -71,27 +85,24 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     parameters = {name: getattr(options, name) for name in common}
     workers, reasons = start([Job(system, shape, **parameters) for system in options.systems], options.limit)
     rows: dict[str, dict[str, Any]] = {
-        system: {"system": system, **worker.facts} | {"prefill_ms": [], "decode_ms": []}
+        system: {"system": system, **worker.facts} | {"prefill_ms": [], "decode_ms": [], "run_peak_bytes": None}
         for system, worker in workers.items()
     }
-    bandwidths = []
-    for number in tqdm(range(options.rounds), desc=f"{shape}: rounds"):
-        bandwidths.append(read_bandwidth(options.device))
-        for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
-            try:
-                turn = workers[system].turn()
-            except Failed as error:
-                reasons[system] = str(error)
-                workers.pop(system).close()
-                continue
-            for name, value in (turn or {}).items():
-                rows[system][name].append(round(value, 3))
-    for system, worker in workers.items():
-        try:
-            rows[system]["run_peak_bytes"] = worker.peak_bytes()
-        except Failed as error:
-            reasons[system] = str(error)
-        worker.close()
+    bandwidths = [read_bandwidth(options.device)]
+    try:
+        for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
+            bandwidths.append(read_bandwidth(options.device))
+            for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
+                with dropped(system, workers, reasons):
+                    for name, value in (workers[system].turn() or {}).items():
+                        rows[system][name].append(round(value, 3))
+        for system, worker in list(workers.items()):
+            with dropped(system, workers, reasons):
+                rows[system]["run_peak_bytes"] = worker.peak_bytes()
+    except KeyboardInterrupt:
+        options.interrupted = True  # what was measured so far is written
+    for worker in workers.values():
+        worker.close(at_once=options.interrupted)
     described = {"shape": shape, **parameters, "rounds": options.rounds}
     described["bandwidth_bytes_per_s"] = round(median(bandwidths))
     return [
@@ -103,6 +114,7 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     options.out.parent.mkdir(parents=True, exist_ok=True)
     run = {
         "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -118,7 +130,10 @@ def main() -> None:
         with options.out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         everything += rows
+        if options.interrupted:
+            break
     print(markdown(everything))
+    sys.exit(130 if options.interrupted else 0)
 
 
 if __name__ == "__main__":

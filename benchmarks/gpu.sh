@@ -40,7 +40,9 @@ gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, gpu)
 print("hf_accel_patch", hf_accel_patch.__version__)
 '
-part tests 150 "$python" -m pytest -q -m "not slow" --maxfail=20 -p no:cacheprovider tests
+parallel=()
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
+part tests 130 "$python" -m pytest -q -m "not slow" --maxfail=20 "${parallel[@]}" -p no:cacheprovider tests
 decode decode 100 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
 decode decode-large 100 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
 decode padded 60 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 40

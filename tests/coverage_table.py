@@ -135,8 +135,8 @@ def page(rows: list[Row]) -> str:
             "",
             "* attention: `on`, or why it stays as it is.",
             "* quantized: of all linear-like weights (of `nn.Linear` and `Conv1D`, and matrices and stacks of experts "
-            "that are parameters of other modules; tied ones count once), how many int8 takes. int4 takes the same ones "
-            "where the input features are a multiple of 32.",
+            "that are parameters of other modules; tied ones count once), how many int8 takes. int4 takes the same "
+            "ones where the input features are a multiple of 32.",
             "* share: of all parameters of the tiny model, embeddings among them, whose vocabulary is 256.",
             "* left: the classes whose linear-like weights stay in floating point.",
             "",
