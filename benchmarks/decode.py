@@ -58,16 +58,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def start(jobs: list[Job], limit_s: float) -> tuple[dict[str, Worker], dict[str, str]]:
-    """Load the systems one after the other; those that cannot run, with their reasons."""
-    workers: dict[str, Worker] = {}
-    reasons: dict[str, str] = {}
-    for job in tqdm(jobs, desc=f"{jobs[0].shape}: load", leave=False, disable=None):
-        with dropped(job.system, workers, reasons):
-            workers[job.system] = Worker(job, limit_s)
-    return workers, reasons
-
-
 @contextmanager
 def dropped(system: str, workers: dict[str, Worker], reasons: dict[str, str]) -> Iterator[None]:
     """A system that fails inside leaves the comparison, its reason noted."""
@@ -80,16 +70,19 @@ def dropped(system: str, workers: dict[str, Worker], reasons: dict[str, str]) ->
 
 
 def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
-    """One row per system: facts, and a list over the rounds of each time."""
+    """One row per system: facts, and a list over the rounds of each time. Stopped, it has what was measured so far."""
     common = ("layers", "dtype", "device", "threads", "batch", "prompt", "tokens", "padded")
     parameters = {name: getattr(options, name) for name in common}
-    workers, reasons = start([Job(system, shape, **parameters) for system in options.systems], options.limit)
-    rows: dict[str, dict[str, Any]] = {
-        system: {"system": system, **worker.facts} | {"prefill_ms": [], "decode_ms": [], "run_peak_bytes": None}
-        for system, worker in workers.items()
-    }
+    workers: dict[str, Worker] = {}
+    reasons: dict[str, str] = {}
+    rows: dict[str, dict[str, Any]] = {}
     bandwidths = [read_bandwidth(options.device)]
     try:
+        for system in tqdm(options.systems, desc=f"{shape}: load", leave=False, disable=None):
+            with dropped(system, workers, reasons):
+                workers[system] = Worker(Job(system, shape, **parameters), options.limit)
+                rows[system] = {"system": system, **workers[system].facts, "run_peak_bytes": None}
+                rows[system] |= {"prefill_ms": [], "decode_ms": []}
         for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
             bandwidths.append(read_bandwidth(options.device))
             for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
@@ -100,7 +93,8 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
             with dropped(system, workers, reasons):
                 rows[system]["run_peak_bytes"] = worker.peak_bytes()
     except KeyboardInterrupt:
-        options.interrupted = True  # what was measured so far is written
+        options.interrupted = True
+        reasons |= {system: "stopped before its turn" for system in options.systems if system not in rows}
     for worker in workers.values():
         worker.close(at_once=options.interrupted)
     described = {"shape": shape, **parameters, "rounds": options.rounds}

@@ -47,8 +47,7 @@ class Worker:
         try:
             self.facts: dict[str, Any] = self._answer()
         except Failed:
-            self.process.kill()
-            self.close()
+            self.close(at_once=True)
             raise
         self.left_s = limit_s
 
@@ -65,9 +64,9 @@ class Worker:
         peak: int | None = self._answer()["run_peak_bytes"]
         return peak
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         self.pipe.close()  # which an idle worker takes as its end
-        self.process.join(5)
+        self.process.join(0 if at_once else 5)
         self.process.kill()
         self.process.join()
 

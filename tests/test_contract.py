@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -254,6 +255,7 @@ def test_a_deep_copy_lives_on_its_own(family: str, label: str, stock: Stock, att
     clone = copy.deepcopy(original)
     shared = {id(t) for t in _tensors(original)} & {id(t) for t in _tensors(clone)}
     assert not shared, "the copy holds tensors of the original"
+    assert not _bound(clone) & set(original.modules()), "a method of the copy belongs to the original"
     with torch.no_grad():
         for tensor in _tensors(original):
             tensor.zero_()
@@ -265,6 +267,15 @@ def test_a_deep_copy_lives_on_its_own(family: str, label: str, stock: Stock, att
     assert unpatch(clone) is clone
     assert torch.equal(logits(clone, prompt()), stock(family).alone)
     assert len(attention_calls) == ours, "the copy still calls our attention"
+
+
+def _bound(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules that the functions kept on the model's instances hold on to."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    held = [value.__self__ for value in kept if isinstance(value, types.MethodType)]
+    functions = [value for value in kept if isinstance(value, types.FunctionType)]
+    held += [cell.cell_contents for function in functions for cell in function.__closure__ or ()]
+    return {value for value in held if isinstance(value, nn.Module)}
 
 
 def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
