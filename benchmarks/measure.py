@@ -122,7 +122,7 @@ class PeakMemory:
     def bytes(self) -> int | None:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.start
-        return None if self.start < 0 else _status("VmHWM") - self.start
+        return None if self.start < 0 else max(0, _status("VmHWM") - self.start)
 
 
 def _status(field: str) -> int:

@@ -6,13 +6,18 @@
 >>> print(report(model))
 
 Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing
-else.
+else. Where transformers has not loaded its models yet, which takes a second, that waits until a name is used.
 """
 
-from hf_accel_patch.api import patch, patched, plan, report, unpatch
-from hf_accel_patch.errors import AlreadyPatched, HfAccelError, NotReversible, UnsupportedModel
-from hf_accel_patch.passes import Attention, Quantize
-from hf_accel_patch.passes.attention import register
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_accel_patch.api import patch, patched, plan, report, unpatch
+    from hf_accel_patch.errors import AlreadyPatched, HfAccelError, NotReversible, UnsupportedModel
+    from hf_accel_patch.passes import Attention, Quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,4 +34,23 @@ __all__ = [
     "unpatch",
 ]
 
-register()
+
+def _load() -> None:
+    """Import everything and register. The names are set here, because two of them are those of modules as well."""
+    from hf_accel_patch import api, errors, passes
+    from hf_accel_patch.passes.attention import register
+
+    homes = (passes, errors, api)
+    globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
+    register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]
+
+
+if "transformers.modeling_utils" in sys.modules:
+    _load()
