@@ -10,7 +10,7 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parent.parent / "hf_accel_patch"
-ROOMS = ("errors", "journal", "ops", "families", "plan", "report", "passes", "options", "api")
+ROOMS = ("errors", "journal", "kernels", "ops", "families", "plan", "report", "passes", "options", "api")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -32,7 +32,7 @@ def test_imports_point_one_way(path):
     assert imported(path) <= set(allowed)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ops").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) in ("kernels", "ops")], ids=lambda p: p.name)
 def test_ops_import_torch_only(path):
     assert "transformers" not in path.read_text()
 

@@ -1,9 +1,10 @@
-"""Products with quantized weights on the CPU, on kernels that PyTorch ships.
+"""Products with quantized weights on the CPU.
 
-PyTorch's int8 and int4 kernels read the weights at memory speed for one or a few rows of activations, but only with
-bfloat16 activations (with float32 or float16 they are scalar code), and their time grows with the rows. A prefill
-unpacks blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel
-for this processor at all, is measured once per process.
+One or a few rows of activations go through a matrix-vector kernel, which reads the weights once: that of
+kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
+float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
+blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
+processor at all, is measured once per process.
 """
 
 from __future__ import annotations
@@ -11,16 +12,31 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.quantize import quantize_int4, row_blocks
 
 UNPACK_ELEMENTS = 1 << 20  # weights unpacked at a time: 2 MB in bfloat16, which stay in the cache
-NEVER = 1 << 30  # rows
+ALWAYS = 1 << 30  # rows
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What multiplies: a matrix-vector kernel, compiled or PyTorch's, for up to `rows` rows of activations."""
+
+    compiled: bool
+    rows: int
+
+    def __str__(self) -> str:
+        kernel = "compiled kernel" if self.compiled else "PyTorch's kernel"
+        return f"{kernel} up to {self.rows} rows, then unpacked" if self.rows else "unpacked to bfloat16"
 
 
 def pack_int4(weight: Tensor, group_size: int, block: int, refinements: int | None = None) -> tuple[Tensor, Tensor]:
@@ -73,31 +89,66 @@ def rows_int4(packed: Tensor, scales: Tensor, block: int, index: Tensor) -> Tens
     return (grouped * scale.T[..., None] + zero.T[..., None]).view(len(index), K).bfloat16()
 
 
-def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, kernel_rows: int) -> Tensor:
-    """x [M, K] bfloat16 times the weights' transpose: bfloat16 [M, N']. Up to `kernel_rows` rows take the kernel."""
-    if x.shape[0] <= kernel_rows:
+def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, backend: Backend) -> Tensor:
+    """x [M, K] times the weights' transpose: [M, N'] in the dtype of x."""
+    kernels = _kernels(x, block, backend)
+    if x.shape[0] <= backend.rows and kernels is not None:
+        return cpu.linear_int4(kernels, x.contiguous(), packed, scales)
+    dtype, x = x.dtype, x.to(torch.bfloat16).contiguous()
+    if x.shape[0] <= backend.rows:
         group_size = x.shape[1] // scales.shape[0]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales).to(dtype)
     N, K = packed.shape[0], packed.shape[1] * 2
     out = x.new_empty(x.shape[0], N)
     step = max(1, UNPACK_ELEMENTS // (K * block))
     for start in range(0, N // block, step):
         stop = min(start + step, N // block)
-        product = torch.matmul(x, unpack_int4(packed, scales, block, start, stop))
-        out[:, start * block : stop * block].view(-1, stop - start, block).copy_(product.transpose(0, 1))
-    return out
+        rows = slice(start * block, stop * block)
+        if kernels is not None:
+            torch.mm(x, cpu.unpack_int4(kernels, packed, scales, rows.start, rows.stop), out=out[:, rows])
+        else:
+            product = torch.matmul(x, unpack_int4(packed, scales, block, start, stop))
+            out[:, rows].view(-1, stop - start, block).copy_(product.transpose(0, 1))
+    return out.to(dtype)
 
 
-def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, kernel_rows: int) -> Tensor:
-    """x [M, K] bfloat16 times the transpose of int8 codes [N, K] with scales [N]: bfloat16 [M, N]."""
-    if x.shape[0] <= kernel_rows:
-        return torch._weight_int8pack_mm(x, codes, scales)
-    out = x.new_empty(x.shape[0], len(codes))
-    step = max(1, UNPACK_ELEMENTS // codes.shape[1])
-    for start in range(0, len(codes), step):
+def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> Tensor:
+    """x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: [M, N] in the dtype of x."""
+    N, K = codes.shape
+    kernels = _kernels(x, int4_block(), backend)
+    if x.shape[0] <= backend.rows and kernels is not None:
+        return cpu.linear_int8(kernels, x.contiguous(), codes, scales)
+    dtype, x = x.dtype, x.to(torch.bfloat16).contiguous()
+    if x.shape[0] <= backend.rows and K % 16 == 0:
+        return torch._weight_int8pack_mm(x, codes, scales).to(dtype)
+    out = x.new_empty(x.shape[0], N)
+    step = max(1, UNPACK_ELEMENTS // K)
+    for start in range(0, N, step):
         rows = slice(start, start + step)
-        torch.mul(F.linear(x, codes[rows].to(x.dtype)), scales[rows], out=out[:, rows])
-    return out
+        dense = codes[rows].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[rows])
+        torch.mul(F.linear(x, dense), scales[rows], out=out[:, rows])
+    return out.to(dtype)
+
+
+def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
+    """The compiled kernels where they can be used."""
+    return cpu.library(block) if backend.compiled and x.dtype in cpu.DTYPES else None
+
+
+@torch.library.custom_op(
+    "hf_accel_patch::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scales, int block, bool compiled, int rows) -> Tensor",
+)
+def linear_op(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bool, rows: int) -> Tensor:
+    """Either product as one operator for graphs that torch.compile makes; `block` is 0 for int8."""
+    backend = Backend(compiled, rows)
+    return linear_int4(x, codes, scales, block, backend) if block else linear_int8(x, codes, scales, backend)
+
+
+@linear_op.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bool, rows: int) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @cache
@@ -115,31 +166,33 @@ def int4_block() -> int:
 
 
 @cache
-def kernel_rows_int4() -> int:
-    """Up to how many rows of activations PyTorch's int4 kernel beats unpacking, measured; 0 where it never does."""
+def backend_int4(compiled: bool) -> Backend:
+    """The kernel for int4 weights, and up to how many rows of activations it beats unpacking, measured."""
     block = int4_block()
     if not block:
-        return 0
+        return Backend(False, 0)
     packed, scales = pack_int4(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), 64, block)
-    return _crossover(1024, lambda x, rows: linear_int4(x, packed, scales, block, rows))
+    return _measured(compiled, block, lambda x, backend: linear_int4(x, packed, scales, block, backend))
 
 
 @cache
-def kernel_rows_int8() -> int:
-    """The same for int8."""
+def backend_int8(compiled: bool) -> Backend:
+    """The same for int8 weights."""
     codes, scales = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
-    return _crossover(1024, lambda x, rows: linear_int8(x, codes, scales, rows))
+    return _measured(compiled, int4_block(), lambda x, backend: linear_int8(x, codes, scales, backend))
 
 
-def _crossover(K: int, linear: Callable[[Tensor, int], Tensor]) -> int:
-    """The largest power of two of rows, up to 256, at which the kernel still wins."""
+def _measured(compiled: bool, block: int, linear: Callable[[Tensor, Backend], Tensor]) -> Backend:
+    """The backend with the largest number of rows, a power of two up to 256, at which its kernel still wins."""
+    compiled = compiled and cpu.library(block) is not None
     best = 0
-    for M in (1, 4, 16, 32, 64, 128, 256):
-        x = torch.ones(M, K, dtype=torch.bfloat16)
-        if _seconds(lambda x=x: linear(x, NEVER)) > _seconds(lambda x=x: linear(x, 0)):  # type: ignore[misc]
+    for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        x = torch.ones(M, 1024, dtype=torch.bfloat16)
+        kernel, unpacked = (partial(linear, x, Backend(compiled, rows)) for rows in (ALWAYS, 0))
+        if _seconds(kernel) > _seconds(unpacked):
             break
         best = M
-    return best
+    return Backend(compiled, best)
 
 
 def _seconds(run: Callable[[], object], repeats: int = 5) -> float:

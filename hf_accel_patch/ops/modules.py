@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hf_accel_patch.ops.linear import linear_int4, linear_int8, rows_int4, unpack_int4
+from hf_accel_patch.ops.linear import Backend, linear_int4, linear_int8, linear_op, rows_int4, unpack_int4
 
 
 class QuantizedWeight(Tensor):
@@ -42,15 +42,14 @@ class QuantizedWeight(Tensor):
 
 
 class Quantized(nn.Module):
-    """What the four classes share. `block` is the layout of int4 codes; `kernel_rows` says up to how many rows of
-    activations the matrix-vector kernel is used."""
+    """What the four classes share. `block` is the layout of int4 codes."""
 
     qweight: Tensor
     scales: Tensor
     like: Tensor
     weight_shape: tuple[int, int]
     block: int
-    kernel_rows: int
+    backend: Backend
     bits: str
 
     @property
@@ -66,7 +65,7 @@ class Quantized(nn.Module):
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """x [M, K] bfloat16 times the weight's transpose, bfloat16 [M, N]."""
+        """x [M, K] times the weight's transpose, [M, N] in the dtype of x."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -83,7 +82,10 @@ class Int8(Quantized):
         return (self.qweight[index].float() * self.scales.view(torch.bfloat16)[index, None]).bfloat16()
 
     def product(self, x: Tensor) -> Tensor:
-        return linear_int8(x, self.qweight, self.scales.view(torch.bfloat16), self.kernel_rows)
+        scales = self.scales.view(torch.bfloat16)
+        if torch.compiler.is_compiling():
+            return linear_op(x, self.qweight, scales, 0, self.backend.compiled, self.backend.rows)
+        return linear_int8(x, self.qweight, scales, self.backend)
 
 
 class Int4(Quantized):
@@ -100,11 +102,15 @@ class Int4(Quantized):
 
     def product(self, x: Tensor) -> Tensor:
         scales = self.scales.view(torch.bfloat16)
-        return linear_int4(x, self.qweight, scales, self.block, self.kernel_rows)[:, : self.weight_shape[0]]
+        if torch.compiler.is_compiling():
+            y = linear_op(x, self.qweight, scales, self.block, self.backend.compiled, self.backend.rows)
+        else:
+            y = linear_int4(x, self.qweight, scales, self.block, self.backend)
+        return y[:, : self.weight_shape[0]]
 
 
 class QuantizedLinear(Quantized, nn.Linear):
-    """y = x W^T + b. Float32 and float16 activations are rounded to bfloat16 for the kernels."""
+    """y = x W^T + b."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu":
@@ -114,7 +120,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:  # the kernels have no derivative
             return F.linear(input, self.dequantize(input.dtype), self.bias)
         shape = input.shape
-        y = self.product(input.reshape(-1, shape[-1]).to(torch.bfloat16).contiguous()).to(input.dtype)
+        y = self.product(input.reshape(-1, shape[-1]))
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*shape[:-1], -1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_accel_patch.ops import linear, quantize
-from hf_accel_patch.ops.linear import NEVER, linear_int4, linear_int8, pack_int4, rows_int4, unpack_int4
+from hf_accel_patch.ops.linear import ALWAYS, Backend, linear_int4, linear_int8, pack_int4, rows_int4, unpack_int4
 from hf_accel_patch.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 BFLOAT16 = 2**-8  # relative rounding error, twice
@@ -80,27 +80,33 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     assert all(torch.equal(a, b) for one, two in zip(whole, parts, strict=True) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [0, 1, 3, 70])
 def test_int4_products(rows):
     block = linear.int4_block()
     w, x = weights(200), torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     packed, scales = pack_int4(w, 64, block or 64)
     expected = x.double() @ dequantize_int4(*quantize_int4(w, 64)).double().T
-    for kernel_rows in (0, NEVER) if block else (0,):
-        ours = linear_int4(x, packed, scales, block or 64, kernel_rows)[:, :200]
-        assert ours.dtype == torch.bfloat16
-        assert error(ours, expected) < 2 * BFLOAT16
+    for kernel_rows in (0, ALWAYS) if block else (0,):
+        ours = linear_int4(x, packed, scales, block or 64, Backend(False, kernel_rows))[:, :200]
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
+        assert rows == 0 or error(ours, expected) < 2 * BFLOAT16
 
 
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [0, 1, 3, 70])
 def test_int8_products(rows):
     w, x = weights(200), torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     codes, scales = quantize_int8(w)
     expected = x.double() @ dequantize_int8(codes, scales.double()).T
-    for kernel_rows in (0, NEVER):
-        assert error(linear_int8(x, codes, scales, kernel_rows), expected) < 2 * BFLOAT16
+    for kernel_rows in (0, ALWAYS):
+        ours = linear_int8(x, codes, scales, Backend(False, kernel_rows))
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
+        assert rows == 0 or error(ours, expected) < 2 * BFLOAT16
 
 
-def test_the_crossover_is_measured():
-    for rows in (linear.kernel_rows_int4(), linear.kernel_rows_int8()):
-        assert rows == 0 or rows in (1, 4, 16, 32, 64, 128, 256)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_crossover_is_measured(compiled):
+    for backend in (linear.backend_int4(compiled), linear.backend_int8(compiled)):
+        assert backend.rows in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+        assert str(backend).startswith(
+            "unpacked" if not backend.rows else "compiled" if backend.compiled else "PyTorch"
+        )

@@ -11,6 +11,7 @@ from torch import nn
 
 import hf_accel_patch
 from hf_accel_patch import Quantize, patch, report, unpatch
+from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops import linear
 from hf_accel_patch.ops.modules import Quantized
 
@@ -28,14 +29,18 @@ def rounded(model, quantized):
 
 @pytest.mark.parametrize("scheme", ("int8", "int4"))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2", "phi3", "opt", "gpt_neox"))
-@pytest.mark.parametrize("rows", ("kernel", "unpacked"))
-def test_a_quantized_model_is_stock_with_rounded_weights(name, scheme, rows, monkeypatch):
-    for function in ("kernel_rows_int4", "kernel_rows_int8"):
-        monkeypatch.setattr(
-            f"hf_accel_patch.passes.quantize.{function}", lambda: linear.NEVER if rows == "kernel" else 0
-        )
-    if rows == "kernel" and not linear.int4_block():
+@pytest.mark.parametrize("backend", ("compiled", "torch", "unpacked"))
+def test_a_quantized_model_is_stock_with_rounded_weights(name, scheme, backend, monkeypatch):
+    block = linear.int4_block()
+    if backend == "compiled" and (reason := cpu.why_not(block)):
+        pytest.skip(reason)
+    if backend == "torch" and not block:
         pytest.skip("no int4 kernel on this processor")
+    rows = 0 if backend == "unpacked" else linear.ALWAYS
+    for function in ("backend_int4", "backend_int8"):
+        monkeypatch.setattr(
+            f"hf_accel_patch.passes.quantize.{function}", lambda _: linear.Backend(backend == "compiled", rows)
+        )
     model = patch(tiny(name), quantize=scheme)
     stock = rounded(tiny(name), model)
     for inputs in ({"input_ids": prompt()}, left_padded()):

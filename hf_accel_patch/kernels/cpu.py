@@ -1,0 +1,156 @@
+"""Quantized products on x86 processors, in C, compiled with the machine's own compiler at first use.
+
+`library()` is None where that is not possible, and `why_not()` says why; then PyTorch's kernels do the work, on the
+same bytes. The compiled library is kept in the user's cache directory, named by all that it depends on. It runs on the
+OpenMP threads of PyTorch, for it is linked to none of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+FEATURES = {64: {"avx512f", "avx512bw", "f16c"}, 32: {"avx2", "fma", "f16c"}}  # by rows per block of int4 codes
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
+SECONDS = 120  # to compile, which takes one
+
+
+def library(block: int) -> ctypes.CDLL | None:
+    """The kernels for int4 codes in blocks of `block` rows, or None."""
+    return _load(block)[0]
+
+
+def why_not(block: int) -> str:
+    """Why there are none."""
+    return _load(block)[1]
+
+
+def linear_int4(kernels: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K], contiguous, times the transpose of int4 weights (see ops/linear.py): [M, N'], like x."""
+    (M, K), N = x.shape, packed.shape[0]
+    out = x.new_empty(M, N)
+    _check(
+        kernels.linear_int4(
+            x.data_ptr(), DTYPES[x.dtype], M, K, packed.data_ptr(), scales.data_ptr(), N, K // scales.shape[0],
+            out.data_ptr(), torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return out
+
+
+def linear_int8(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K], contiguous, times the transpose of int8 codes [N, K] with scales [N]: [M, N], like x."""
+    (M, K), N = x.shape, codes.shape[0]
+    out = x.new_empty(M, N)
+    _check(
+        kernels.linear_int8(
+            x.data_ptr(), DTYPES[x.dtype], M, K, codes.data_ptr(), scales.data_ptr(), N, out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return out
+
+
+def unpack_int4(kernels: ctypes.CDLL, packed: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop, whole blocks, as bfloat16 [K, stop - start]."""
+    N, K = packed.shape[0], packed.shape[1] * 2
+    out = torch.empty(K, stop - start + STRIDE, dtype=torch.bfloat16)
+    kernels.unpack_int4(
+        packed.data_ptr() + start * K // 2, scales.data_ptr() + 4 * start, N, K, K // scales.shape[0], stop - start,
+        out.data_ptr(), out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out[:, : stop - start]
+
+
+def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
+    """Contiguous int8 codes as bfloat16, which holds them exactly."""
+    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    kernels.unpack_int8(codes.data_ptr(), codes.numel(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the activations of a quantized product")
+
+
+@cache
+def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
+    features = _features()
+    if missing := FEATURES.get(block, {"int4 kernel in PyTorch"}) - features:
+        return None, f"the processor has no {', '.join(sorted(missing))}"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        return None, "there is no C compiler"
+    try:
+        kernels = ctypes.CDLL(str(_build(compiler.split(), block, features)))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return None, f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else type(error).__name__}"
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    kernels.linear_int4.argtypes = [pointer, integer, size, size, pointer, pointer, size, size, pointer, integer]
+    kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
+    kernels.unpack_int4.argtypes = [pointer, pointer, size, size, size, size, pointer, size, integer]
+    kernels.unpack_int8.argtypes = [pointer, size, pointer, integer]
+    kernels.unpack_int4.restype = kernels.unpack_int8.restype = None
+    return kernels, ""
+
+
+def _features() -> set[str]:
+    """The instruction sets of this processor, as Linux names them; empty where that is not known."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def _build(compiler: list[str], block: int, features: set[str]) -> Path:
+    """The compiled library, from the cache where it is there."""
+    source = SOURCE.read_bytes()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True, timeout=SECONDS)
+    parts = (source, repr((compiler, FLAGS, block, version.stdout, sorted(features))).encode())
+    path = _cache_folder() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be building it too
+        run = {"capture_output": True, "check": True, "text": True, "timeout": SECONDS}
+        made = [str(Path(folder) / name) for name in ("cpu.o", "cpu.so")]
+        subprocess.run([*compiler, *FLAGS, f"-DBLOCK={block}", "-c", str(SOURCE), "-o", made[0]], **run)  # type: ignore[call-overload]
+        subprocess.run([*compiler, "-shared", made[0], "-o", made[1], "-lm"], **run)  # type: ignore[call-overload]
+        os.replace(made[1], path)
+    return path
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_accel_patch"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a read-only or an unknown home
+        pass
+    return Path(_own_folder().name)
+
+
+@cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="hf_accel_patch-")

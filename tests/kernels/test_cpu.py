@@ -1,0 +1,166 @@
+"""The compiled kernels against plain arithmetic in float64, in every layout that this processor can have."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_accel_patch.kernels import cpu
+from hf_accel_patch.ops.linear import pack_int4
+from hf_accel_patch.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+ROUNDING = {torch.float32: 2**-13, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of activations and of results
+
+
+@pytest.fixture(params=[64, 32])
+def block(request):
+    if reason := cpu.why_not(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, expected):
+    """Elementwise, relative to the largest of the row."""
+    bound = ROUNDING[ours.dtype] * expected.abs().amax(-1, keepdim=True)
+    return bool(((ours.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 33])
+@pytest.mark.parametrize("N, K, group_size", [(64, 64, 64), (200, 96, 32), (130, 384, 128), (300, 1024, 64)])
+def test_int4(block, N, K, group_size, rows, dtype):
+    w, x = normal(N, K), normal(rows, K, seed=1).to(dtype)
+    packed, scales = pack_int4(w, group_size, block)
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales)
+    assert ours.dtype == dtype and ours.shape == (rows, len(packed))
+    codes, scale, zero = quantize_int4(w, group_size)
+    assert close(ours[:, :N], x.double() @ dequantize_int4(codes, scale.double(), zero.double()).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4, 9, 33])
+@pytest.mark.parametrize("N, K", [(1, 1), (33, 100), (130, 384), (70, 4000)])
+def test_int8(block, N, K, rows, dtype):
+    w, x = normal(N, K), normal(rows, K, seed=1).to(dtype)
+    codes, scales = quantize_int8(w)
+    ours = cpu.linear_int8(cpu.library(block), x, codes, scales)
+    assert ours.dtype == dtype and ours.shape == (rows, N)
+    assert close(ours, x.double() @ dequantize_int8(codes, scales.double()).T)
+
+
+def test_bfloat16_activations_are_held_exactly(block):
+    """Integer weights and activations of few bits: every product and sum is exact."""
+    x = torch.tensor([1.0, -96.0, 3.0, 0.0, 127.0, -2.5, 64.0, 1.5] * 16).bfloat16()[None]
+    codes = torch.arange(-64, 64, dtype=torch.int8).repeat(4, 1)
+    ours = cpu.linear_int8(cpu.library(block), x.float(), codes, torch.ones(4, dtype=torch.bfloat16))
+    assert torch.equal(ours, x.float() @ codes.float().T)
+
+
+@pytest.mark.parametrize("large", [1e30, 1e-30, 1e-38, 1e4])
+def test_a_large_activation_costs_only_its_own_group(block, large):
+    """Others keep their precision, as they would not with one scale for all features."""
+    x = normal(1, 256)
+    x[0, :64] *= large
+    w = normal(64, 256, seed=1)
+    w[:, :64] = 0
+    codes, scales = quantize_int8(w)
+    ours = cpu.linear_int8(cpu.library(block), x, codes, scales)
+    assert close(ours, x.double() @ dequantize_int8(codes, scales.double()).T)
+    packed, scales = pack_int4(w, 64, block)
+    codes, scale, zero = quantize_int4(w, 64)
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales)[:, :64]
+    exact = x.double() @ dequantize_int4(codes, scale.double(), zero.double()).T
+    bound = 2**-12 * (x.double().abs() @ dequantize_int4(codes, scale.double(), zero.double()).abs().T)
+    assert bool(((ours - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(block, value):
+    x = normal(3, 128).bfloat16()
+    x[1, 70] = value
+    packed, scales = pack_int4(normal(64, 128), 64, block)
+    codes, row_scales = quantize_int8(normal(64, 128))
+    kernels = cpu.library(block)
+    for ours in (cpu.linear_int4(kernels, x, packed, scales), cpu.linear_int8(kernels, x, codes, row_scales)):
+        assert not ours[1].isfinite().any() and ours[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_unpacking_rounds_to_bfloat16_once(block, group_size):
+    w = normal(300, 384)
+    packed, scales = pack_int4(w, group_size, block)
+    codes, scale, zero = quantize_int4(w, group_size)
+    expected = dequantize_int4(codes, scale.double(), zero.double()).float().bfloat16()
+    for start, stop in ((0, len(packed)), (block, 3 * block)):
+        ours = cpu.unpack_int4(cpu.library(block), packed, scales, start, stop)
+        rows = min(stop, 300) - start
+        assert torch.equal(ours[:, :rows].T, expected[start:stop])
+
+
+def test_unpacking_int8_is_exact(block):
+    codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, 5)
+    assert torch.equal(cpu.unpack_int8(cpu.library(block), codes), codes.bfloat16())
+
+
+def test_threads_change_nothing(block):
+    packed, scales = pack_int4(normal(512, 256), 64, block)
+    x, threads, results = normal(5, 256), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(cpu.linear_int4(cpu.library(block), x, packed, scales))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def run(code, **environment):
+    """What a fresh process prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+    assert not process.returncode, process.stderr
+    return process.stdout
+
+
+REPORT = """
+from hf_accel_patch.kernels import cpu
+from hf_accel_patch.ops.linear import backend_int4, int4_block
+block = int4_block()
+print(cpu.library(block) is not None, backend_int4(True).compiled, cpu.why_not(block))
+"""
+
+
+def test_without_a_compiler_the_kernels_of_pytorch_remain(tmp_path):
+    assert run(REPORT, CC="/no/such/compiler", XDG_CACHE_HOME=str(tmp_path)).startswith("False False /no/such/comp")
+
+
+def test_a_compiler_that_fails_says_so(tmp_path):
+    output = run(REPORT, CC="/bin/false", XDG_CACHE_HOME=str(tmp_path))
+    assert output.startswith("False False /bin/false failed")
+
+
+def test_the_library_is_made_once_and_kept(tmp_path, block):
+    output = run(REPORT, XDG_CACHE_HOME=str(tmp_path))
+    made = list((tmp_path / "hf_accel_patch").iterdir())
+    if output.startswith("False"):
+        pytest.skip(output)
+    assert [path.suffix for path in made] == [".so"]
+    stamp = made[0].stat().st_mtime_ns
+    run(REPORT, XDG_CACHE_HOME=str(tmp_path))
+    assert made[0].stat().st_mtime_ns == stamp and (tmp_path / "hf_accel_patch").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, block):
+    folder = tmp_path / "hf_accel_patch"
+    folder.mkdir()
+    folder.chmod(0o777)
+    run(REPORT, XDG_CACHE_HOME=str(tmp_path))
+    assert not list(folder.iterdir())
