@@ -66,9 +66,13 @@ class Journal:
         on calling the old model."""
         self.set_attribute(target, name, types.MethodType(function, target))
 
-    def change_class(self, target: object, new: type) -> None:
+    def change_class(self, target: object, new: Any) -> None:
+        """`target.__class__ = new`. accelerate's hook on a module calls the forward that it found there, so that is
+        changed too."""
         self._note("class", target, "__class__", type(target))
         target.__class__ = new
+        if "_old_forward" in vars(target):
+            self.set_attribute(target, "_old_forward", types.MethodType(new.forward, target))
 
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
         """Replace a parameter that the module has."""

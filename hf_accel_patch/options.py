@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from hf_accel_patch.passes import Attention, Frequencies, Later, Prefill, Quantize
+from hf_accel_patch.passes import Attention, Frequencies, Later, Linear, Prefill, Quantize
 from hf_accel_patch.plan import Pass
 
-KEYWORDS = ("gqa", "rope", "quantize", "attention", "cache", "speculative")
+KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
 LATER = {  # keyword: what stays as it is while this version has no such pass
     "gqa": "key/value heads stay as they are: no conversion in this version",
     "cache": "transformers' own cache stays: no replacement in this version",
@@ -29,10 +29,12 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         if keywords.get(name) not in (None, False) and not (name == "cache" and keywords[name] is True):
             raise ValueError(f"{name}={keywords[name]!r} is not in this version; leave the keyword out")
     later = {name: Later(name, reason) for name, reason in LATER.items()}
+    quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
         later["gqa"],
         Frequencies(),
-        _quantize(keywords.get("quantize"), keep_originals),
+        quantize,
+        _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True)),
         later["cache"],
         later["speculative"],
@@ -48,6 +50,14 @@ def _quantize(value: Any, keep_originals: bool) -> Pass:
     if keep_originals and chosen.originals == "discard":
         raise ValueError("patched() takes the patch off after its body, so it cannot discard the originals")
     return dataclasses.replace(chosen, originals="keep" if keep_originals else chosen.originals or "discard")
+
+
+def _linear(value: Any, quantize: Pass) -> Pass:
+    if value is False:
+        return Later("linear", "switched off: linear=False")
+    if value not in (True, None):
+        raise ValueError(f"linear={value!r}; allowed: True, False")
+    return Linear(quantize if isinstance(quantize, Quantize) else None)
 
 
 def _attention(value: Any) -> tuple[Pass, ...]:

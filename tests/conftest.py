@@ -26,6 +26,14 @@ KEY = "hf_accel_patch"  # the name of our attention in transformers' registry
 LONG = (300, 180, 64)  # prompts whose dense mask would be larger than what the attention pass stores
 
 
+@pytest.fixture(autouse=True)
+def _no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models take the path of large ones."""
+    import hf_accel_patch.passes.linear
+
+    monkeypatch.setattr(hf_accel_patch.passes.linear, "LEAST_WEIGHTS", 0)
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What a model answers: logits alone, left-padded, and left-padded at a length where masks are no longer stored;

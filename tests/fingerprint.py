@@ -72,6 +72,10 @@ def fingerprint(model: PreTrainedModel) -> Facts:
     return facts
 
 
+CACHES = ("__warningregistry__", "__annotations_cache__", "__annotate_cache__", "__slotnames__")  # Python's own
+OURS = "hf_accel_patch"  # whose own classes are not shared with stock models
+
+
 def shared_state(*models: nn.Module) -> Facts:
     """What is in the places that all models share: transformers' registries and caches, the modules and classes of
     torch and transformers (those of `models` among them), process-wide settings."""
@@ -83,12 +87,14 @@ def shared_state(*models: nn.Module) -> Facts:
         classes |= dict.fromkeys(kind for kind in vars(place).values() if isinstance(kind, type))
     for model in models:
         for module in model.modules():
-            classes |= dict.fromkeys(type(module).__mro__[:-1])
+            classes |= dict.fromkeys(
+                kind for kind in type(module).__mro__[:-1] if kind.__module__.split(".")[0] != OURS
+            )
     facts: Facts = {}
     for place in [*modules, *classes]:
         label = place.__name__ if isinstance(place, types.ModuleType) else f"{place.__module__}.{place.__qualname__}"
         for name, value in vars(place).items():
-            if name not in ("__warningregistry__", "__annotations_cache__", "__annotate_cache__"):
+            if name not in CACHES:
                 facts[f"{label}.{name}"] = _scalar(value)
     registries = {
         "attention": modeling_utils.ALL_ATTENTION_FUNCTIONS,

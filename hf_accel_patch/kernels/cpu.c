@@ -1,9 +1,10 @@
-/* Products of a few rows of activations with int8 and int4 weights, at the speed of reading the weights.
+/* Products of a few rows of activations with int8, int4 and float weights, at the speed of reading the weights.
  *
  * The layouts are those of PyTorch's own CPU kernels (see ops/linear.py), so that either can work on the same bytes.
- * Activations become 16-bit integers with a power of two as the scale of every group of input features: a bfloat16
- * within a factor of 2^7 of the largest of its group is held exactly. The dot product within a group is then an exact
- * integer; scales, zeros and the sum over groups are float32.
+ * Products with float weights are summed in float32. For quantized weights, activations become 16-bit integers with a
+ * power of two as the scale of every group of input features: a bfloat16 within a factor of 2^7 of the largest of its
+ * group is held exactly. The dot product within a group is then an exact integer; scales, zeros and the sum over groups
+ * are float32.
  *
  * BLOCK, the rows in a block of int4 codes, is given by the build: 64 needs AVX512BW, 32 needs AVX2.
  * Functions return 0, or -1 where there is no memory.
@@ -20,6 +21,7 @@ typedef __m512 floats;
 #define I(name) _mm512_##name
 #define LOAD(p) _mm512_loadu_si512(p)
 #define LOAD_BYTES(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_FLOAT16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define ZERO() _mm512_setzero_si512()
 #define AND(a, b) _mm512_and_si512(a, b)
 /* The first of two 32-bit values in the lower half of the lanes, the second in the upper half. */
@@ -37,6 +39,7 @@ typedef __m256 floats;
 #define I(name) _mm256_##name
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define LOAD_BYTES(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_FLOAT16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define ZERO() _mm256_setzero_si256()
 #define AND(a, b) _mm256_and_si256(a, b)
 #define HALVES(p) _mm256_set_m128i(_mm_set1_epi32((p)[1]), _mm_set1_epi32((p)[0]))
@@ -48,14 +51,18 @@ typedef __m256 floats;
 #define IN_ORDER(a) _mm256_permute4x64_epi64(a, 0xD8)
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+#define HIGH_HALVES I(set1_epi32)((int32_t)0xFFFF0000)
+
 enum {
     LANES = sizeof(integers) / 4,
     HALF = BLOCK / 2,     /* bytes of int4 codes per input feature of a block */
     PARTS = BLOCK / 16,    /* 128-bit parts of a vector */
-    ROWS = BLOCK / 32,     /* rows of activations that fit the registers */
+    MOST = 48,             /* rows of activations for which a group of int4 codes is expanded once */
+    GROUP_MOST = 128,      /* input features in a group */
     AHEAD = 6144,          /* bytes of codes to prefetch: further than the processor does by itself */
-    GROUP = 64,            /* input features per scale of the activations of an int8 product */
-    TILE = 32,             /* rows of int8 codes that stay in the cache for all rows of activations */
+    GROUP = 128,           /* input features per scale of the activations of an int8 product */
+    TILE = 32,             /* rows of int8 codes or floats that stay in the cache for all rows of activations */
 };
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
@@ -68,6 +75,16 @@ static inline integers dot(integers acc, integers a, integers b) {
     return _mm256_dpwssd_avx_epi32(acc, a, b);
 #else
     return I(add_epi32)(acc, I(madd_epi16)(a, b));
+#endif
+}
+
+static inline float sum_lanes(floats a) {
+#if BLOCK == 64
+    return _mm512_reduce_add_ps(a);
+#else
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #endif
 }
 
@@ -105,7 +122,7 @@ static inline void put(void *out, enum dtype dtype, int64_t i, float value) {
 
 /* Activations [M, K] as integers: x = q * scale in every group of input features. K is padded with zeros. */
 typedef struct {
-    int64_t groups, stride; /* stride = groups * group */
+    int64_t groups, stride;
     int16_t *q;             /* [M, stride] */
     float *scale;           /* [M, groups] */
     int32_t *sum;           /* [M, groups], of q */
@@ -134,86 +151,124 @@ static void quantize_group(const float *x, int64_t group, int16_t *q, float *sca
     *sum = total;
 }
 
-/* Pairs of the features 0 and 4, 1 and 5, 2 and 6, 3 and 7 in every eight, as `block_int4` takes them. */
-static void interleave(int16_t *q, int64_t n) {
-    for (int64_t i = 0; i < n; i += 8) {
-        __m128i v = _mm_loadu_si128((const __m128i *)(q + i));
-        _mm_storeu_si128((__m128i *)(q + i), _mm_unpacklo_epi16(v, _mm_srli_si128(v, 8)));
-    }
-}
-
-/* Returns the memory that holds it all, to be freed, or NULL. */
-static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int64_t group, activations *a) {
+/* Returns the memory that holds it all, to be freed, or NULL. `interleaved`: in every eight input features those in the
+ * order 0 4 1 5 2 6 3 7, as int4 products take them. */
+static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int64_t group, int interleaved,
+                      activations *a, int threads) {
     a->groups = (K + group - 1) / group;
-    a->stride = a->groups * group;
-    float *row = calloc(a->stride * (4 + 2 * M) + 8 * M * a->groups, 1);
-    if (!row) return NULL;
-    a->scale = row + a->stride;
+    a->stride = a->groups * group + 32; /* a cache line more, so that rows do not fall on the same sets */
+    const size_t size = 2 * M * a->stride + 8 * M * a->groups;
+    a->q = aligned_alloc(64, (size + 64) / 64 * 64);
+    if (!a->q) return NULL;
+    a->scale = (float *)(a->q + M * a->stride);
     a->sum = (int32_t *)(a->scale + M * a->groups);
-    a->q = (int16_t *)(a->sum + M * a->groups);
-    for (int64_t m = 0; m < M; m++) {
-        widen((const char *)x + m * K * (dtype == FLOAT32 ? 4 : 2), dtype, K, row);
-        for (int64_t g = 0, i = m * a->groups; g < a->groups; g++, i++)
-            quantize_group(row + g * group, group, a->q + i * group, a->scale + i, a->sum + i);
+#pragma omp parallel for num_threads(threads) if (M > 2)
+    for (int64_t i = 0; i < M * a->groups; i++) {
+        const int64_t m = i / a->groups, k = i % a->groups * group, count = K - k < group ? K - k : group;
+        float values[GROUP_MOST] = {0};
+        int16_t *q = a->q + m * a->stride + k;
+        widen((const char *)x + (m * K + k) * (dtype == FLOAT32 ? 4 : 2), dtype, count, values);
+        quantize_group(values, group, q, a->scale + i, a->sum + i);
+        for (int64_t e = 0; interleaved && e < group; e += 8) {
+            const __m128i eight = _mm_loadu_si128((const __m128i *)(q + e));
+            _mm_storeu_si128((__m128i *)(q + e), _mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)));
+        }
     }
-    return row;
+    return a->q;
 }
 
-/* `rows` rows of activations from m on times a block of int4 codes. In a chunk of eight input features, a vector of
- * codes holds two features, one in each half of its lanes. Two rounds of interleaving give lanes with four features of
- * one row of weights: part l of accumulator j has the rows 16 l + 4 j .. + 3. Half of the parts of an accumulator are
- * for even features, half for odd ones; `low` are the rows of the low half-bytes, `high` those of the high ones. */
-static inline __attribute__((always_inline)) void block_int4(const uint8_t *codes, const uint16_t *scales, int64_t N,
-                                                             const activations *a, int64_t m, int rows, int64_t group,
-                                                             float (*out)[BLOCK]) {
+/* The codes of eight input features, from a block of int4 codes, as 16-bit integers. A vector of codes holds two
+ * features, one in each half of its lanes; two rounds of interleaving give lanes with four features of one row. Of the
+ * four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low half-bytes' features (0 4 | 1 5), of the high
+ * half-bytes' the same features, and of either the features (2 6 | 3 7). The first half of the parts of a vector are
+ * for the even features, the second half for the odd ones. */
+INLINE void expand_int4(const uint8_t *codes, integers w[4][4]) {
     const integers mask = I(set1_epi16)(15);
-    floats total[ROWS][4] = {0};
-    for (int64_t g = 0; g < a->groups; g++, scales += N * 2) {
-        const int32_t *q[ROWS];
-        integers low[ROWS][4], high[ROWS][4];
+    const integers c0 = LOAD(codes), c2 = LOAD(codes + 2 * HALF);
+    const integers c4 = LOAD(codes + 4 * HALF), c6 = LOAD(codes + 6 * HALF);
+    const integers x0 = I(unpacklo_epi8)(c0, c2), x1 = I(unpackhi_epi8)(c0, c2);
+    const integers x2 = I(unpacklo_epi8)(c4, c6), x3 = I(unpackhi_epi8)(c4, c6);
+    const integers mixed[4] = {I(unpacklo_epi16)(x0, x2), I(unpackhi_epi16)(x0, x2), I(unpacklo_epi16)(x1, x3),
+                               I(unpackhi_epi16)(x1, x3)};
+    for (int j = 0; j < 4; j++) {
+        w[j][0] = AND(mixed[j], mask);
+        w[j][1] = AND(I(srli_epi16)(mixed[j], 4), mask);
+        w[j][2] = AND(I(srli_epi16)(mixed[j], 8), mask);
+        w[j][3] = I(srli_epi16)(mixed[j], 12);
+    }
+}
+
+/* Scales, and zeros less eight scales, which are the weights of code 0, in the order of the accumulators below. */
+INLINE void load_scales(const uint16_t *scales, floats scale[4], floats start[4]) {
+    for (int j = 0; j < 4; j++) {
+        uint32_t pairs[LANES];
+        for (int l = 0; l < PARTS; l++) memcpy(pairs + 4 * l, scales + 2 * (16 * l + 4 * j), 16);
+        scale[j] = FLOATS(I(slli_epi32)(LOAD(pairs), 16));
+        start[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(LOAD(pairs), HIGH_HALVES)));
+    }
+}
+
+/* total[r] += the products of `rows` rows of activations from m on with group g of a block, whose weights are
+ * code * scale + start. The codes are expanded here, or have been. */
+INLINE void group_int4(const uint8_t *codes, integers (*expanded)[4][4], const activations *a, int64_t m, int rows,
+                       int64_t g, int64_t group, const floats scale[4], const floats start[4], floats (*total)[4]) {
+    integers low[3][4], high[3][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) low[r][j] = high[r][j] = ZERO();
+    for (int64_t k = 0; k < group; k += 8) {
+        integers here[4][4], first[3], second[3];
+        if (!expanded) {
+            for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
+            expand_int4(codes + k * HALF, here);
+        }
+        integers(*const w)[4] = expanded ? expanded[k / 8] : here;
         for (int r = 0; r < rows; r++) {
-            q[r] = (const int32_t *)(a->q + (m + r) * a->stride + g * group);
-            for (int j = 0; j < 4; j++) low[r][j] = high[r][j] = ZERO();
+            const int32_t *q = (const int32_t *)(a->q + (m + r) * a->stride + g * group + k);
+            first[r] = HALVES(q), second[r] = HALVES(q + 2);
         }
-        for (size_t i = 0; i < BLOCK * 4; i += 64) __builtin_prefetch((const char *)(scales + N * 2) + i);
-        for (int64_t k = 0; k < group; k += 8, codes += 8 * HALF) {
-            for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + AHEAD + i);
-            const integers c0 = LOAD(codes), c2 = LOAD(codes + 2 * HALF);
-            const integers c4 = LOAD(codes + 4 * HALF), c6 = LOAD(codes + 6 * HALF);
-            const integers x0 = I(unpacklo_epi8)(c0, c2), x1 = I(unpackhi_epi8)(c0, c2);
-            const integers x2 = I(unpacklo_epi8)(c4, c6), x3 = I(unpackhi_epi8)(c4, c6);
-            const integers w[4] = {I(unpacklo_epi16)(x0, x2), I(unpackhi_epi16)(x0, x2), I(unpacklo_epi16)(x1, x3),
-                                   I(unpackhi_epi16)(x1, x3)};
-            integers first[ROWS], second[ROWS];
-            for (int r = 0; r < rows; r++, q[r - 1] += 4) first[r] = HALVES(q[r]), second[r] = HALVES(q[r] + 2);
-            for (int j = 0; j < 4; j++) {
-                const integers w0 = AND(w[j], mask), w1 = AND(I(srli_epi16)(w[j], 4), mask);
-                const integers w2 = AND(I(srli_epi16)(w[j], 8), mask), w3 = I(srli_epi16)(w[j], 12);
-                for (int r = 0; r < rows; r++) {
-                    low[r][j] = dot(dot(low[r][j], w0, first[r]), w2, second[r]);
-                    high[r][j] = dot(dot(high[r][j], w1, first[r]), w3, second[r]);
-                }
-            }
-        }
-        for (int j = 0; j < 4; j++) { /* (code - 8) * scale + zero, times q, summed */
-            uint32_t pairs[LANES];
-            for (int l = 0; l < PARTS; l++) memcpy(pairs + 4 * l, scales + 2 * (16 * l + 4 * j), 16);
-            const floats scale = FLOATS(I(slli_epi32)(LOAD(pairs), 16));
-            const floats zero = FLOATS(AND(LOAD(pairs), I(set1_epi32)((int32_t)0xFFFF0000)));
+        for (int j = 0; j < 4; j++)
             for (int r = 0; r < rows; r++) {
-                const int32_t sum = a->sum[(m + r) * a->groups + g];
-                const integers product = I(add_epi32)(FOLD(low[r][j], high[r][j]), I(set1_epi32)(-8 * sum));
-                const floats part = I(fmadd_ps)(scale, I(cvtepi32_ps)(product), I(mul_ps)(zero, I(set1_ps)((float)sum)));
-                total[r][j] = I(fmadd_ps)(part, I(set1_ps)(a->scale[(m + r) * a->groups + g]), total[r][j]);
+                low[r][j] = dot(dot(low[r][j], w[j][0], first[r]), w[j][2], second[r]);
+                high[r][j] = dot(dot(high[r][j], w[j][1], first[r]), w[j][3], second[r]);
             }
+    }
+    for (int r = 0; r < rows; r++) {
+        const int64_t i = (m + r) * a->groups + g;
+        const floats factor = I(set1_ps)(a->scale[i]), sum = I(set1_ps)(a->scale[i] * (float)a->sum[i]);
+        for (int j = 0; j < 4; j++) {
+            const floats product = I(mul_ps)(I(cvtepi32_ps)(FOLD(low[r][j], high[r][j])), scale[j]);
+            total[r][j] = I(fmadd_ps)(product, factor, I(fmadd_ps)(start[j], sum, total[r][j]));
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) {
-            float lanes[LANES];
-            I(storeu_ps)(lanes, total[r][j]);
-            for (int l = 0; l < PARTS; l++) memcpy(out[r] + 16 * l + 4 * j, lanes + 4 * l, 16);
+}
+
+/* One or two rows of activations with a block, straight from the codes. */
+INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, const activations *a, int64_t m,
+                     int rows, int64_t group, floats (*total)[4]) {
+    for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
+        floats scale[4], start[4];
+        for (size_t i = 0; i < BLOCK * 4; i += 64) __builtin_prefetch((const char *)(scales + N * 2) + i);
+        load_scales(scales, scale, start);
+        group_int4(codes, NULL, a, m, rows, g, group, scale, start, total);
+    }
+}
+
+/* Up to MOST rows of activations with a block: each group of codes is expanded once. */
+static void many_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, const activations *a, int64_t m,
+                      int64_t rows, int64_t group, floats (*total)[4]) {
+    for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
+        floats scale[4], start[4];
+        integers expanded[GROUP_MOST / 8][4][4];
+        load_scales(scales, scale, start);
+        for (int64_t k = 0; k < group; k += 8) {
+            for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
+            expand_int4(codes + k * HALF, expanded[k / 8]);
         }
+        int64_t r = 0;
+        for (; BLOCK == 64 && r + 3 <= rows; r += 3)
+            group_int4(NULL, expanded, a, m + r, 3, g, group, scale, start, total + r);
+        for (; r < rows; r++) group_int4(NULL, expanded, a, m + r, 1, g, group, scale, start, total + r);
+    }
 }
 
 /* x [M, K] times the transpose of int4 weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2];
@@ -221,72 +276,201 @@ static inline __attribute__((always_inline)) void block_int4(const uint8_t *code
 int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *codes, const uint16_t *scales,
                 int64_t N, int64_t group, void *out, int threads) {
     activations a;
-    void *memory = quantize(x, dtype, M, K, group, &a);
+    void *memory = quantize(x, dtype, M, K, group, 1, &a, threads);
     if (!memory) return -1;
-    interleave(a.q, M * a.stride);
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < N; n += BLOCK)
-        for (int64_t m = 0, rows; m < M; m += rows) {
+        for (int64_t m = 0; m < M; m += MOST) {
             const uint8_t *block = codes + n * K / 2;
-            float total[ROWS][BLOCK];
-            rows = M - m >= ROWS ? ROWS : 1;
-            if (rows == ROWS)
-                block_int4(block, scales + 2 * n, N, &a, m, ROWS, group, total);
+            const int64_t rows = M - m < MOST ? M - m : MOST;
+            floats total[MOST][4];
+            for (int64_t r = 0; r < rows; r++)
+                for (int j = 0; j < 4; j++) total[r][j] = I(setzero_ps)();
+            if (rows == 1)
+                few_int4(block, scales + 2 * n, N, &a, m, 1, group, total);
+            else if (rows == 2 && BLOCK == 64)
+                few_int4(block, scales + 2 * n, N, &a, m, 2, group, total);
             else
-                block_int4(block, scales + 2 * n, N, &a, m, 1, group, total);
-            for (int r = 0; r < rows; r++)
-                for (int i = 0; i < BLOCK; i++) put(out, dtype, (m + r) * N + n + i, total[r][i]);
+                many_int4(block, scales + 2 * n, N, &a, m, rows, group, total);
+            for (int64_t r = 0; r < rows; r++)
+                for (int j = 0; j < 4; j++) {
+                    float lanes[LANES];
+                    I(storeu_ps)(lanes, total[r][j]);
+                    for (int i = 0; i < LANES; i++)
+                        put(out, dtype, (m + r) * N + n + i / 4 * 16 + 4 * j + i % 4, lanes[i]);
+                }
         }
     free(memory);
     return 0;
 }
 
-/* `rows` rows of activations from m on times one row of int8 codes. */
-static inline __attribute__((always_inline)) void row_int8(const int8_t *codes, int64_t K, const activations *a,
-                                                           int64_t m, int rows, float *out) {
+/* `rows` rows of activations from m on times `count` rows of int8 codes: out [rows][count]. */
+INLINE void rows_int8(const int8_t *codes, int count, int64_t K, const activations *a, int64_t m, int rows,
+                      float (*out)[2]) {
     const int16_t *q = a->q + m * a->stride;
     const float *scale = a->scale + m * a->groups;
-    floats total[4] = {0};
+    floats total[4][2];
     int64_t g = 0;
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < count; n++) total[r][n] = I(setzero_ps)();
     for (; (g + 1) * GROUP <= K; g++) {
-        integers sum[4] = {0};
-        __builtin_prefetch(codes + g * GROUP + AHEAD);
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2 * LANES) {
-            const integers w = LOAD_BYTES(codes + k);
-            for (int r = 0; r < rows; r++) sum[r] = dot(sum[r], w, LOAD(q + r * a->stride + k));
+        integers sum[4][2];
+        for (int n = 0; n < count; n++) __builtin_prefetch(codes + n * K + g * GROUP + AHEAD);
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < count; n++) sum[r][n] = ZERO();
+        for (int k = 0; k < GROUP; k += 2 * LANES) {
+            integers w[2];
+            for (int n = 0; n < count; n++) w[n] = LOAD_BYTES(codes + n * K + g * GROUP + k);
+            for (int r = 0; r < rows; r++) {
+                const integers x = LOAD(q + r * a->stride + g * GROUP + k);
+                for (int n = 0; n < count; n++) sum[r][n] = dot(sum[r][n], w[n], x);
+            }
         }
         for (int r = 0; r < rows; r++)
-            total[r] = I(fmadd_ps)(I(cvtepi32_ps)(sum[r]), I(set1_ps)(scale[r * a->groups + g]), total[r]);
+            for (int n = 0; n < count; n++)
+                total[r][n] = I(fmadd_ps)(I(cvtepi32_ps)(sum[r][n]), I(set1_ps)(scale[r * a->groups + g]), total[r][n]);
     }
-    for (int r = 0; r < rows; r++) {
-        float lanes[LANES];
-        I(storeu_ps)(lanes, total[r]);
-        out[r] = 0;
-        for (int i = 0; i < LANES; i++) out[r] += lanes[i];
-        for (int64_t k = g * GROUP; k < K; k++)
-            out[r] += (float)(codes[k] * q[r * a->stride + k]) * scale[r * a->groups + g];
-    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < count; n++) {
+            out[r][n] = sum_lanes(total[r][n]);
+            for (int64_t k = g * GROUP; k < K; k++)
+                out[r][n] += (float)(codes[n * K + k] * q[r * a->stride + k]) * scale[r * a->groups + g];
+        }
 }
 
-/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. */
+/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. One or two rows of
+ * activations read one row of codes after the other; more share what they load. */
 int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales,
                 int64_t N, void *out, int threads) {
     activations a;
-    void *memory = quantize(x, dtype, M, K, GROUP, &a);
+    void *memory = quantize(x, dtype, M, K, GROUP, 0, &a, threads);
     if (!memory) return -1;
 #pragma omp parallel for num_threads(threads)
     for (int64_t start = 0; start < N; start += TILE)
         for (int64_t m = 0, rows; m < M; m += rows) {
-            rows = M - m >= 4 ? 4 : 1;
-            for (int64_t n = start; n < N && n < start + TILE; n++) {
-                float total[4];
-                if (rows == 4)
-                    row_int8(codes + n * K, K, &a, m, 4, total);
+            const int64_t stop = start + TILE < N ? start + TILE : N;
+            rows = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
+            for (int64_t n = start, count; n < stop; n += count) {
+                float total[4][2];
+                count = rows == 4 && stop - n >= 2 ? 2 : 1;
+                if (count == 2)
+                    rows_int8(codes + n * K, 2, K, &a, m, 4, total);
+                else if (rows == 4)
+                    rows_int8(codes + n * K, 1, K, &a, m, 4, total);
+                else if (rows == 2)
+                    rows_int8(codes + n * K, 1, K, &a, m, 2, total);
                 else
-                    row_int8(codes + n * K, K, &a, m, 1, total);
-                for (int r = 0; r < rows; r++) put(out, dtype, (m + r) * N + n, total[r] * from_bfloat16(scales[n]));
+                    rows_int8(codes + n * K, 1, K, &a, m, 1, total);
+                for (int r = 0; r < rows; r++)
+                    for (int i = 0; i < count; i++)
+                        put(out, dtype, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
             }
         }
+    free(memory);
+    return 0;
+}
+
+#if defined(__AVX512BF16__) && BLOCK == 64
+#define PRODUCTS_OF_BFLOAT16 1
+#else
+#define PRODUCTS_OF_BFLOAT16 0
+#endif
+
+/* total + the products of 4 * LANES activations and weights, in two halves. bfloat16 is multiplied as it is where the
+ * processor can; else activations are floats, and for every 2 * LANES of bfloat16 first the even ones, then the odd. */
+INLINE void multiply_add(const void *x, const void *w, enum dtype dtype, floats total[2]) {
+    for (int i = 0; i < 2; i++) {
+        if (dtype == BFLOAT16) {
+            const integers pairs = LOAD((const uint16_t *)w + 2 * LANES * i);
+#if PRODUCTS_OF_BFLOAT16
+            const integers values = LOAD((const uint16_t *)x + 2 * LANES * i);
+            total[i] = _mm512_dpbf16_ps(total[i], (__m512bh)pairs, (__m512bh)values);
+#else
+            const float *values = (const float *)x + 2 * LANES * i;
+            total[i] = I(fmadd_ps)(FLOATS(I(slli_epi32)(pairs, 16)), I(loadu_ps)(values), total[i]);
+            total[i] = I(fmadd_ps)(FLOATS(AND(pairs, HIGH_HALVES)), I(loadu_ps)(values + LANES), total[i]);
+#endif
+        } else
+            for (int k = 2 * LANES * i; k < 2 * LANES * (i + 1); k += LANES) {
+                const floats v = dtype == FLOAT16 ? LOAD_FLOAT16((const uint16_t *)w + k)
+                                                  : I(loadu_ps)((const float *)w + k);
+                total[i] = I(fmadd_ps)(v, I(loadu_ps)((const float *)x + k), total[i]);
+            }
+    }
+}
+
+static inline float get(const void *x, enum dtype dtype, int64_t i) {
+    float f;
+    widen((const char *)x + i * (dtype == FLOAT32 ? 4 : 2), dtype, 1, &f);
+    return f;
+}
+
+/* `rows` rows of activations, in `x` as `multiply_add` takes them and in `plain` as they came, times a row of weights.
+ */
+INLINE void row_float(const void *row, enum dtype dtype, int64_t K, const void *x, const void *plain, int rows,
+                      float *out) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t wide = dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4;
+    floats total[4][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = I(setzero_ps)();
+    int64_t k = 0;
+    for (; k + 4 * LANES <= K; k += 4 * LANES) {
+        for (int64_t i = 0; i < 4 * LANES * size; i += 64) __builtin_prefetch((const char *)row + k * size + AHEAD + i);
+        for (int r = 0; r < rows; r++)
+            multiply_add((const char *)x + (r * K + k) * wide, (const char *)row + k * size, dtype, total[r]);
+    }
+    for (int r = 0; r < rows; r++) {
+        out[r] = sum_lanes(I(add_ps)(total[r][0], total[r][1]));
+        for (int64_t i = k; i < K; i++) out[r] += get(row, dtype, i) * get(plain, dtype, r * K + i);
+    }
+}
+
+INLINE void tile_float(const void *x, const void *plain, enum dtype dtype, int64_t M, int64_t K, const char *weights,
+                       const void *bias, int64_t N, int64_t start, void *out) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t wide = dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4;
+    for (int64_t m = 0, rows; m < M; m += rows) {
+        const char *xm = (const char *)x + m * K * wide, *pm = (const char *)plain + m * K * size;
+        rows = M - m >= 4 ? 4 : 1;
+        for (int64_t n = start; n < N && n < start + TILE; n++) {
+            float total[4];
+            if (rows == 4)
+                row_float(weights + n * K * size, dtype, K, xm, pm, 4, total);
+            else
+                row_float(weights + n * K * size, dtype, K, xm, pm, 1, total);
+            const float b = bias ? get(bias, dtype, n) : 0;
+            for (int r = 0; r < rows; r++) put(out, dtype, (m + r) * N + n, total[r] + b);
+        }
+    }
+}
+
+/* x [M, K] times the transpose of weights [N, K], plus bias [N] or NULL, all of one dtype: out [M, N]. */
+int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *weights, const void *bias, int64_t N,
+                 void *out, int threads) {
+    float *memory = NULL;
+    const void *wide = x;
+    if (dtype == FLOAT16 || (dtype == BFLOAT16 && !PRODUCTS_OF_BFLOAT16)) {
+        wide = memory = malloc(sizeof(float) * (M * K + 1));
+        if (!memory) return -1;
+        widen(x, dtype, M * K, memory);
+    }
+    if (dtype == BFLOAT16 && !PRODUCTS_OF_BFLOAT16)
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t k = 0; k + 2 * LANES <= K; k += 2 * LANES) {
+                float *chunk = memory + m * K + k, odd[LANES];
+                for (int i = 0; i < LANES; i++) odd[i] = chunk[2 * i + 1];
+                for (int i = 0; i < LANES; i++) chunk[i] = chunk[2 * i];
+                memcpy(chunk + LANES, odd, sizeof odd);
+            }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += TILE) {
+        if (dtype == BFLOAT16)
+            tile_float(wide, x, BFLOAT16, M, K, weights, bias, N, start, out);
+        else if (dtype == FLOAT16)
+            tile_float(wide, x, FLOAT16, M, K, weights, bias, N, start, out);
+        else
+            tile_float(wide, x, FLOAT32, M, K, weights, bias, N, start, out);
+    }
     free(memory);
     return 0;
 }
@@ -315,7 +499,7 @@ void unpack_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, int64_
             for (int j = 0; j < 4; j++) {
                 const integers pair = LOAD(scales + 2 * (k0 / group * N + n + j * LANES));
                 scale[j] = FLOATS(I(slli_epi32)(pair, 16));
-                zero[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(pair, I(set1_epi32)((int32_t)0xFFFF0000))));
+                zero[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(pair, HIGH_HALVES)));
             }
             for (int64_t k = k0; k < k0 + group; k++) {
                 const uint8_t *in = codes + n * K / 2 + k * HALF;

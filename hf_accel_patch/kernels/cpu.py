@@ -1,4 +1,4 @@
-"""Quantized products on x86 processors, in C, compiled with the machine's own compiler at first use.
+"""Products of a few rows on x86 processors, in C, compiled with the machine's own compiler at first use.
 
 `library()` is None where that is not possible, and `why_not()` says why; then PyTorch's kernels do the work, on the
 same bytes. The compiled library is kept in the user's cache directory, named by all that it depends on. It runs on the
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -26,6 +27,10 @@ FEATURES = {64: {"avx512f", "avx512bw", "f16c"}, 32: {"avx2", "fma", "f16c"}}  #
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
 SECONDS = 120  # to compile, which takes one
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def library(block: int) -> ctypes.CDLL | None:
@@ -38,10 +43,26 @@ def why_not(block: int) -> str:
     return _load(block)[1]
 
 
+def readable(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether code outside PyTorch may read these: plain memory of the CPU, of which no gradient is asked, and nothing
+    records or replaces operators (torch.compile, tracing, a dispatch mode, functorch, autocast)."""
+    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    recorded = torch.is_grad_enabled()
+    if recorded and x.requires_grad:
+        return False
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if type(parameter) is not Parameter or not parameter.is_cpu or (recorded and parameter.requires_grad):
+            return False
+    return not (_dispatch_modes() or _tracing_state() or _transforms() or torch.is_autocast_enabled("cpu"))
+
+
 def linear_int4(kernels: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x [M, K], contiguous, times the transpose of int4 weights (see ops/linear.py): [M, N'], like x."""
-    (M, K), N = x.shape, packed.shape[0]
-    out = x.new_empty(M, N)
+    """x [..., K] times the transpose of int4 weights (see ops/linear.py): [..., N'], like x."""
+    x, K, N = x.contiguous(), x.shape[-1], packed.shape[0]
+    M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
     _check(
         kernels.linear_int4(
             x.data_ptr(), DTYPES[x.dtype], M, K, packed.data_ptr(), scales.data_ptr(), N, K // scales.shape[0],
@@ -52,13 +73,27 @@ def linear_int4(kernels: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor)
 
 
 def linear_int8(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """x [M, K], contiguous, times the transpose of int8 codes [N, K] with scales [N]: [M, N], like x."""
-    (M, K), N = x.shape, codes.shape[0]
-    out = x.new_empty(M, N)
+    """x [..., K] times the transpose of int8 codes [N, K] with scales [N]: [..., N], like x."""
+    x, (N, K) = x.contiguous(), codes.shape
+    M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
     _check(
         kernels.linear_int8(
             x.data_ptr(), DTYPES[x.dtype], M, K, codes.data_ptr(), scales.data_ptr(), N, out.data_ptr(),
             torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return out
+
+
+def linear_float(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times the transpose of weight [N, K], plus bias [N], both contiguous and like x: [..., N], summed in
+    float32."""
+    x, (N, K) = x.contiguous(), weight.shape
+    M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
+    _check(
+        kernels.linear_float(
+            x.data_ptr(), DTYPES[x.dtype], M, K, weight.data_ptr(), None if bias is None else bias.data_ptr(), N,
+            out.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
     return out
@@ -84,7 +119,7 @@ def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
 
 def _check(failed: int) -> None:
     if failed:
-        raise MemoryError("no memory for the activations of a quantized product")
+        raise MemoryError("no memory for the activations of a linear layer")
 
 
 @cache
@@ -103,6 +138,7 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     kernels.linear_int4.argtypes = [pointer, integer, size, size, pointer, pointer, size, size, pointer, integer]
     kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
+    kernels.linear_float.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
     kernels.unpack_int4.argtypes = [pointer, pointer, size, size, size, size, pointer, size, integer]
     kernels.unpack_int8.argtypes = [pointer, size, pointer, integer]
     kernels.unpack_int4.restype = kernels.unpack_int8.restype = None

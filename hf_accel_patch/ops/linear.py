@@ -90,14 +90,15 @@ def rows_int4(packed: Tensor, scales: Tensor, block: int, index: Tensor) -> Tens
 
 
 def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, backend: Backend) -> Tensor:
-    """x [M, K] times the weights' transpose: [M, N'] in the dtype of x."""
-    kernels = _kernels(x, block, backend)
-    if x.shape[0] <= backend.rows and kernels is not None:
-        return cpu.linear_int4(kernels, x.contiguous(), packed, scales)
-    dtype, x = x.dtype, x.to(torch.bfloat16).contiguous()
+    """x [..., K] times the weights' transpose: [..., N'] in the dtype of x."""
+    kernels, shape, dtype = _kernels(x, block, backend), x.shape, x.dtype
+    if x.numel() // shape[-1] <= backend.rows and kernels is not None:
+        return cpu.linear_int4(kernels, x, packed, scales)
+    x = x.reshape(-1, shape[-1]).to(torch.bfloat16).contiguous()
     if x.shape[0] <= backend.rows:
         group_size = x.shape[1] // scales.shape[0]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales).to(dtype)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
+        return y.to(dtype).view(*shape[:-1], len(packed))
     N, K = packed.shape[0], packed.shape[1] * 2
     out = x.new_empty(x.shape[0], N)
     step = max(1, UNPACK_ELEMENTS // (K * block))
@@ -109,25 +110,29 @@ def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, backend: 
         else:
             product = torch.matmul(x, unpack_int4(packed, scales, block, start, stop))
             out[:, rows].view(-1, stop - start, block).copy_(product.transpose(0, 1))
-    return out.to(dtype)
+    return out.to(dtype).view(*shape[:-1], N)
 
 
 def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> Tensor:
-    """x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: [M, N] in the dtype of x."""
-    N, K = codes.shape
+    """x [..., K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: [..., N] in the dtype of x."""
+    (N, K), shape, dtype = codes.shape, x.shape, x.dtype
     kernels = _kernels(x, int4_block(), backend)
-    if x.shape[0] <= backend.rows and kernels is not None:
-        return cpu.linear_int8(kernels, x.contiguous(), codes, scales)
-    dtype, x = x.dtype, x.to(torch.bfloat16).contiguous()
+    if x.numel() // K <= backend.rows and kernels is not None:
+        return cpu.linear_int8(kernels, x, codes, scales)
+    x = x.reshape(-1, K).to(torch.bfloat16).contiguous()
     if x.shape[0] <= backend.rows and K % 16 == 0:
-        return torch._weight_int8pack_mm(x, codes, scales).to(dtype)
+        return torch._weight_int8pack_mm(x, codes, scales).to(dtype).view(*shape[:-1], N)
     out = x.new_empty(x.shape[0], N)
-    step = max(1, UNPACK_ELEMENTS // K)
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
+    for rows in row_steps(N, K):
         dense = codes[rows].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[rows])
         torch.mul(F.linear(x, dense), scales[rows], out=out[:, rows])
-    return out.to(dtype)
+    return out.to(dtype).view(*shape[:-1], N)
+
+
+def row_steps(N: int, K: int) -> list[slice]:
+    """The rows of a weight [N, K] in steps of UNPACK_ELEMENTS weights."""
+    step = max(1, UNPACK_ELEMENTS // K)
+    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
 def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
@@ -148,7 +153,7 @@ def linear_op(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bo
 
 @linear_op.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bool, rows: int) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @cache
@@ -189,13 +194,14 @@ def _measured(compiled: bool, block: int, linear: Callable[[Tensor, Backend], Te
     for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         x = torch.ones(M, 1024, dtype=torch.bfloat16)
         kernel, unpacked = (partial(linear, x, Backend(compiled, rows)) for rows in (ALWAYS, 0))
-        if _seconds(kernel) > _seconds(unpacked):
+        if median_seconds(kernel) > median_seconds(unpacked):
             break
         best = M
     return Backend(compiled, best)
 
 
-def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
+def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Of `repeats` runs, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):

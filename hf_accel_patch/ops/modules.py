@@ -1,8 +1,8 @@
-"""Linear and embedding modules whose weight is quantized.
+"""Linear and embedding modules with other products or a quantized weight.
 
-They are classes that a live `nn.Linear` or `nn.Embedding` is changed to, with buffers in place of the weight:
-`qweight` and `scales`. Scales are bfloat16 bit patterns held as int16, so that `.half()` and `.to(dtype)` leave them
-alone; the empty buffer `like` follows such casts and is the dtype that the weight stands for.
+They are classes that a live `nn.Linear` or `nn.Embedding` is changed to. The quantized ones have buffers in place of
+the weight: `qweight` and `scales`. Scales are bfloat16 bit patterns held as int16, so that `.half()` and `.to(dtype)`
+leave them alone; the empty buffer `like` follows such casts and is the dtype that the weight stands for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from hf_accel_patch.kernels import cpu
+from hf_accel_patch.ops.dense import FloatBackend, linear_float
 from hf_accel_patch.ops.linear import Backend, linear_int4, linear_int8, linear_op, rows_int4, unpack_int4
+
+
+class FastLinear(nn.Linear):
+    """y = x W^T + b, by whatever is fastest for the rows of x. Training, graphs and other devices have PyTorch's."""
+
+    backend: FloatBackend
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, backend = self.weight, self.bias, self.backend
+        same = input.dtype is weight.dtype is backend.dtype and (bias is None or bias.dtype is weight.dtype)
+        if same and cpu.readable(input, weight, bias):
+            return linear_float(input, weight, bias, backend)
+        return F.linear(input, weight, bias)
 
 
 class QuantizedWeight(Tensor):
@@ -65,7 +80,7 @@ class Quantized(nn.Module):
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """x [M, K] times the weight's transpose, [M, N] in the dtype of x."""
+        """x [..., K] times the weight's transpose, [..., N] in the dtype of x."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -83,9 +98,9 @@ class Int8(Quantized):
 
     def product(self, x: Tensor) -> Tensor:
         scales = self.scales.view(torch.bfloat16)
-        if torch.compiler.is_compiling():
-            return linear_op(x, self.qweight, scales, 0, self.backend.compiled, self.backend.rows)
-        return linear_int8(x, self.qweight, scales, self.backend)
+        if cpu.readable(x):
+            return linear_int8(x, self.qweight, scales, self.backend)
+        return linear_op(x, self.qweight, scales, 0, self.backend.compiled, self.backend.rows)
 
 
 class Int4(Quantized):
@@ -102,11 +117,12 @@ class Int4(Quantized):
 
     def product(self, x: Tensor) -> Tensor:
         scales = self.scales.view(torch.bfloat16)
-        if torch.compiler.is_compiling():
-            y = linear_op(x, self.qweight, scales, self.block, self.backend.compiled, self.backend.rows)
-        else:
+        if cpu.readable(x):
             y = linear_int4(x, self.qweight, scales, self.block, self.backend)
-        return y[:, : self.weight_shape[0]]
+        else:
+            y = linear_op(x, self.qweight, scales, self.block, self.backend.compiled, self.backend.rows)
+        N = self.weight_shape[0]
+        return y if y.shape[-1] == N else y[..., :N]
 
 
 class QuantizedLinear(Quantized, nn.Linear):
@@ -119,11 +135,8 @@ class QuantizedLinear(Quantized, nn.Linear):
             )
         if torch.is_grad_enabled() and input.requires_grad:  # the kernels have no derivative
             return F.linear(input, self.dequantize(input.dtype), self.bias)
-        shape = input.shape
-        y = self.product(input.reshape(-1, shape[-1]))
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*shape[:-1], -1)
+        y = self.product(input)
+        return y if self.bias is None else y + self.bias
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):

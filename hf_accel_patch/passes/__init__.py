@@ -2,8 +2,9 @@
 
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.later import Later
+from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
 
-__all__ = ["Attention", "Frequencies", "Later", "Prefill", "Quantize"]
+__all__ = ["Attention", "Frequencies", "Later", "Linear", "Prefill", "Quantize"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -122,6 +121,10 @@ class Quantize:
                 bar.update(target.shape[0] * target.shape[1])
         journal.bind_method(model, "save_pretrained", _save_dense)
 
+    def modules(self, view: View) -> set[nn.Module]:
+        """The modules whose weights would be quantized."""
+        return {module for target in self._choose(view)[0] for _, module in target.modules}
+
     def _replace(self, target: Target, journal: Journal) -> None:
         weight, block = _weight(target).detach(), int4_block() or 64
         if self.scheme == "int8":
@@ -137,8 +140,6 @@ class Quantize:
             for key, value in (("weight_shape", target.shape), ("block", block), ("backend", self._backend())):
                 journal.set_attribute(module, key, value)
             journal.change_class(module, quantized_class(module, self.scheme))
-            if "_old_forward" in vars(module):  # accelerate's hook calls the forward that it found
-                journal.set_attribute(module, "_old_forward", types.MethodType(type(module).forward, module))
 
     def _choose(self, view: View) -> tuple[list[Target], list[tuple[str, str]]]:
         """The weights to quantize, and the names of the modules left alone with the reason."""

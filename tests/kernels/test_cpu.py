@@ -55,6 +55,19 @@ def test_int8(block, N, K, rows, dtype):
     assert close(ours, x.double() @ dequantize_int8(codes, scales.double()).T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4, 9, 33])
+@pytest.mark.parametrize("N, K", [(1, 1), (33, 100), (130, 384), (70, 4000)])
+def test_float(block, N, K, rows, dtype):
+    w, x = normal(N, K).to(dtype), normal(rows, K, seed=1).to(dtype)
+    bias = normal(N, seed=2).to(dtype) if N > 1 else None
+    ours = cpu.linear_float(cpu.library(block), x, w, bias)
+    exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    assert ours.dtype == dtype and ours.shape == (rows, N)
+    rounding = torch.finfo(dtype).eps * exact.abs()
+    assert bool(((ours.double() - exact).abs() <= rounding + 1e-6 * (x.double().abs() @ w.double().abs().T)).all())
+
+
 def test_bfloat16_activations_are_held_exactly(block):
     """Integer weights and activations of few bits: every product and sum is exact."""
     x = torch.tensor([1.0, -96.0, 3.0, 0.0, 127.0, -2.5, 64.0, 1.5] * 16).bfloat16()[None]
@@ -67,9 +80,9 @@ def test_bfloat16_activations_are_held_exactly(block):
 def test_a_large_activation_costs_only_its_own_group(block, large):
     """Others keep their precision, as they would not with one scale for all features."""
     x = normal(1, 256)
-    x[0, :64] *= large
+    x[0, :128] *= large
     w = normal(64, 256, seed=1)
-    w[:, :64] = 0
+    w[:, :128] = 0
     codes, scales = quantize_int8(w)
     ours = cpu.linear_int8(cpu.library(block), x, codes, scales)
     assert close(ours, x.double() @ dequantize_int8(codes, scales.double()).T)
