@@ -56,13 +56,13 @@ typedef __m256 floats;
 
 enum {
     LANES = sizeof(integers) / 4,
-    HALF = BLOCK / 2,     /* bytes of int4 codes per input feature of a block */
-    PARTS = BLOCK / 16,    /* 128-bit parts of a vector */
-    MOST = 48,             /* rows of activations for which a group of int4 codes is expanded once */
-    GROUP_MOST = 128,      /* input features in a group */
-    AHEAD = 6144,          /* bytes of codes to prefetch: further than the processor does by itself */
-    GROUP = 128,           /* input features per scale of the activations of an int8 product */
-    TILE = 32,             /* rows of int8 codes or floats that stay in the cache for all rows of activations */
+    PARTS = BLOCK / 16,  /* 128-bit parts of a vector */
+    HALF = BLOCK / 2,    /* bytes of int4 codes for an input feature of a block */
+    GROUP_MOST = 128,    /* input features in a group of int4 codes */
+    GROUP = 128,         /* input features per scale of the activations of an int8 product */
+    MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
+    TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
+    AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
 };
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
@@ -123,9 +123,9 @@ static inline void put(void *out, enum dtype dtype, int64_t i, float value) {
 /* Activations [M, K] as integers: x = q * scale in every group of input features. K is padded with zeros. */
 typedef struct {
     int64_t groups, stride;
-    int16_t *q;             /* [M, stride] */
-    float *scale;           /* [M, groups] */
-    int32_t *sum;           /* [M, groups], of q */
+    int16_t *q;   /* [M, stride] */
+    float *scale; /* [M, groups] */
+    int32_t *sum; /* [M, groups], of q */
 } activations;
 
 /* One group. The scale is the power of two that takes the largest value to 2^14 or above. */
