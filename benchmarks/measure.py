@@ -199,10 +199,15 @@ def versions(*distributions: str) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit that was measured, with `-dirty` where files differ from it; None outside a repository."""
-    root = Path(__file__).parent
+    """The commit that was measured, with `-dirty` where files other than results differ from it; None outside a
+    repository."""
+    root = Path(__file__).parent.parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
