@@ -37,7 +37,8 @@ def patch(model: T, **options: Any) -> T:
     """Make a loaded causal LM faster and smaller, in place; returns the object that it was given.
 
     `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
-    exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` switches that pass off.
+    exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` or `linear=False` switches a pass
+    off.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.

@@ -47,7 +47,7 @@ def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None, backend: FloatB
     """x [..., K] times the transpose of weight [N, K], plus bias [N]: [..., N]."""
     rows = x.numel() // weight.shape[1]
     kernels = cpu.library(int4_block()) if rows <= backend.rows else None
-    if kernels is not None and weight.is_contiguous():
+    if kernels is not None and weight.is_contiguous() and x.shape[-1] == weight.shape[1]:
         return cpu.linear_float(kernels, x, weight, bias)
     if 0 < backend.widened <= rows:
         return _widened(x, weight, bias)

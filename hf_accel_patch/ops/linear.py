@@ -92,10 +92,11 @@ def rows_int4(packed: Tensor, scales: Tensor, block: int, index: Tensor) -> Tens
 def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, backend: Backend) -> Tensor:
     """x [..., K] times the weights' transpose: [..., N'] in the dtype of x."""
     kernels, shape, dtype = _kernels(x, block, backend), x.shape, x.dtype
+    _check_features(shape[-1], packed.shape[1] * 2)
     if x.numel() // shape[-1] <= backend.rows and kernels is not None:
         return cpu.linear_int4(kernels, x, packed, scales)
     x = x.reshape(-1, shape[-1]).to(torch.bfloat16).contiguous()
-    if x.shape[0] <= backend.rows:
+    if x.shape[0] <= backend.rows and block == int4_block():  # a model from another machine may have another layout
         group_size = x.shape[1] // scales.shape[0]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
         return y.to(dtype).view(*shape[:-1], len(packed))
@@ -117,6 +118,7 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
     """x [..., K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: [..., N] in the dtype of x."""
     (N, K), shape, dtype = codes.shape, x.shape, x.dtype
     kernels = _kernels(x, int4_block(), backend)
+    _check_features(shape[-1], K)
     if x.numel() // K <= backend.rows and kernels is not None:
         return cpu.linear_int8(kernels, x, codes, scales)
     x = x.reshape(-1, K).to(torch.bfloat16).contiguous()
@@ -127,6 +129,12 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
         dense = codes[rows].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[rows])
         torch.mul(F.linear(x, dense), scales[rows], out=out[:, rows])
     return out.to(dtype).view(*shape[:-1], N)
+
+
+def _check_features(found: int, K: int) -> None:
+    """The kernels trust what they are given."""
+    if found != K:
+        raise RuntimeError(f"activations with {found} features meet weights with {K}")
 
 
 def row_steps(N: int, K: int) -> list[slice]:

@@ -93,6 +93,14 @@ def test_activations_in_any_order_of_memory():
 
 
 @torch.no_grad()
+def test_activations_of_another_width_are_refused():
+    module, _ = fast()
+    for width in (71, 36, 144):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            module(torch.randn(1, width))
+
+
+@torch.no_grad()
 def test_many_rows_of_float16_go_through_float32():
     module, stock = fast(N=300, dtype=torch.float16, rows=0, widened=8)
     for rows in (7, 8, 20):

@@ -179,3 +179,36 @@ def test_activations_elsewhere_are_refused():
     model = patch(tiny("llama"), quantize="int4")
     with pytest.raises(RuntimeError, match="unpatch, move the model, patch again"):
         model.lm_head(torch.empty(1, 64, device="meta"))
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+@torch.no_grad()
+def test_activations_of_another_width_are_refused(scheme):
+    model = patch(tiny("llama"), quantize=scheme)
+    for width in (32, 128):
+        with pytest.raises(RuntimeError, match=f"{width} features meet weights with 64"):
+            model.lm_head(torch.randn(1, width))
+
+
+@torch.no_grad()
+def test_the_layout_of_another_machine_is_read_right(monkeypatch):
+    """As on a machine whose own kernels have another layout."""
+    model = patch(tiny("llama"), quantize="int4")
+    expected = logits(model, prompt())
+    monkeypatch.setattr(linear, "int4_block", lambda: 0)
+    monkeypatch.setattr(cpu, "library", lambda block: None)
+    ours = logits(model, prompt())
+    assert (ours - expected).std() < BFLOAT16 * expected.std()
+
+
+def test_backends_by_name():
+    block = linear.int4_block()
+    assert "PyTorch" in str(linear.backend_int4(False)) or not block
+    patch(model := tiny("llama"), quantize=Quantize("int4", backend="torch"))
+    assert not model.lm_head.backend.compiled
+    if reason := cpu.why_not(block):
+        with pytest.raises(hf_accel_patch.HfAccelError, match=reason[:20]):
+            patch(tiny("llama"), quantize=Quantize("int4", backend="compiled"))
+    else:
+        patch(model := tiny("llama"), quantize=Quantize("int4", backend="compiled"))
+        assert model.lm_head.backend.compiled
