@@ -125,7 +125,9 @@ def _check(failed: int) -> None:
 @cache
 def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     features = _features()
-    if missing := FEATURES.get(block, {"int4 kernel in PyTorch"}) - features:
+    if block not in FEATURES:
+        return None, "there are none for this processor"
+    if missing := FEATURES[block] - features:
         return None, f"the processor has no {', '.join(sorted(missing))}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:

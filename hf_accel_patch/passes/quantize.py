@@ -65,9 +65,7 @@ class Quantize:
     """
 
     scheme: Scheme
-    group_size: int | None = (
-        None  # input features per scale of int4: 32, 64, 128; None: 64, or 32 where 64 does not fit
-    )
+    group_size: int | None = None  # input features per scale of int4: 32, 64, 128; None: 64, or 32 if 64 does not fit
     skip: tuple[str, ...] = ()  # names of modules, or shell patterns over them, that stay as they are
     backend: Literal["auto", "compiled", "torch"] = "auto"
     originals: Literal["keep", "discard"] | None = None  # None: discard, but keep in `with patched(...)`
