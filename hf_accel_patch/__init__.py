@@ -6,7 +6,8 @@
 >>> print(report(model))
 
 Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing
-else. Where transformers has not loaded its models yet, which takes a second, that waits until a name is used.
+else. Where transformers has not loaded its models yet, which takes a second, that waits until a name is used, or a
+quantized checkpoint is read.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from hf_accel_patch import registering
+
 if TYPE_CHECKING:
     from hf_accel_patch.api import patch, patched, plan, report, unpatch
+    from hf_accel_patch.checkpoints import load
     from hf_accel_patch.errors import AlreadyPatched, HfAccelError, NotReversible, UnsupportedModel
+    from hf_accel_patch.loading import HfAccelConfig
     from hf_accel_patch.passes import Attention, Quantize
 
 __version__ = "0.1.0"
 __all__ = [
     "AlreadyPatched",
     "Attention",
+    "HfAccelConfig",
     "HfAccelError",
     "NotReversible",
     "Quantize",
     "UnsupportedModel",
+    "load",
     "patch",
     "patched",
     "plan",
@@ -37,12 +44,13 @@ __all__ = [
 
 def _load() -> None:
     """Import everything and register. The names are set here, because two of them are those of modules as well."""
-    from hf_accel_patch import api, errors, passes
-    from hf_accel_patch.passes.attention import register
+    from hf_accel_patch import api, checkpoints, errors, loading, passes
+    from hf_accel_patch.passes import attention
 
-    homes = (passes, errors, api)
+    homes = (passes, errors, loading, checkpoints, api)
     globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
-    register()
+    attention.register()
+    loading.register()
 
 
 def __getattr__(name: str) -> Any:
@@ -54,3 +62,5 @@ def __getattr__(name: str) -> Any:
 
 if "transformers.modeling_utils" in sys.modules:
     _load()
+else:
+    registering.register()

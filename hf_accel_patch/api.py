@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -103,6 +103,26 @@ def report(model: object) -> Report:
     return Report(type(found).__name__, ()) if state is None else state.report
 
 
+def adopt(
+    model: PreTrainedModel,
+    passes: tuple[Pass, ...],
+    quantized: Callable[[PreTrainedModel], dict[str, Any]] | None,
+    journal: Journal | None = None,
+) -> PreTrainedModel:
+    """Patch a model that came from its checkpoint quantized: `quantized` says what the report says of that, and
+    `journal` has it, where there were float weights."""
+    others = tuple(each for each in passes if quantized is None or each.name != "quantize")
+    view = bind(model)
+    check_weights(view)
+    state = _apply(view, others, build(view, others), journal)
+    rows = list(state.report.rows)
+    if quantized is not None:
+        place = next(i for i, each in enumerate(passes) if each.name == "quantize")
+        rows.insert(place, {"pass": "quantize", **quantized(model)})
+    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)))
+    return model
+
+
 def _patch(target: object, passes: tuple[Pass, ...]) -> None:
     model = find_model(target)
     state: State | None = vars(model).get(STATE)
@@ -112,15 +132,14 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
         raise AlreadyPatched(f"{type(model).__name__} is patched with other options", "call unpatch(model) first")
     view = bind(model)
     check_weights(view)
-    decided = build(view, passes)
-    vars(model)[STATE] = _apply(view, passes, decided)
+    vars(model)[STATE] = _apply(view, passes, build(view, passes))
     logger.info(str(report(model)))
 
 
-def _apply(view: View, passes: tuple[Pass, ...], decided: Plan) -> State:
+def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None) -> State:
     """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
     is done so far, whole and usable, under a report that says so."""
-    journal, rows = Journal(), []
+    journal, rows = journal or Journal(), []
     try:
         for decision in decided.decisions:
             row = described(decision)

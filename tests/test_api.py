@@ -47,7 +47,6 @@ REFUSED = {
         "patch() has no keyword 'quantise'; its keywords are gqa, rope, quantize",
     ),
     "scheme": (ValueError, {"quantize": "int5"}, "unknown scheme 'int5'; the schemes are int8, int4, nf4, llm.int8"),
-    "later scheme": (ValueError, {"quantize": "nf4"}, "'nf4' is not in this version, which has int8 and int4"),
     "no scheme": (ValueError, {"quantize": 4}, "quantize=4; allowed: a scheme such as 'int4'"),
     "rope": (ValueError, {"rope": "yarn:4"}, "rope='yarn:4' is not in this version"),
     "gqa": (ValueError, {"gqa": 2}, "gqa=2 is not in this version"),
@@ -67,7 +66,15 @@ def test_bad_options_are_refused_before_anything_is_touched(model, kind, options
 @pytest.mark.parametrize(
     "options, kind, text",
     [
-        ({"scheme": "int8", "group_size": 64}, ValueError, "int8 has one scale per output channel"),
+        ({"scheme": "int8", "group_size": 65}, ValueError, "group_size=65; allowed: 32, 64, 128"),
+        ({"scheme": "nf4", "calibrate": ["text"]}, ValueError, "calibrate= applies to int4; nf4 rounds to nearest"),
+        ({"scheme": "int4", "calibrate": "text"}, TypeError, "takes a list of texts"),
+        (
+            {"scheme": "int4", "calibrate": [3.5]},
+            TypeError,
+            "takes texts, or tensors of token ids [T] or [B, T], not fl",
+        ),
+        ({"scheme": "int4", "calibrate": [""]}, ValueError, "calibrate= holds no text"),
         ({"scheme": "int4", "group_size": 48}, ValueError, "group_size=48; allowed: 32, 64, 128"),
         ({"scheme": "int4", "backend": "fast"}, ValueError, "unknown backend 'fast'"),
         ({"scheme": "int4", "originals": "lose"}, ValueError, "originals='lose'; allowed: 'keep', 'discard'"),
@@ -163,15 +170,15 @@ def test_reloading_needs_a_checkpoint(model):
 
 
 def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch):
-    stock, calls, real = logits(model, prompt()), [], Quantize._replace
+    stock, calls, real = logits(model, prompt()), [], Quantize.packed
 
-    def failing(self, target, journal):
+    def failing(self, target):
         calls.append(target)
         if len(calls) == 5:
             raise MemoryError("no more")
-        real(self, target, journal)
+        return real(self, target)
 
-    monkeypatch.setattr(Quantize, "_replace", failing)
+    monkeypatch.setattr(Quantize, "packed", failing)
     with pytest.raises(MemoryError):
         patch(model, quantize="int8")
     assert "4 weights are quantized" in report(model).to_dict()["incomplete"]
@@ -318,7 +325,7 @@ def test_errors_have_one_root():
 def test_nothing_to_quantize_is_refused():
     model = tiny("gpt2")
     with pytest.raises(UnsupportedModel, match="asked for by skip"):
-        patch(model, quantize=Quantize("int4", skip=("lm_head",)))
+        patch(model, quantize=Quantize("int4", skip=("*",)))
 
 
 def test_progress_is_shown_for_large_models(model, monkeypatch, capsys):

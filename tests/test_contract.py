@@ -22,6 +22,7 @@ from conftest import Outputs, outputs
 from fingerprint import changes, describe, fingerprint, shared_state
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_accel_patch import AlreadyPatched, NotReversible, patch, plan, report, unpatch
 from hf_accel_patch.journal import Journal
@@ -61,7 +62,8 @@ def noisy(family: str, label: str) -> Outputs:
     """What stock answers when its linear weights have random errors as large as this scheme's. Random weights and
     routers amplify errors, by a factor that differs from family to family."""
     model, generator = tiny(family), torch.Generator().manual_seed(1)
-    weights = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    weights = {module.weight for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+    weights |= {parameter for parameter in model.parameters() if parameter.ndim == 3}  # stacked experts
     with torch.no_grad():
         for weight in weights:
             error = torch.empty(weight.shape).normal_(generator=generator)

@@ -10,7 +10,20 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parent.parent / "hf_accel_patch"
-ROOMS = ("errors", "journal", "kernels", "ops", "families", "plan", "report", "passes", "options", "api")
+ROOMS = (
+    "errors",
+    "journal",
+    "kernels",
+    "ops",
+    "families",
+    "plan",
+    "report",
+    "passes",
+    "options",
+    "api",
+    "loading",
+    "checkpoints",
+)
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -177,12 +177,38 @@ static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int
     return a->q;
 }
 
-/* The codes of eight input features, from a block of int4 codes, as 16-bit integers. A vector of codes holds two
- * features, one in each half of its lanes; two rounds of interleaving give lanes with four features of one row. Of the
+/* Entries 0..15 of a table of 16-bit integers, by lanes. */
+#if BLOCK == 64
+#define LOOK_UP(table, a) _mm512_permutexvar_epi16(a, table)
+#define LOAD_TABLE(p) _mm512_broadcast_i64x4(LOAD_16(p))
+#define LOAD_16(p) _mm256_loadu_si256((const __m256i *)(p))
+#define LOOK_UP_FLOATS(low, high, a) ((void)(high), _mm512_permutexvar_ps(a, low))
+#else
+/* The low bytes of the entries in the first half of a table register, the high bytes in the second. */
+static inline integers look_up(integers table, integers a) {
+    const integers low = _mm256_permute4x64_epi64(table, 0x44), high = _mm256_permute4x64_epi64(table, 0xEE);
+    const integers even = _mm256_shuffle_epi8(low, _mm256_or_si256(a, _mm256_set1_epi16((int16_t)0x8000)));
+    const integers odd = _mm256_shuffle_epi8(high, _mm256_or_si256(_mm256_slli_epi16(a, 8), _mm256_set1_epi16(0x80)));
+    return _mm256_or_si256(even, odd);
+}
+static inline integers load_table(const int16_t *p) {
+    uint8_t bytes[32];
+    for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)p[i], bytes[16 + i] = (uint8_t)((uint16_t)p[i] >> 8);
+    return LOAD(bytes);
+}
+#define LOOK_UP(table, a) look_up(table, a)
+#define LOAD_TABLE(p) load_table(p)
+#define LOOK_UP_FLOATS(low, high, a)                                                                 \
+    _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, a), _mm256_permutevar8x32_ps(high, a), /* by bit 3 */ \
+                     FLOATS(_mm256_slli_epi32(a, 28)))
+#endif
+
+/* The codes of eight input features, from a block of int4 codes, as 16-bit integers, or the entries of `table` that
+ * they stand for. A vector of codes holds two features, one in each half of its lanes; two rounds of interleaving give lanes with four features of one row. Of the
  * four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low half-bytes' features (0 4 | 1 5), of the high
  * half-bytes' the same features, and of either the features (2 6 | 3 7). The first half of the parts of a vector are
  * for the even features, the second half for the odd ones. */
-INLINE void expand_int4(const uint8_t *codes, integers w[4][4]) {
+INLINE void expand_int4(const uint8_t *codes, const int16_t *table, integers w[4][4]) {
     const integers mask = I(set1_epi16)(15);
     const integers c0 = LOAD(codes), c2 = LOAD(codes + 2 * HALF);
     const integers c4 = LOAD(codes + 4 * HALF), c6 = LOAD(codes + 6 * HALF);
@@ -195,23 +221,27 @@ INLINE void expand_int4(const uint8_t *codes, integers w[4][4]) {
         w[j][1] = AND(I(srli_epi16)(mixed[j], 4), mask);
         w[j][2] = AND(I(srli_epi16)(mixed[j], 8), mask);
         w[j][3] = I(srli_epi16)(mixed[j], 12);
+        for (int i = 0; table && i < 4; i++) w[j][i] = LOOK_UP(LOAD_TABLE(table), w[j][i]);
     }
 }
 
-/* Scales, and zeros less eight scales, which are the weights of code 0, in the order of the accumulators below. */
-INLINE void load_scales(const uint16_t *scales, floats scale[4], floats start[4]) {
+/* Scales, and zeros less eight scales, which are the weights of code 0, in the order of the accumulators below. With a
+ * table the scales are float32, and there are no zeros. */
+INLINE void load_scales(const uint16_t *scales, int table, floats scale[4], floats start[4]) {
     for (int j = 0; j < 4; j++) {
         uint32_t pairs[LANES];
         for (int l = 0; l < PARTS; l++) memcpy(pairs + 4 * l, scales + 2 * (16 * l + 4 * j), 16);
-        scale[j] = FLOATS(I(slli_epi32)(LOAD(pairs), 16));
-        start[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(LOAD(pairs), HIGH_HALVES)));
+        scale[j] = FLOATS(table ? LOAD(pairs) : I(slli_epi32)(LOAD(pairs), 16));
+        start[j] = table ? I(setzero_ps)()
+                         : I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(LOAD(pairs), HIGH_HALVES)));
     }
 }
 
 /* total[r] += the products of `rows` rows of activations from m on with group g of a block, whose weights are
  * code * scale + start. The codes are expanded here, or have been. */
-INLINE void group_int4(const uint8_t *codes, integers (*expanded)[4][4], const activations *a, int64_t m, int rows,
-                       int64_t g, int64_t group, const floats scale[4], const floats start[4], floats (*total)[4]) {
+INLINE void group_int4(const uint8_t *codes, const int16_t *table, integers (*expanded)[4][4], const activations *a,
+                       int64_t m, int rows, int64_t g, int64_t group, const floats scale[4], const floats start[4],
+                       floats (*total)[4]) {
     integers low[3][4], high[3][4];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < 4; j++) low[r][j] = high[r][j] = ZERO();
@@ -219,7 +249,7 @@ INLINE void group_int4(const uint8_t *codes, integers (*expanded)[4][4], const a
         integers here[4][4], first[3], second[3];
         if (!expanded) {
             for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
-            expand_int4(codes + k * HALF, here);
+            expand_int4(codes + k * HALF, table, here);
         }
         integers(*const w)[4] = expanded ? expanded[k / 8] : here;
         for (int r = 0; r < rows; r++) {
@@ -243,39 +273,62 @@ INLINE void group_int4(const uint8_t *codes, integers (*expanded)[4][4], const a
 }
 
 /* One or two rows of activations with a block, straight from the codes. */
-INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, const activations *a, int64_t m,
-                     int rows, int64_t group, floats (*total)[4]) {
+INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+                     const activations *a, int64_t m, int rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
         for (size_t i = 0; i < BLOCK * 4; i += 64) __builtin_prefetch((const char *)(scales + N * 2) + i);
-        load_scales(scales, scale, start);
-        group_int4(codes, NULL, a, m, rows, g, group, scale, start, total);
+        load_scales(scales, table != NULL, scale, start);
+        group_int4(codes, table, NULL, a, m, rows, g, group, scale, start, total);
     }
 }
 
 /* Up to MOST rows of activations with a block: each group of codes is expanded once. */
-static void many_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, const activations *a, int64_t m,
-                      int64_t rows, int64_t group, floats (*total)[4]) {
+INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+                      const activations *a, int64_t m, int64_t rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
         integers expanded[GROUP_MOST / 8][4][4];
-        load_scales(scales, scale, start);
+        load_scales(scales, table != NULL, scale, start);
         for (int64_t k = 0; k < group; k += 8) {
             for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
-            expand_int4(codes + k * HALF, expanded[k / 8]);
+            expand_int4(codes + k * HALF, table, expanded[k / 8]);
         }
         int64_t r = 0;
         for (; BLOCK == 64 && r + 3 <= rows; r += 3)
-            group_int4(NULL, expanded, a, m + r, 3, g, group, scale, start, total + r);
-        for (; r < rows; r++) group_int4(NULL, expanded, a, m + r, 1, g, group, scale, start, total + r);
+            group_int4(NULL, NULL, expanded, a, m + r, 3, g, group, scale, start, total + r);
+        for (; r < rows; r++) group_int4(NULL, NULL, expanded, a, m + r, 1, g, group, scale, start, total + r);
     }
 }
 
-/* x [M, K] times the transpose of int4 weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2];
- * scales and zeros bfloat16 [K / group, N, 2]. */
+/* Up to MOST rows of activations from m on with one block. */
+INLINE void block_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+                       const activations *a, int64_t m, int64_t rows, int64_t group, floats (*total)[4]) {
+    if (rows == 1)
+        few_int4(codes, scales, table, N, a, m, 1, group, total);
+    else if (rows == 2 && BLOCK == 64)
+        few_int4(codes, scales, table, N, a, m, 2, group, total);
+    else
+        many_int4(codes, scales, table, N, a, m, rows, group, total);
+}
+
+/* The largest magnitude of 16 values, which become integers whose products with a group of activations fit 32 bits. */
+static float integer_table(const float *table, int64_t group, int16_t *out) {
+    const float most = (float)(65536 / group - 1);
+    float largest = 0;
+    for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(table[i]));
+    for (int i = 0; i < 16; i++) out[i] = (int16_t)rintf(table[i] / largest * most);
+    return largest / most;
+}
+
+/* x [M, K] times the transpose of 4-bit weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2].
+ * Without a table: scales and zeros bfloat16 [K / group, N, 2]. With one, of 16 values: scales float32 [K / group, N].
+ */
 int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *codes, const uint16_t *scales,
-                int64_t N, int64_t group, void *out, int threads) {
+                const float *table, int64_t N, int64_t group, void *out, int threads) {
     activations a;
+    int16_t integers_[16];
+    const float unit = table ? integer_table(table, group, integers_) : 1;
     void *memory = quantize(x, dtype, M, K, group, 1, &a, threads);
     if (!memory) return -1;
 #pragma omp parallel for num_threads(threads)
@@ -286,18 +339,16 @@ int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *c
             floats total[MOST][4];
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) total[r][j] = I(setzero_ps)();
-            if (rows == 1)
-                few_int4(block, scales + 2 * n, N, &a, m, 1, group, total);
-            else if (rows == 2 && BLOCK == 64)
-                few_int4(block, scales + 2 * n, N, &a, m, 2, group, total);
+            if (table)
+                block_int4(block, scales + 2 * n, integers_, N, &a, m, rows, group, total);
             else
-                many_int4(block, scales + 2 * n, N, &a, m, rows, group, total);
+                block_int4(block, scales + 2 * n, NULL, N, &a, m, rows, group, total);
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) {
                     float lanes[LANES];
                     I(storeu_ps)(lanes, total[r][j]);
                     for (int i = 0; i < LANES; i++)
-                        put(out, dtype, (m + r) * N + n + i / 4 * 16 + 4 * j + i % 4, lanes[i]);
+                        put(out, dtype, (m + r) * N + n + i / 4 * 16 + 4 * j + i % 4, lanes[i] * unit);
                 }
         }
     free(memory);
@@ -488,33 +539,42 @@ static inline integers narrow(floats a, floats b) {
 #endif
 }
 
-/* int4 weights of `rows` rows, whole blocks, as bfloat16 [K, rows], `stride` apart. `codes` and `scales` begin at these
- * rows. */
-void unpack_int4(const uint8_t *codes, const uint16_t *scales, int64_t N, int64_t K, int64_t group, int64_t rows,
-                 uint16_t *out, int64_t stride, int threads) {
+/* 4-bit weights of `rows` rows, whole blocks, as bfloat16 [K, rows], `stride` apart. `codes` and `scales`, as above,
+ * begin at these rows. */
+INLINE void unpack(const uint8_t *codes, const uint16_t *scales, const float *table, int64_t N, int64_t K,
+                   int64_t group, int64_t n, int64_t k0, uint16_t *out, int64_t stride) {
+    floats scale[4], zero[4], low = I(setzero_ps)(), high = low; /* zero is that of code 0 */
+    if (table) low = I(loadu_ps)(table), high = I(loadu_ps)(table + 16 - LANES);
+    for (int j = 0; j < 4; j++) {
+        const integers pair = LOAD(scales + 2 * (k0 / group * N + n + j * LANES));
+        scale[j] = FLOATS(table ? pair : I(slli_epi32)(pair, 16));
+        zero[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(pair, HIGH_HALVES)));
+    }
+    for (int64_t k = k0; k < k0 + group; k++) {
+        const uint8_t *in = codes + n * K / 2 + k * HALF;
+        uint16_t *to = out + k * stride + n;
+        for (int j = 0; j < 4; j += 2) {
+            floats w[2];
+            for (int i = 0; i < 2; i++) {
+                integers q = LOAD_CODES(in + i * LANES);
+                q = j ? I(srli_epi32)(q, 4) : AND(q, I(set1_epi32)(15));
+                w[i] = table ? I(mul_ps)(LOOK_UP_FLOATS(low, high, q), scale[j + i])
+                             : I(fmadd_ps)(I(cvtepi32_ps)(q), scale[j + i], zero[j + i]);
+            }
+            STORE(to + j * LANES, narrow(w[0], w[1]));
+        }
+    }
+}
+
+void unpack_int4(const uint8_t *codes, const uint16_t *scales, const float *table, int64_t N, int64_t K, int64_t group,
+                 int64_t rows, uint16_t *out, int64_t stride, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int64_t n = 0; n < rows; n += BLOCK)
-        for (int64_t k0 = 0; k0 < K; k0 += group) {
-            floats scale[4], zero[4]; /* zero is that of code 0 */
-            for (int j = 0; j < 4; j++) {
-                const integers pair = LOAD(scales + 2 * (k0 / group * N + n + j * LANES));
-                scale[j] = FLOATS(I(slli_epi32)(pair, 16));
-                zero[j] = I(fmadd_ps)(scale[j], I(set1_ps)(-8), FLOATS(AND(pair, HIGH_HALVES)));
-            }
-            for (int64_t k = k0; k < k0 + group; k++) {
-                const uint8_t *in = codes + n * K / 2 + k * HALF;
-                uint16_t *to = out + k * stride + n;
-                for (int j = 0; j < 4; j += 2) {
-                    floats w[2];
-                    for (int i = 0; i < 2; i++) {
-                        integers q = LOAD_CODES(in + i * LANES);
-                        q = j ? I(srli_epi32)(q, 4) : AND(q, I(set1_epi32)(15));
-                        w[i] = I(fmadd_ps)(I(cvtepi32_ps)(q), scale[j + i], zero[j + i]);
-                    }
-                    STORE(to + j * LANES, narrow(w[0], w[1]));
-                }
-            }
-        }
+        for (int64_t k0 = 0; k0 < K; k0 += group)
+            if (table)
+                unpack(codes, scales, table, N, K, group, n, k0, out, stride);
+            else
+                unpack(codes, scales, NULL, N, K, group, n, k0, out, stride);
 }
 
 /* int8 codes as bfloat16, which holds them exactly. */
@@ -526,4 +586,39 @@ void unpack_int8(const int8_t *codes, int64_t size, uint16_t *out, int threads) 
         memcpy(&bits, &f, 4);
         out[i] = (uint16_t)(bits >> 16);
     }
+}
+
+/* Activations [M, K] as int8 with one scale per row, for products of integers; features of `skip` count as zero. */
+void narrow_rows(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *skip, int8_t *out, float *scales,
+                 int threads) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < M; m++) {
+        float largest = 0, values[256];
+        for (int64_t k = 0; k < K; k += 256) {
+            const int64_t count = K - k < 256 ? K - k : 256;
+            widen((const char *)x + (m * K + k) * size, dtype, count, values);
+            for (int64_t i = 0; i < count; i++) {
+                const float a = skip[k + i] ? 0 : fabsf(values[i]);
+                largest = a > largest || a != a ? a : largest;
+            }
+        }
+        scales[m] = largest / 127;
+        const float inverse = largest > 0 ? 127 / largest : 0;
+        for (int64_t k = 0; k < K; k += 256) {
+            const int64_t count = K - k < 256 ? K - k : 256;
+            widen((const char *)x + (m * K + k) * size, dtype, count, values);
+            for (int64_t i = 0; i < count; i++)
+                out[m * K + k + i] = skip[k + i] || inverse == 0 ? 0 : (int8_t)rintf(values[i] * inverse);
+        }
+    }
+}
+
+/* out [M, n], `stride` apart, = acc [M, n] * rows [M] * columns [n]. */
+void scale_products(const int32_t *acc, int64_t M, int64_t n, const float *rows, const uint16_t *columns, int dtype,
+                    void *out, int64_t stride, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < n; i++)
+            put(out, dtype, m * stride + i, (float)acc[m * n + i] * rows[m] * from_bfloat16(columns[i]));
 }

@@ -59,13 +59,13 @@ def readable(x: Tensor, *parameters: Tensor | None) -> bool:
     return not (_dispatch_modes() or _tracing_state() or _transforms() or torch.is_autocast_enabled("cpu"))
 
 
-def linear_int4(kernels: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x [..., K] times the transpose of int4 weights (see ops/linear.py): [..., N'], like x."""
-    x, K, N = x.contiguous(), x.shape[-1], packed.shape[0]
+def linear_int4(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:
+    """x [..., K] times the transpose of 4-bit weights (see ops/linear.py): [..., N'], like x."""
+    x, (groups, N), K = x.contiguous(), scales.shape[:2], codes.shape[1]
     M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
     _check(
         kernels.linear_int4(
-            x.data_ptr(), DTYPES[x.dtype], M, K, packed.data_ptr(), scales.data_ptr(), N, K // scales.shape[0],
+            x.data_ptr(), DTYPES[x.dtype], M, K, codes.data_ptr(), scales.data_ptr(), _pointer(table), N, K // groups,
             out.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
@@ -74,7 +74,7 @@ def linear_int4(kernels: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor)
 
 def linear_int8(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times the transpose of int8 codes [N, K] with scales [N]: [..., N], like x."""
-    x, (N, K) = x.contiguous(), codes.shape
+    x, (N, K) = x.contiguous(), codes.shape[-2:]
     M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
     _check(
         kernels.linear_int8(
@@ -92,22 +92,25 @@ def linear_float(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor |
     M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
     _check(
         kernels.linear_float(
-            x.data_ptr(), DTYPES[x.dtype], M, K, weight.data_ptr(), None if bias is None else bias.data_ptr(), N,
-            out.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), DTYPES[x.dtype], M, K, weight.data_ptr(), _pointer(bias), N, out.data_ptr(),
+            torch.get_num_threads(),
         )
     )  # fmt: skip
     return out
 
 
-def unpack_int4(kernels: ctypes.CDLL, packed: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop, whole blocks, as bfloat16 [K, stop - start]."""
-    N, K = packed.shape[0], packed.shape[1] * 2
-    out = torch.empty(K, stop - start + STRIDE, dtype=torch.bfloat16)
+def unpack_int4(
+    kernels: ctypes.CDLL, codes: Tensor, scales: Tensor, table: Tensor | None, start: int, stop: int
+) -> Tensor:
+    """Blocks start..stop as bfloat16 [K, rows]."""
+    (groups, N), K, block = scales.shape[:2], codes.shape[1], codes.shape[2] * 2
+    rows = (stop - start) * block
+    out = torch.empty(K, rows + STRIDE, dtype=torch.bfloat16)
     kernels.unpack_int4(
-        packed.data_ptr() + start * K // 2, scales.data_ptr() + 4 * start, N, K, K // scales.shape[0], stop - start,
+        codes[start:].data_ptr(), scales.data_ptr() + 4 * start * block, _pointer(table), N, K, K // groups, rows,
         out.data_ptr(), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
-    return out[:, : stop - start]
+    return out[:, :rows]
 
 
 def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
@@ -115,6 +118,28 @@ def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
     kernels.unpack_int8(codes.data_ptr(), codes.numel(), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def narrow_rows(kernels: ctypes.CDLL, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as int8 with a float32 scale [M] per row; input features where `skip` (bool [K]) is set become 0."""
+    q, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    kernels.narrow_rows(
+        x.data_ptr(), DTYPES[x.dtype], *x.shape, skip.data_ptr(), q.data_ptr(), scales.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return q, scales
+
+
+def scale_products(kernels: ctypes.CDLL, products: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """out [M, n] = products int32 [M, n] * rows float32 [M] * columns bfloat16 [n]. The rows of `out` may be apart."""
+    kernels.scale_products(
+        products.data_ptr(), *products.shape, rows.data_ptr(), columns.data_ptr(), DTYPES[out.dtype], out.data_ptr(),
+        out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _check(failed: int) -> None:
@@ -138,12 +163,15 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
         output = getattr(error, "stderr", None) or str(error)
         return None, f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else type(error).__name__}"
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    kernels.linear_int4.argtypes = [pointer, integer, size, size, pointer, pointer, size, size, pointer, integer]
+    kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, integer]
     kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
     kernels.linear_float.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
-    kernels.unpack_int4.argtypes = [pointer, pointer, size, size, size, size, pointer, size, integer]
+    kernels.unpack_int4.argtypes = [*[pointer] * 3, size, size, size, size, pointer, size, integer]
     kernels.unpack_int8.argtypes = [pointer, size, pointer, integer]
-    kernels.unpack_int4.restype = kernels.unpack_int8.restype = None
+    kernels.narrow_rows.argtypes = [pointer, integer, size, size, pointer, pointer, pointer, integer]
+    kernels.scale_products.argtypes = [pointer, size, size, pointer, pointer, integer, pointer, size, integer]
+    for name in ("unpack_int4", "unpack_int8", "narrow_rows", "scale_products"):
+        getattr(kernels, name).restype = None
     return kernels, ""
 
 

@@ -9,14 +9,13 @@ rows on which is faster is measured once per process and dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import int4_block, median_seconds, row_steps
+from hf_accel_patch.ops.linear import int4_block, median_seconds, on_cpu, row_steps
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
@@ -66,7 +65,7 @@ def float_backend(dtype: torch.dtype, K: int) -> FloatBackend:
     return _measured(dtype, min(SIDES, key=lambda side: abs(side - K)))
 
 
-@cache
+@on_cpu
 def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
     weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
     rows = 0

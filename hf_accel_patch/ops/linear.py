@@ -1,10 +1,14 @@
-"""Products with quantized weights on the CPU.
+"""Products with quantized weights.
 
-One or a few rows of activations go through a matrix-vector kernel, which reads the weights once: that of
+On the CPU one or a few rows of activations go through a matrix-vector kernel, which reads the weights once: that of
 kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
 float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
 blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
-processor at all, is measured once per process.
+processor at all, is measured once per process. On CUDA the same bytes go to kernels/triton_linear.py.
+
+4-bit codes are uint8 [N' / block, K, block / 2], N' being N rounded up to whole blocks of rows: the low half-byte is a
+row of the block's first half, the high half-byte the same row of its second half. int4 has scales and zeros bfloat16
+[K / G, N', 2], nf4 and fp4 have scales float32 [K / G, N'].
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -21,114 +25,202 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.quantize import quantize_int4, row_blocks
+from hf_accel_patch.ops.quantize import TABLES, quantize_int4, quantize_int8, quantize_table, row_blocks
 
+INT8 = ("int8", "llm.int8")  # schemes with codes in 8 bits
+HEAD_REFINEMENTS = 6
 UNPACK_ELEMENTS = 1 << 20  # weights unpacked at a time: 2 MB in bfloat16, which stay in the cache
 ALWAYS = 1 << 30  # rows
+OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
+PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What multiplies: a matrix-vector kernel, compiled or PyTorch's, for up to `rows` rows of activations."""
+    """What multiplies on the CPU: a matrix-vector kernel, compiled or PyTorch's, for up to `rows` rows of activations.
+    For more of them the weights are unpacked to bfloat16, or the activations, but for outliers, are rounded to 8 bits.
+    """
 
     compiled: bool
     rows: int
+    decomposed: bool = False
 
     def __str__(self) -> str:
         kernel = "compiled kernel" if self.compiled else "PyTorch's kernel"
-        return f"{kernel} up to {self.rows} rows, then unpacked" if self.rows else "unpacked to bfloat16"
+        beyond = "activations in 8 bits but for outliers" if self.decomposed else "unpacked"
+        return f"{kernel} up to {self.rows} rows, then {beyond}" if self.rows else f"{beyond} to bfloat16"
 
 
 def pack_int4(weight: Tensor, group_size: int, block: int, refinements: int | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize [N, K] and lay the codes out for PyTorch's CPU kernel, row block by row block.
+    """Quantize [N, K] to int4, row block by row block: codes, and scales and zeros."""
 
-    Returns codes uint8 [N', K / 2] and scales and zeros bfloat16 [K / G, N', 2], N' being N rounded up to whole blocks.
-    In memory the codes are [N' / block, K, block / 2]: the low half-byte is a row of the block's first half, the high
-    half-byte the same row of its second half.
-    """
+    def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale, zero = quantize_int4(rows, group_size, refinements)
+        return codes, torch.stack((scale, zero), -1)
+
     N, K = weight.shape
+    scales = torch.empty(K // group_size, -(-N // block) * block, 2, dtype=torch.bfloat16, device=weight.device)
+    return _packed(weight, block, scaled, scales), scales
+
+
+def pack_table(weight: Tensor, group_size: int, block: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Quantize [N, K] to nf4 or fp4: codes and scales."""
+    N, K = weight.shape
+    scales = torch.empty(K // group_size, -(-N // block) * block, device=weight.device)
+    return _packed(weight, block, lambda rows: quantize_table(rows, group_size, TABLES[scheme]), scales), scales
+
+
+def pack(weight: Tensor, scheme: str, group_size: int, block: int, head: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize [N, K], or experts [E, N, K], as a module holds it: codes, and scales as bit patterns.
+
+    int8: codes [1, N, K] or [1, E, N, K], scales [N] or [E, N]; in 4 bits as above, experts first. `head`: rounding
+    errors go straight into the logits, so more work is spent on them.
+    """
+    if weight.ndim == 3:
+        parts = [pack(each, scheme, group_size, block) for each in weight]
+        codes, scales = (torch.stack(each) for each in zip(*parts, strict=True))
+        return (codes.transpose(0, 1) if scheme in INT8 else codes), scales
+    if scheme in INT8:
+        codes, scales = quantize_int8(weight)
+        return codes[None], scales.view(torch.int16)
+    if scheme in TABLES:
+        codes, scales = pack_table(weight, group_size, block, scheme)
+        return codes, scales.view(torch.int32)
+    codes, scales = pack_int4(weight, group_size, block, HEAD_REFINEMENTS if head else None)
+    return codes, scales.view(torch.int16)
+
+
+def lay_out(codes: Tensor, scale: Tensor, zero: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """int4 codes uint8 [N, K], scales and zeros [N, K / G] as a module holds them."""
+    short = -len(codes) % block
+    pairs = F.pad(torch.stack((scale, zero), -1).to(torch.bfloat16), (0, 0, 0, 0, 0, short))
+    return pack_codes(F.pad(codes, (0, 0, 0, short)), block), pairs.transpose(0, 1).contiguous().view(torch.int16)
+
+
+def packed_bytes(shape: tuple[int, int], scheme: str, group_size: int, block: int) -> int:
+    """Of the codes and scales of one weight [N, K]."""
+    N, K = shape
+    if scheme in INT8:
+        return N * K + 2 * N
     padded = -(-N // block) * block
-    packed = torch.empty(padded // block, K, block // 2, dtype=torch.uint8)
-    scales = torch.empty(K // group_size, padded, 2, dtype=torch.bfloat16)
+    return padded * K // 2 + 4 * padded * K // group_size
+
+
+def pack_codes(codes: Tensor, block: int) -> Tensor:
+    """uint8 codes [N', K] in 0..15, N' whole blocks, as they lie in memory: [N' / block, K, block / 2]."""
+    halves = codes.view(-1, 2, block // 2, codes.shape[1])
+    return halves[:, 1].bitwise_left_shift(4).bitwise_or_(halves[:, 0]).transpose(1, 2).contiguous()
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """The inverse of `pack_codes`."""
+    blocks, K, half = packed.shape
+    return torch.stack((packed & 15, packed >> 4), 1).transpose(2, 3).reshape(blocks * half * 2, K)
+
+
+def _packed(weight: Tensor, block: int, quantize: Callable[[Tensor], tuple[Tensor, Tensor]], scales: Tensor) -> Tensor:
+    """Codes; fills `scales` [K / G, N', ...]."""
+    N, K = weight.shape
+    packed = torch.empty(-(-N // block), K, block // 2, dtype=torch.uint8, device=weight.device)
     for rows in row_blocks(weight, block):
-        codes, scale, zero = quantize_int4(weight[rows], group_size, refinements)
+        codes, scale = quantize(weight[rows])
         if short := -len(codes) % block:
-            codes, scale, zero = (F.pad(x, (0, 0, 0, short)) for x in (codes, scale, zero))
+            codes = F.pad(codes, (0, 0, 0, short))
+            scale = torch.cat((scale, scale.new_zeros(short, *scale.shape[1:])))
         stop = rows.start + len(codes)
-        halves = codes.view(-1, 2, block // 2, K)
-        bytes_ = halves[:, 1].bitwise_left_shift(4).bitwise_or_(halves[:, 0])
-        packed[rows.start // block : stop // block] = bytes_.transpose(1, 2)
-        scales[:, rows.start : stop, 0] = scale.T
-        scales[:, rows.start : stop, 1] = zero.T
-    return packed.view(padded, K // 2), scales
+        packed[rows.start // block : stop // block] = pack_codes(codes, block)
+        scales[:, rows.start : stop] = scale.transpose(0, 1)
+    return packed
 
 
-def unpack_int4(packed: Tensor, scales: Tensor, block: int, start: int, stop: int) -> Tensor:
+def unpack_int4(codes: Tensor, scales: Tensor, table: Tensor | None, start: int, stop: int) -> Tensor:
     """Blocks start..stop as bfloat16 [stop - start, K, block], transposed as the codes lie in memory."""
-    K = packed.shape[1] * 2
-    groups = scales.shape[0]
-    bytes_ = packed.view(-1, K, block // 2)[start:stop]
-    out = torch.empty(stop - start, K, 2, block // 2, dtype=torch.bfloat16)
-    out[:, :, 0] = bytes_.bitwise_and(15).sub_(8).view(torch.int8)
-    out[:, :, 1] = bytes_.bitwise_right_shift(4).sub_(8).view(torch.int8)
-    s = scales[:, start * block : stop * block].view(groups, -1, block, 2).transpose(0, 1)
-    scale, zero = (s[..., i].unsqueeze(2).contiguous() for i in (0, 1))
-    grouped = out.view(stop - start, groups, K // groups, block)
-    torch.addcmul(zero, grouped, scale, out=grouped)
-    return out.view(stop - start, K, block)
+    bytes_ = codes[start:stop]
+    blocks, K, half = bytes_.shape
+    groups, block = len(scales), 2 * half
+    q = torch.stack((bytes_ & 15, bytes_ >> 4), 2).view(blocks, groups, K // groups, block)
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    s = scales[:, start * block : stop * block]
+    s = s.view(groups, blocks, block, *s.shape[2:]).transpose(0, 1).unsqueeze(2)
+    if table is not None:
+        out.copy_(table.to(codes.device)[q.int()] * s)
+    else:
+        torch.addcmul(s[..., 1], out.copy_(q).sub_(8), s[..., 0], out=out)
+    return out.view(blocks, K, block)
 
 
-def rows_int4(packed: Tensor, scales: Tensor, block: int, index: Tensor) -> Tensor:
+def rows_int4(codes: Tensor, scales: Tensor, table: Tensor | None, index: Tensor) -> Tensor:
     """Rows `index` [n] of the weights, bfloat16 [n, K]."""
-    K = packed.shape[1] * 2
-    lane = index % block
-    bytes_ = packed.view(-1, K, block // 2)[index // block, :, lane % (block // 2)]
-    codes = bytes_.bitwise_right_shift((lane // (block // 2) * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
-    scale, zero = scales[:, index].unbind(-1)
-    grouped = codes.view(len(index), scales.shape[0], -1).float() - 8
-    return (grouped * scale.T[..., None] + zero.T[..., None]).view(len(index), K).bfloat16()
+    half = codes.shape[2]
+    lane = index % (2 * half)
+    bytes_ = codes[index // (2 * half), :, lane % half]
+    q = bytes_.bitwise_right_shift((lane // half * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
+    q, s = q.view(len(index), len(scales), -1), scales[:, index].transpose(0, 1).unsqueeze(2)
+    if table is not None:
+        return (table.to(codes.device)[q.int()] * s).view(len(index), -1).bfloat16()
+    return ((q.float() - 8) * s[..., 0] + s[..., 1]).view(len(index), -1).bfloat16()
 
 
-def linear_int4(x: Tensor, packed: Tensor, scales: Tensor, block: int, backend: Backend) -> Tensor:
+def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, backend: Backend) -> Tensor:
     """x [..., K] times the weights' transpose: [..., N'] in the dtype of x."""
-    kernels, shape, dtype = _kernels(x, block, backend), x.shape, x.dtype
-    _check_features(shape[-1], packed.shape[1] * 2)
-    if x.numel() // shape[-1] <= backend.rows and kernels is not None:
-        return cpu.linear_int4(kernels, x, packed, scales)
-    x = x.reshape(-1, shape[-1]).to(torch.bfloat16).contiguous()
-    if x.shape[0] <= backend.rows and block == int4_block():  # a model from another machine may have another layout
-        group_size = x.shape[1] // scales.shape[0]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
-        return y.to(dtype).view(*shape[:-1], len(packed))
-    N, K = packed.shape[0], packed.shape[1] * 2
-    out = x.new_empty(x.shape[0], N)
-    step = max(1, UNPACK_ELEMENTS // (K * block))
-    for start in range(0, N // block, step):
-        stop = min(start + step, N // block)
-        rows = slice(start * block, stop * block)
+    N, (K, half) = scales.shape[1], codes.shape[1:]
+    kernels, shape, dtype = _kernels(x, 2 * half, backend), x.shape, x.dtype
+    _check_features(shape[-1], K)
+    if x.numel() // K <= backend.rows and kernels is not None:
+        return cpu.linear_int4(kernels, x, codes, scales, table)
+    x = x.reshape(-1, K).to(torch.bfloat16).contiguous()
+    if len(x) <= backend.rows and table is None and 2 * half == int4_block():  # a model may come from another machine
+        packed = codes.view(N, K // 2)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, K // len(scales), scales)
+        return y.to(dtype).view(*shape[:-1], N)
+    out = x.new_empty(len(x), N)
+    step = max(1, UNPACK_ELEMENTS // (K * 2 * half))
+    for start in range(0, len(codes), step):
+        stop = min(start + step, len(codes))
+        rows = slice(start * 2 * half, stop * 2 * half)
         if kernels is not None:
-            torch.mm(x, cpu.unpack_int4(kernels, packed, scales, rows.start, rows.stop), out=out[:, rows])
+            torch.mm(x, cpu.unpack_int4(kernels, codes, scales, table, start, stop), out=out[:, rows])
         else:
-            product = torch.matmul(x, unpack_int4(packed, scales, block, start, stop))
-            out[:, rows].view(-1, stop - start, block).copy_(product.transpose(0, 1))
+            product = torch.matmul(x, unpack_int4(codes, scales, table, start, stop))
+            out[:, rows].view(-1, stop - start, 2 * half).copy_(product.transpose(0, 1))
     return out.to(dtype).view(*shape[:-1], N)
 
 
 def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> Tensor:
     """x [..., K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: [..., N] in the dtype of x."""
-    (N, K), shape, dtype = codes.shape, x.shape, x.dtype
+    N, K = codes.shape[-2:]
+    shape, dtype, rows = x.shape, x.dtype, x.numel() // K
     kernels = _kernels(x, int4_block(), backend)
     _check_features(shape[-1], K)
-    if x.numel() // K <= backend.rows and kernels is not None:
+    if rows <= backend.rows and kernels is not None:
         return cpu.linear_int8(kernels, x, codes, scales)
+    codes = codes.view(N, K)
+    if backend.decomposed and kernels is not None and K % 16 == N % 16 == 0:
+        return _decomposed(kernels, x.reshape(-1, K).contiguous(), codes, scales).view(*shape[:-1], N)
     x = x.reshape(-1, K).to(torch.bfloat16).contiguous()
-    if x.shape[0] <= backend.rows and K % 16 == 0:
+    if rows <= backend.rows and K % 16 == 0:
         return torch._weight_int8pack_mm(x, codes, scales).to(dtype).view(*shape[:-1], N)
-    out = x.new_empty(x.shape[0], N)
-    for rows in row_steps(N, K):
-        dense = codes[rows].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[rows])
-        torch.mul(F.linear(x, dense), scales[rows], out=out[:, rows])
+    out = x.new_empty(rows, N)
+    for step in row_steps(N, K):
+        dense = codes[step].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[step])
+        torch.mul(F.linear(x, dense), scales[step], out=out[:, step])
     return out.to(dtype).view(*shape[:-1], N)
+
+
+def _decomposed(kernels: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K] in 8 bits, with a scale per row, times the codes, and outlier features of x in 16 bits."""
+    M, N = len(x), len(codes)
+    outliers = x.abs().amax(0) > OUTLIER
+    q, row_scales = cpu.narrow_rows(kernels, x, outliers)
+    out, step = x.new_empty(M, N), max(16, PRODUCTS // M // 16 * 16)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        products = torch._int_mm(q, codes[rows].t())
+        cpu.scale_products(kernels, products, row_scales, scales[rows], out[:, rows])
+    kept = outliers.nonzero()[:, 0]
+    if len(kept):
+        out += F.linear(x[:, kept], codes[:, kept].to(x.dtype)) * scales.to(x.dtype)
+    return out
 
 
 def _check_features(found: int, K: int) -> None:
@@ -148,64 +240,96 @@ def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
     return cpu.library(block) if backend.compiled and x.dtype in cpu.DTYPES else None
 
 
-@torch.library.custom_op(
-    "hf_accel_patch::linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scales, int block, bool compiled, int rows) -> Tensor",
-)
-def linear_op(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bool, rows: int) -> Tensor:
-    """Either product as one operator for graphs that torch.compile makes; `block` is 0 for int8."""
-    backend = Backend(compiled, rows)
-    return linear_int4(x, codes, scales, block, backend) if block else linear_int8(x, codes, scales, backend)
+def linear(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, backend: Backend) -> Tensor:
+    """x [..., K] times the transpose of weights [N', K] in any scheme: [..., N'] in the dtype of x."""
+    if x.is_cuda:
+        return _linear_cuda(x, codes, scales, scheme)
+    if scheme in INT8:
+        return linear_int8(x, codes, scales, backend)
+    return linear_int4(x, codes, scales, TABLES.get(scheme), backend)
 
 
-@linear_op.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, block: int, compiled: bool, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _linear_cuda(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor:
+    from hf_accel_patch.kernels import triton_linear
+
+    flat = x.reshape(-1, x.shape[-1])
+    if scheme in INT8:
+        y = triton_linear.linear_int8(flat, codes.view(codes.shape[-2:]), scales)
+    elif scheme in TABLES:
+        y = triton_linear.linear_table(flat, codes, scales, _table_on(scheme, x.device))
+    else:
+        y = triton_linear.linear_int4(flat, codes, scales)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @cache
+def _table_on(scheme: str, device: torch.device) -> Tensor:
+    return TABLES[scheme].to(device)
+
+
+@torch.library.custom_op(
+    "hf_accel_patch::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scales, str scheme, bool compiled, int rows, bool decomposed) -> Tensor",
+)
+def linear_op(
+    x: Tensor, codes: Tensor, scales: Tensor, scheme: str, compiled: bool, rows: int, decomposed: bool
+) -> Tensor:
+    """The same as one operator for graphs that torch.compile makes."""
+    return linear(x, codes, scales, scheme, Backend(compiled, rows, decomposed))
+
+
+@linear_op.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, compiled: bool, rows: int, decomposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(scales) if scheme in INT8 else scales.shape[1])
+
+
+def on_cpu(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """Cached, and on the CPU even where it is first asked inside `with torch.device("meta")`, as models are built."""
+
+    @wraps(measure)
+    def measured(*args: Any) -> Any:
+        with torch.device("cpu"), torch.no_grad():
+            return measure(*args)
+
+    return cache(measured)
+
+
+@on_cpu
 def int4_block() -> int:
     """Rows per block in the layout of PyTorch's kernel on this processor: 64 with AVX512, 32 with AVX2; 0 where it has
     another layout, and with it no fast kernel."""
     codes = torch.randint(0, 16, (128, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     for block in (64, 32):
-        halves = codes.view(-1, 2, block // 2, 64)
-        ours = (halves[:, 1] << 4 | halves[:, 0]).transpose(1, 2).to(torch.uint8)
-        if torch.equal(ours.reshape(expected.shape), expected):
+        if torch.equal(pack_codes(codes.to(torch.uint8), block).view(expected.shape), expected):
             return block
     return 0
 
 
-@cache
-def backend_int4(compiled: bool) -> Backend:
-    """The kernel for int4 weights, and up to how many rows of activations it beats unpacking, measured."""
+@on_cpu
+def backend_for(scheme: str, compiled: bool) -> Backend:
+    """The kernel for weights in this scheme, and up to how many rows of activations it beats unpacking, measured."""
     block = int4_block()
-    if not block:
-        return Backend(False, 0)
-    packed, scales = pack_int4(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), 64, block)
-    return _measured(compiled, block, lambda x, backend: linear_int4(x, packed, scales, block, backend))
-
-
-@cache
-def backend_int8(compiled: bool) -> Backend:
-    """The same for int8 weights."""
-    codes, scales = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
-    return _measured(compiled, int4_block(), lambda x, backend: linear_int8(x, codes, scales, backend))
-
-
-def _measured(compiled: bool, block: int, linear: Callable[[Tensor, Backend], Tensor]) -> Backend:
-    """The backend with the largest number of rows, a power of two up to 256, at which its kernel still wins."""
+    random = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     compiled = compiled and cpu.library(block) is not None
+    if scheme in INT8:
+        codes, scales = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
+    elif not block or (scheme in TABLES and not compiled):
+        return Backend(False, 0)
+    else:
+        codes, scales = pack_table(random, 64, block, scheme) if scheme in TABLES else pack_int4(random, 64, block)
+    decomposed = scheme == "llm.int8" and compiled
     best = 0
     for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         x = torch.ones(M, 1024, dtype=torch.bfloat16)
-        kernel, unpacked = (partial(linear, x, Backend(compiled, rows)) for rows in (ALWAYS, 0))
-        if median_seconds(kernel) > median_seconds(unpacked):
+        kernel, beyond = (
+            partial(linear, x, codes, scales, scheme, Backend(compiled, rows, decomposed)) for rows in (ALWAYS, 0)
+        )
+        if median_seconds(kernel) > median_seconds(beyond):
             break
         best = M
-    return Backend(compiled, best)
+    return Backend(compiled, best, decomposed)
 
 
 def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:

@@ -1,23 +1,29 @@
-"""Linear and embedding modules with other products or a quantized weight.
+"""Linear layers, embeddings and experts with other products or quantized weights.
 
-They are classes that a live `nn.Linear` or `nn.Embedding` is changed to. The quantized ones have buffers in place of
-the weight: `qweight` and `scales`. Scales are bfloat16 bit patterns held as int16, so that `.half()` and `.to(dtype)`
-leave them alone; the empty buffer `like` follows such casts and is the dtype that the weight stands for.
+They are classes that a live module is changed to. The quantized ones have buffers in place of a parameter: one of its
+name with the codes, and NAME_scales. Scales are bit patterns held as integers, so that `.half()` and `.to(dtype)` leave
+them alone; the empty buffer `like` follows such casts and is the dtype that the weight stands for.
+
+A buffer of codes never has the shape of the parameter. So a quantized checkpoint that is read without this package is
+refused as one of wrong sizes, where it could not be read right.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.linear import Backend, linear_int4, linear_int8, linear_op, rows_int4, unpack_int4
+from hf_accel_patch.ops.linear import INT8, Backend, linear, linear_op, rows_int4, unpack_int4
+from hf_accel_patch.ops.quantize import TABLES
 
 
 class FastLinear(nn.Linear):
@@ -33,15 +39,78 @@ class FastLinear(nn.Linear):
         return F.linear(input, weight, bias)
 
 
+@dataclass(frozen=True)
+class Spec:
+    """How to read one quantized weight [N, K]."""
+
+    scheme: str
+    shape: tuple[int, int]
+    backend: Backend
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
+    """x [..., K] times the weight's transpose, [..., N] in the dtype of x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        if torch.compiler.is_compiling():
+            return F.linear(x, dequantize(codes, scales, spec, x.dtype))
+        return cast(Tensor, _Product.apply(x, codes, scales, spec))  # type: ignore[no-untyped-call]
+    if x.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"there are no products of quantized weights for activations on {x.device}")
+    if cpu.readable(x):
+        y = linear(x, codes, _as_floats(scales), spec.scheme, spec.backend)
+    else:
+        backend, scales = spec.backend, _as_floats(scales)
+        y = linear_op(x, codes, scales, spec.scheme, backend.compiled, backend.rows, backend.decomposed)
+    return y if y.shape[-1] == spec.shape[0] else y[..., : spec.shape[0]]
+
+
+def dequantize(codes: Tensor, scales: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that the codes stand for."""
+    N, K = spec.shape
+    if spec.scheme in INT8:
+        return (codes.view(N, K).float() * _as_floats(scales)[:, None]).to(dtype)
+    dense = unpack_int4(codes, _as_floats(scales), TABLES.get(spec.scheme), 0, len(codes))
+    return dense.transpose(1, 2).reshape(-1, K)[:N].to(dtype)
+
+
+def rows(index: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
+    """Rows `index` [n] of the weight, bfloat16 [n, K]."""
+    if spec.scheme in INT8:
+        return (codes.view(spec.shape)[index].float() * _as_floats(scales)[index, None]).bfloat16()
+    return rows_int4(codes, _as_floats(scales), TABLES.get(spec.scheme), index)
+
+
+def _as_floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
+
+
+class _Product(torch.autograd.Function):
+    """In the precision of x, and with nothing but the codes kept for the way back, where they are dequantized again, as
+    QLoRA does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.spec = spec
+        return F.linear(x, dequantize(codes, scales, spec, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scales = ctx.saved_tensors
+        return grad @ dequantize(codes, scales, ctx.spec, grad.dtype), None, None, None
+
+
 class QuantizedWeight(Tensor):
     """What `module.weight` reads as: shape, dtype and device for free; any operation on it dequantizes first."""
 
-    module: Quantized
+    module: QuantizedModule
 
     @staticmethod
-    def __new__(cls, module: Quantized) -> QuantizedWeight:
-        like = module.like
-        weight = Tensor._make_wrapper_subclass(cls, module.weight_shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, module: QuantizedModule) -> QuantizedWeight:
+        like, shape = module.like, module.specs["weight"].shape
+        shape = shape[::-1] if module.transposed else shape
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         weight.module = module
         return weight
 
@@ -49,6 +118,12 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return QuantizedWeight(args[0].module)
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(
+                "a quantized weight cannot be changed in place; assign to the dense weight before patching"
+            )
         dense = lambda weight: weight.module.dequantize(weight.dtype)  # noqa: E731
         return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
 
@@ -56,125 +131,129 @@ class QuantizedWeight(Tensor):
         return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-class Quantized(nn.Module):
-    """What the four classes share. `block` is the layout of int4 codes."""
+class QuantizedModule(nn.Module):
+    """What all share. `specs` is by the name of the parameter that codes stand in for."""
 
-    qweight: Tensor
-    scales: Tensor
+    specs: dict[str, Spec]
     like: Tensor
-    weight_shape: tuple[int, int]
-    block: int
-    backend: Backend
-    bits: str
+    transposed = False  # whether the parameter was [K, N]
+
+    def held(self, name: str) -> tuple[Tensor, Tensor, Spec]:
+        """Codes, scales and how to read them."""
+        buffers: dict[str, Any] = self._buffers
+        return buffers[name], buffers[f"{name}_scales"], self.specs[name]
+
+    def extra_repr(self) -> str:
+        schemes = "/".join(sorted({spec.scheme for spec in self.specs.values()}))
+        return ", ".join(filter(None, (super().extra_repr(), f"weight={schemes}")))
+
+
+class HasWeight(QuantizedModule):
+    """One weight, named `weight`. With `weight_order` [K] its columns are sorted: column j is for feature order[j]."""
 
     @property
     def weight(self) -> Tensor:
         return QuantizedWeight(self)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] that the codes stand for."""
-        raise NotImplementedError
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows `index` [n] of the weight, bfloat16 [n, K]."""
-        raise NotImplementedError
-
-    def product(self, x: Tensor) -> Tensor:
-        """x [..., K] times the weight's transpose, [..., N] in the dtype of x."""
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.bits}"
-
-
-class Int8(Quantized):
-    bits = "int8"
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return (self.qweight.float() * self.scales.view(torch.bfloat16)[:, None]).to(dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return (self.qweight[index].float() * self.scales.view(torch.bfloat16)[index, None]).bfloat16()
-
-    def product(self, x: Tensor) -> Tensor:
-        scales = self.scales.view(torch.bfloat16)
-        if cpu.readable(x):
-            return linear_int8(x, self.qweight, scales, self.backend)
-        return linear_op(x, self.qweight, scales, 0, self.backend.compiled, self.backend.rows)
-
-
-class Int4(Quantized):
-    bits = "int4"
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        N, K = self.weight_shape
-        blocks = self.qweight.shape[0] // self.block
-        dense = unpack_int4(self.qweight, self.scales.view(torch.bfloat16), self.block, 0, blocks)
-        return dense.transpose(1, 2).reshape(-1, K)[:N].to(dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return rows_int4(self.qweight, self.scales.view(torch.bfloat16), self.block, index)
-
-    def product(self, x: Tensor) -> Tensor:
-        scales = self.scales.view(torch.bfloat16)
-        if cpu.readable(x):
-            y = linear_int4(x, self.qweight, scales, self.block, self.backend)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, QuantizedWeight):  # tied to another module's
+            own, theirs = self._buffers, value.module._buffers
+            own.update({key: theirs[key] for key in theirs if key.startswith("weight")})
+            self.specs = value.module.specs
         else:
-            y = linear_op(x, self.qweight, scales, self.block, self.backend.compiled, self.backend.rows)
-        N = self.weight_shape[0]
-        return y if y.shape[-1] == N else y[..., :N]
+            super().__setattr__(name, value)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, in the shape of the parameter."""
+        dense, order = dequantize(*self.held("weight"), dtype), self._buffers.get("weight_order")
+        if order is not None:
+            dense = torch.empty_like(dense).index_copy_(1, order, dense)
+        return dense.T if self.transposed else dense
 
 
-class QuantizedLinear(Quantized, nn.Linear):
+class QuantizedLinear(HasWeight, nn.Linear):
     """y = x W^T + b."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
-            raise RuntimeError(
-                f"weights quantized for the CPU met activations on {input.device}; unpatch, move the model, patch again"
-            )
-        if torch.is_grad_enabled() and input.requires_grad:  # the kernels have no derivative
-            return F.linear(input, self.dequantize(input.dtype), self.bias)
-        y = self.product(input)
-        return y if self.bias is None else y + self.bias
+        buffers: dict[str, Any] = self._buffers
+        if (order := buffers.get("weight_order")) is not None:
+            input = input[..., order]
+        y = product(input, buffers["weight"], buffers["weight_scales"], self.specs["weight"])
+        bias = self.bias
+        return y if bias is None else y + bias
 
 
-class QuantizedEmbedding(Quantized, nn.Embedding):
+class QuantizedTransposed(HasWeight):
+    """y = x W + b: a `Conv1D`, as GPT-2 has them."""
+
+    transposed = True
+    bias: Tensor | None
+    forward = QuantizedLinear.forward
+
+
+class QuantizedEmbedding(HasWeight, nn.Embedding):
     """Looks up rows and dequantizes them: the table of a head that is tied to the embedding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.rows(input.reshape(-1)).to(self.like.dtype).view(*input.shape, -1)
+        return rows(input.reshape(-1), *self.held("weight")).to(self.like.dtype).view(*input.shape, -1)
 
 
-class Int8Linear(Int8, QuantizedLinear):
-    pass
+class QuantizedExperts(QuantizedModule):
+    """Experts under the contract of `use_experts_implementation`, each with a weight from the input (`into`) and one to
+    the output (`out`). Calculates in the order of the implementation "grouped_mm"."""
 
+    into: str
+    out: str
+    has_gate: bool
+    has_bias: bool
+    act_fn: Any
+    post_expert_norm: Any
+    _apply_gate: Any
 
-class Int4Linear(Int4, QuantizedLinear):
-    pass
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        T, chosen = top_k_index.shape
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        x = hidden_states[order // chosen]
+        parts, start = [], 0
+        chosen_ones, counts = torch.unique_consecutive(experts, return_counts=True)  # type: ignore[no-untyped-call]
+        for expert, count in zip(chosen_ones.tolist(), counts.tolist(), strict=True):
+            h = self._multiply(x[start : start + count], self.into, expert)
+            h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+            parts.append(self._multiply(h, self.out, expert))
+            start += count
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order, None]
+        y = torch.empty_like(y).index_copy(0, order, y) if len(parts) > 1 else y
+        return y.view(T, chosen, -1).sum(1).to(hidden_states.dtype)
 
+    def _multiply(self, x: Tensor, name: str, expert: int) -> Tensor:
+        codes, scales, spec = self.held(name)
+        codes = codes[0, expert] if spec.scheme in INT8 else codes[expert]
+        y = product(x, codes, scales[expert], spec)
+        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
-class Int8Embedding(Int8, QuantizedEmbedding):
-    pass
-
-
-class Int4Embedding(Int4, QuantizedEmbedding):
-    pass
-
-
-def quantized_class(module: nn.Module, scheme: str) -> type[nn.Module]:
-    """The class that a module is changed to.
-
-    An embedding class that adds to `nn.Embedding.forward` (Gemma's scale) keeps its own forward: the quantized class
-    stands between it and `nn.Embedding`, where its `super().forward` finds it.
-    """
-    if not isinstance(module, nn.Embedding):
-        return {"int8": Int8Linear, "int4": Int4Linear}[scheme]
-    base = {"int8": Int8Embedding, "int4": Int4Embedding}[scheme]
-    kind: Any = type(module)
-    return base if kind is nn.Embedding else _between(kind, base)
+    def dequantize_expert(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] of one expert."""
+        codes, scales, spec = self.held(name)
+        return dequantize(codes[0, expert] if spec.scheme in INT8 else codes[expert], scales[expert], spec, dtype)
 
 
 @cache
-def _between(kind: Any, base: Any) -> type[nn.Module]:
-    return type(kind.__name__, (kind, base), {"__module__": kind.__module__})
+def quantized_class(kind: Any, role: Literal["linear", "transposed", "embedding", "experts"]) -> Any:
+    """The class that a module of class `kind` is changed to.
+
+    An embedding class that adds to `nn.Embedding.forward` (Gemma's scale) keeps its own forward: the quantized class
+    stands between it and `nn.Embedding`, where its `super().forward` finds it. Others keep all but their forward.
+    """
+    base: Any = {
+        "linear": QuantizedLinear,
+        "transposed": QuantizedTransposed,
+        "embedding": QuantizedEmbedding,
+        "experts": QuantizedExperts,
+    }[role]
+    if kind in (nn.Linear, nn.Embedding):
+        return base
+    bases = (kind, base) if role == "embedding" else (base, kind)
+    return type(kind.__name__, bases, {"__module__": kind.__module__})

@@ -1,11 +1,11 @@
-"""Quantize: weights of linear layers in 8 or 4 bits, in place, for the CPU."""
+"""Quantize: weights of linear layers in 8 or 4 bits, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,72 +13,57 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
-from hf_accel_patch.families import ADAPTERS, View
+from hf_accel_patch.families import View
+from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import Backend, backend_int4, backend_int8, int4_block, pack_int4
-from hf_accel_patch.ops.modules import Quantized, quantized_class
-from hf_accel_patch.ops.quantize import quantize_int8, row_blocks
+from hf_accel_patch.ops.linear import Backend, backend_for, int4_block, pack
+from hf_accel_patch.ops.modules import QuantizedModule, Spec, quantized_class
+from hf_accel_patch.ops.quantize import row_blocks
+from hf_accel_patch.passes.saving import save_quantized
+from hf_accel_patch.passes.targets import GROUP_SIZES, Target, choose
 from hf_accel_patch.plan import Skip, Step
 
-Scheme = Literal["int8", "int4"]
-SCHEMES = ("int8", "int4", "nf4", "llm.int8")  # all that the name can be; the last two are not in this version
-GROUP_SIZES = (64, 32, 128)  # in the order of choice: 64 costs half a bit per weight and loses little against 32
-HEAD_GROUP_SIZE, HEAD_REFINEMENTS = 32, 6  # rounding errors of the head go straight into the logits
+Scheme = Literal["int8", "int4", "nf4", "llm.int8"]
+SCHEMES = get_args(Scheme)
 PROGRESS_WEIGHTS = 100_000_000  # smaller models are done before a bar is seen
 
 
 @dataclass(frozen=True)
-class Target:
-    """One weight [N, K] and every module that uses it: several if it is tied."""
-
-    modules: tuple[tuple[str, nn.Module], ...]
-    shape: tuple[int, int]
-    group_size: int  # 0 for int8, which has one scale per row
-    head: bool
-
-    @property
-    def packed_bytes(self) -> int:
-        N, K = self.shape
-        if not self.group_size:
-            return N * K + 2 * N
-        padded = -(-N // 64) * 64
-        return padded * K // 2 + 4 * padded * K // self.group_size
-
-
-@dataclass(frozen=True)
 class Quantize:
-    """Weight-only quantization of every `nn.Linear`, and of an embedding table that is tied to one.
+    """Weight-only quantization of every linear weight: `nn.Linear` and subclasses that multiply as it does, `Conv1D`,
+    experts, and an embedding table that is tied to the head.
 
     `int8`: one scale per output channel; nearly exact. `int4`: a scale and a zero per group of input features, fitted
-    by least squares without data; 4.5 bits per weight at the default group of 64. The head, and the embedding table
+    by least squares without data, or with `calibrate` rounded by GPTQ (arXiv 2210.17323); 4.5 bits per weight at the
+    default group of 64. `nf4`: the codes of bitsandbytes (QLoRA, arXiv 2305.14314). The head, and the embedding table
     that is tied to it, get groups of 32: rounding errors there go straight into the logits. Activations stay in 16
-    bits.
+    bits. `llm.int8` (arXiv 2208.07339): as `int8`, but a prefill multiplies activations in 8 bits, save for the
+    features with outliers.
 
-    Backends: `compiled` is a kernel in C that this machine's compiler makes at first use (x86 with AVX2 or AVX512);
-    `torch` is the one that PyTorch ships, which rounds activations to bfloat16; `auto` takes the first where it can be
-    made. Both work on the same bytes.
+    Backends on the CPU: `compiled` is a kernel in C that this machine's compiler makes at first use (x86 with AVX2 or
+    AVX512); `torch` is what PyTorch ships, which rounds activations to bfloat16; `auto` takes the first where it can be
+    made. Both work on the same bytes. CUDA has Triton kernels, for the same bytes again.
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
-    report. `save_pretrained` writes the weights that the codes stand for, dense, as stock loads them.
+    report. `save_pretrained` writes the codes, with a `quantization_config` that `from_pretrained` understands once
+    this package is imported. Gradients pass through to adapters, as in QLoRA.
     """
 
     scheme: Scheme
-    group_size: int | None = None  # input features per scale of int4: 32, 64, 128; None: 64, or 32 if 64 does not fit
+    group_size: int | None = None  # input features per scale in 4 bits: 32, 64, 128; None: 64, or 32 if 64 does not fit
     skip: tuple[str, ...] = ()  # names of modules, or shell patterns over them, that stay as they are
     backend: Literal["auto", "compiled", "torch"] = "auto"
+    calibrate: Sequence[Any] | None = field(default=None, repr=False)  # texts, or tensors of token ids [T] or [B, T]
     originals: Literal["keep", "discard"] | None = None  # None: discard, but keep in `with patched(...)`
+    tokenizer: Any = field(default=None, repr=False)  # for `calibrate`; None: that at model.name_or_path
 
     name = "quantize"
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"quantize: unknown scheme {self.scheme!r}; the schemes are {', '.join(SCHEMES)}")
-        if self.scheme not in get_args(Scheme):
-            raise ValueError(f"quantize: {self.scheme!r} is not in this version, which has int8 and int4")
-        if self.group_size is not None and self.scheme == "int8":
-            raise ValueError("quantize: int8 has one scale per output channel, so group_size does not apply to it")
         if self.group_size not in (None, *GROUP_SIZES):
             raise ValueError(f"quantize: group_size={self.group_size!r}; allowed: 32, 64, 128")
         if self.backend not in ("auto", "compiled", "torch"):
@@ -88,157 +73,164 @@ class Quantize:
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"quantize: skip={self.skip!r} is not a tuple of names")
         object.__setattr__(self, "skip", tuple(self.skip))
+        if self.calibrate is not None:
+            if self.scheme != "int4":
+                raise ValueError(f"quantize: calibrate= applies to int4; {self.scheme} rounds to nearest")
+            object.__setattr__(self, "calibrate", comparable(self.calibrate))
 
     def inspect(self, view: View) -> Step | Skip:
-        targets, skipped = self._choose(view)
+        targets, skipped = self.choose(view)
         if not targets:
-            reasons = sorted({reason for _, reason in skipped}) or ["it has no nn.Linear"]
+            if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):
+                return Skip(self, "its weights are quantized already", view.weight_bytes())
+            reasons = sorted({reason for _, reason in skipped}) or ["it has no linear layer"]
             raise UnsupportedModel(f"{view.subject} has no weight that {self.scheme} can hold: {'; '.join(reasons)}")
-        _refuse_unsuitable(targets)
+        for target in targets:
+            for weight, parameter in zip(target.weights, target.parameters(), strict=True):
+                refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
         before = view.weight_bytes()
-        replaced = sum(_weight(target).numel() * _weight(target).element_size() for target in targets)
+        replaced = sum(p.numel() * p.element_size() for target in targets for p in target.parameters())
         after = before - replaced + sum(target.packed_bytes for target in targets)
-        facts: dict[str, Any] = {"exact": False, "bytes_before": before, "bytes_after": after, "scheme": self.scheme}
+        facts = {"exact": False, "bytes_before": before, "bytes_after": after} | self.facts(targets, skipped)
+        work = sorted(targets, key=lambda target: target.packed_bytes)
+        if self.calibrate is not None:
+            from hf_accel_patch.passes.calibrate import token_ids
+
+            return Step(self, facts, (view.model, work, token_ids(self.calibrate, view.model, self.tokenizer)))
+        return Step(self, facts, (view.model, work))
+
+    def facts(self, targets: list[Target], skipped: list[tuple[str, str]]) -> dict[str, Any]:
+        """What a report says beside sizes."""
         sizes = sorted({target.group_size for target in targets} - {0})
-        facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes} if sizes else {}
-        facts |= {"backend": str(self._backend()), "weights": len(targets), "originals": self.originals or "discard"}
+        on_cuda = any(
+            p.is_cuda for target in targets for _, m in target.modules for p in m._buffers.values() if p is not None
+        )
+        facts: dict[str, Any] = {"scheme": self.scheme}
+        facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes or "per channel"}
+        facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
+        facts |= {"weights": sum(len(target.weights) for target in targets)}
+        facts |= {"calibrated": "GPTQ"} if self.calibrate is not None else {}
+        facts |= {"originals": self.originals or "discard"}
         facts["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
-        return Step(self, facts, (view.model, *sorted(targets, key=lambda target: target.packed_bytes)))
+        return facts
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Smallest weight first, each freed before the next: the largest packed weight meets the smallest model."""
         model: PreTrainedModel = step.work[0]
-        targets: Sequence[Target] = step.work[1:]
-        total = sum(target.shape[0] * target.shape[1] for target in targets)
-        quiet = total < PROGRESS_WEIGHTS
+        targets: list[Target] = step.work[1]
+        total = sum(target.size for target in targets)
         with logging.tqdm(
-            total=total, desc=f"quantize to {self.scheme}", unit="w", unit_scale=True, disable=quiet
+            total=total, desc=f"quantize to {self.scheme}", unit="w", unit_scale=True, disable=total < PROGRESS_WEIGHTS
         ) as bar:
-            for target in targets:
-                self._replace(target, journal)
-                bar.update(target.shape[0] * target.shape[1])
-        journal.bind_method(model, "save_pretrained", _save_dense)
+            if self.calibrate is not None:
+                from hf_accel_patch.passes.calibrate import calibrated
+
+                packs: Iterable[tuple[Target, list[tuple[Tensor, Tensor]]]] = calibrated(
+                    model, targets, step.work[2], self.packed
+                )
+            else:
+                packs = ((target, self.packed(target)) for target in targets)
+            for target, packed in packs:
+                self.install(target, packed, journal)
+                bar.update(target.size)
+        if not _saves_itself(model):
+            journal.bind_method(model, "save_pretrained", save_quantized)
+
+    def packed(self, target: Target) -> list[tuple[Tensor, Tensor]]:
+        """Codes and scales of each of its weights."""
+        pairs = zip(target.weights, target.parameters(), strict=True)
+        return [self.pack(target, weight, parameter.detach()) for weight, parameter in pairs]
+
+    def pack(self, target: Target, weight: Weight, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a parameter as it lies in the module."""
+        dense = parameter.transpose(-1, -2) if weight.transposed else parameter
+        return pack(dense, self.scheme, target.group_size, int4_block() or 64, target.head)
+
+    def install(
+        self, target: Target, packed: list[tuple[Tensor, Tensor]], journal: Journal, scheme: str | None = None
+    ) -> None:
+        """Put codes in the place of the parameters. `packed`: one pair per weight."""
+        backend, like = self.backend_of(), packed[0][0].new_empty(0, dtype=target.parameters()[0].dtype)
+        specs = {weight.name: Spec(scheme or self.scheme, weight.shape, backend) for weight in target.weights}
+        for name, module in target.modules:
+            for weight, (codes, scales) in zip(target.weights, packed, strict=True):
+                kept = self.originals == "keep"
+                journal.remove_parameter(module, weight.name, keep=kept, label=f"{name}.{weight.name}")
+                journal.set_buffer(module, weight.name, codes)
+                journal.set_buffer(module, f"{weight.name}_scales", scales)
+            journal.set_buffer(module, "like", like, persistent=False)
+            journal.set_attribute(module, "specs", specs)
+            if target.role == "experts":
+                into, out = (weight.name for weight in target.weights)
+                journal.set_attribute(module, "into", into)
+                journal.set_attribute(module, "out", out)
+            role: Role = "embedding" if isinstance(module, nn.Embedding) else target.role
+            journal.change_class(module, quantized_class(_kind(module), role))
+
+    def share(self, module: QuantizedModule, other: nn.Module, journal: Journal) -> None:
+        """Let another module, whose parameter is gone, use the codes of this one."""
+        for key in ("weight", "weight_scales"):
+            journal.set_buffer(other, key, module._buffers[key])
+        journal.set_buffer(other, "like", module.like, persistent=False)
+        journal.set_attribute(other, "specs", module.specs)
+        role: Role = "embedding" if isinstance(other, nn.Embedding) else "linear"
+        journal.change_class(other, quantized_class(_kind(other), role))
 
     def modules(self, view: View) -> set[nn.Module]:
         """The modules whose weights would be quantized."""
-        return {module for target in self._choose(view)[0] for _, module in target.modules}
+        return {module for target in self.choose(view)[0] for _, module in target.modules}
 
-    def _replace(self, target: Target, journal: Journal) -> None:
-        weight, block = _weight(target).detach(), int4_block() or 64
-        if self.scheme == "int8":
-            qweight, scales = quantize_int8(weight)
-        else:
-            qweight, scales = pack_int4(weight, target.group_size, block, HEAD_REFINEMENTS if target.head else None)
-        scales, like = scales.view(torch.int16), weight.new_empty(0)
-        for name, module in target.modules:
-            journal.remove_parameter(module, "weight", keep=self.originals == "keep", label=f"{name}.weight")
-            journal.set_buffer(module, "qweight", qweight)
-            journal.set_buffer(module, "scales", scales)
-            journal.set_buffer(module, "like", like, persistent=False)
-            for key, value in (("weight_shape", target.shape), ("block", block), ("backend", self._backend())):
-                journal.set_attribute(module, key, value)
-            journal.change_class(module, quantized_class(module, self.scheme))
-
-    def _choose(self, view: View) -> tuple[list[Target], list[tuple[str, str]]]:
+    def choose(self, view: View) -> tuple[list[Target], list[tuple[str, str]]]:
         """The weights to quantize, and the names of the modules left alone with the reason."""
-        owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        shared: dict[int, list[str]] = {}
-        for name, module in view.model.named_modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and key == "weight" and isinstance(module, nn.Linear | nn.Embedding):
-                    owners.setdefault(id(parameter), []).append((name, module))
-                elif parameter is not None:
-                    shared.setdefault(id(parameter), []).append(f"{name}.{key}")
-        inside = {id(module) for _, module in view.named_modules()}
-        head = view.model.get_output_embeddings()
-        targets, skipped = [], []
-        for key, modules in owners.items():
-            linear = [pair for pair in modules if isinstance(pair[1], nn.Linear)]
-            if not linear or not all(id(module) in inside for _, module in modules):
-                continue
-            is_head = any(module is head for _, module in modules)
-            reason, group_size = self._refuse(modules, shared.get(key, []), is_head)
-            if reason:
-                skipped += [(name, reason) for name, _ in linear]
-            else:
-                N, K = cast(Tensor, modules[0][1]._parameters["weight"]).shape
-                targets.append(Target(tuple(modules), (N, K), group_size, is_head))
-        return targets, skipped
+        return choose(view, self.scheme, self.group_size, self.skip, int4_block() or 64)
 
-    def _refuse(self, modules: list[tuple[str, nn.Module]], shared: list[str], is_head: bool) -> tuple[str, int]:
-        """Why this weight stays as it is ("" if it does not), and its group size."""
-        for name, module in modules:
-            if any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in self.skip):
-                return "asked for by skip", 0
-            if any(part in name for part in ADAPTERS):
-                return "an adapter that is being trained", 0
-            if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-                return f"{type(module).__name__} may use its weight in its own way", 0
-            if isinstance(module, nn.Embedding) and module.max_norm is not None:
-                return "its embedding renormalizes rows", 0
-        if shared:
-            return f"shared with {shared[0]}", 0
-        weight = modules[0][1]._parameters["weight"]
-        assert weight is not None
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype} already", 0
-        if self.scheme == "int8":
-            return "", 0
-        K = weight.shape[1]
-        fitting = [size for size in GROUP_SIZES if K % size == 0]
-        if self.group_size is not None and self.group_size not in fitting:
-            raise ValueError(
-                f"quantize: group_size={self.group_size} does not divide the {K} input features of {modules[0][0]}; "
-                f"sizes that do: {', '.join(map(str, sorted(fitting))) or 'none'}"
-            )
-        if is_head and self.group_size is None:
-            fitting = [size for size in fitting if size == HEAD_GROUP_SIZE]
-        return ("", self.group_size or fitting[0]) if fitting else (f"{K} input features are no multiple of 32", 0)
-
-    def _backend(self) -> Backend:
+    def backend_of(self) -> Backend:
         if self.backend == "compiled" and (reason := cpu.why_not(int4_block())):
             raise HfAccelError(f"quantize: the compiled kernels cannot be made here: {reason}", "use backend='auto'")
-        choose = backend_int8 if self.scheme == "int8" else backend_int4
-        return choose(self.backend != "torch")
+        return backend_for(self.scheme, self.backend != "torch")
 
 
-def _weight(target: Target) -> nn.Parameter:
-    weight = target.modules[0][1]._parameters["weight"]
-    assert weight is not None
-    return weight
+def _kind(module: nn.Module) -> Any:
+    return type(module)
 
 
-def _refuse_unsuitable(targets: list[Target]) -> None:
-    """Raise UnsupportedModel for weights on another device, and for those that hold NaN or infinity."""
-    for target in targets:
-        name, weight = target.modules[0][0], _weight(target)
-        if weight.is_meta:
-            continue  # a plan from a configuration alone
-        if weight.device.type != "cpu":
-            raise UnsupportedModel(f"{name}.weight is on {weight.device}; this version quantizes on the CPU only")
-        if not all(torch.isfinite(weight.detach()[rows].float().sum()) for rows in row_blocks(weight, 1)):
-            raise UnsupportedModel(
-                f"{name}.weight holds NaN or infinity, so no scale fits it", "check the checkpoint, or skip this module"
-            )
+def comparable(texts: Any) -> tuple[Any, ...]:
+    """Texts as strings, and token ids as tuples, so that equal options are equal."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise TypeError("calibrate= takes a list of texts, or of tensors of token ids")
+    kept: list[Any] = []
+    for text in texts:
+        if isinstance(text, str):
+            kept.append(text)
+        elif isinstance(text, Tensor) and text.ndim in (1, 2) and not text.is_floating_point():
+            kept += [tuple(row) for row in text.reshape(-1, text.shape[-1]).tolist()]
+        elif isinstance(text, tuple) and all(isinstance(token, int) for token in text):
+            kept.append(text)
+        else:
+            raise TypeError(f"calibrate= takes texts, or tensors of token ids [T] or [B, T], not {type(text).__name__}")
+    if not any(kept):
+        raise ValueError("calibrate= holds no text")
+    return tuple(kept)
 
 
-def _dense_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The state dict with a dense weight for every quantized one; tied weights stay one tensor."""
-    dense: dict[int, Tensor] = {}
-    quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
-    for key, tensor in model.state_dict().items():
-        prefix, _, leaf = key.rpartition(".")
-        module = quantized.get(prefix)
-        if module is None or leaf not in ("qweight", "scales"):
-            yield key, tensor
-        elif leaf == "qweight":
-            codes = id(module.qweight)
-            if codes not in dense:
-                dense[codes] = module.dequantize(module.like.dtype)
-            yield f"{prefix}.weight", dense[codes]
+def _saves_itself(model: PreTrainedModel) -> bool:
+    return "save_pretrained" in vars(model)
 
 
-def _save_dense(self: PreTrainedModel, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-    """`save_pretrained` with the weights that the codes stand for, so that stock transformers can load them."""
-    state_dict = dict(_dense_items(self)) if state_dict is None else state_dict
-    type(self).save_pretrained(self, *args, state_dict=state_dict, **kwargs)
+def refuse_unsuitable(name: str, weight: Tensor) -> None:
+    """Raise UnsupportedModel for a weight on a device without kernels, and for one that holds NaN or infinity."""
+    if weight.is_meta:
+        return  # a plan from a configuration alone
+    if weight.is_cuda and (reason := _no_triton()):
+        raise UnsupportedModel(f"{name} is on {weight.device}: {reason}", "pip install triton")
+    if weight.device.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"{name} is on {weight.device}; there are kernels for cpu and cuda only")
+    flat = weight.reshape(-1, weight.shape[-1])
+    if not all(torch.isfinite(flat[rows].float().sum()) for rows in row_blocks(flat, 1)):
+        raise UnsupportedModel(
+            f"{name} holds NaN or infinity, so no scale fits it", "check the checkpoint, or skip this module"
+        )
+
+
+def _no_triton() -> str:
+    return "" if find_spec("triton") else "its kernels need triton, which is not installed"

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import pack_int4
-from hf_accel_patch.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from hf_accel_patch.ops.linear import pack_int4, pack_table
+from hf_accel_patch.ops.quantize import (
+    TABLES,
+    dequantize_int4,
+    dequantize_int8,
+    dequantize_table,
+    quantize_int4,
+    quantize_int8,
+    quantize_table,
+)
 
 ROUNDING = {torch.float32: 2**-13, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of activations and of results
 
@@ -38,10 +46,36 @@ def close(ours, expected):
 def test_int4(block, N, K, group_size, rows, dtype):
     w, x = normal(N, K), normal(rows, K, seed=1).to(dtype)
     packed, scales = pack_int4(w, group_size, block)
-    ours = cpu.linear_int4(cpu.library(block), x, packed, scales)
-    assert ours.dtype == dtype and ours.shape == (rows, len(packed))
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales, None)
+    assert ours.dtype == dtype and ours.shape == (rows, len(packed) * block)
     codes, scale, zero = quantize_int4(w, group_size)
     assert close(ours[:, :N], x.double() @ dequantize_int4(codes, scale.double(), zero.double()).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 49])
+@pytest.mark.parametrize("scheme", sorted(TABLES))
+@pytest.mark.parametrize("N, K, group_size", [(64, 64, 64), (200, 96, 32), (130, 384, 128)])
+def test_tables(block, N, K, group_size, scheme, rows, dtype):
+    w, x = normal(N, K), normal(rows, K, seed=1).to(dtype)
+    packed, scales = pack_table(w, group_size, block, scheme)
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales, TABLES[scheme])
+    codes, absmax = quantize_table(w, group_size, TABLES[scheme])
+    exact = dequantize_table(codes, absmax.double(), TABLES[scheme])
+    step = absmax.double().amax() * group_size / 2**16  # the kernel rounds the 16 values to integers: 0.3 of it, random
+    bound = ROUNDING[dtype] * (x.double() @ exact.T).abs().amax(-1, keepdim=True)
+    bound = bound + 5 * 0.3 * step * x.double().norm(dim=-1)[:, None]
+    assert ours.dtype == dtype and ours.shape == (rows, len(packed) * block)
+    assert bool(((ours[:, :N].double() - x.double() @ exact.T).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_sums_of_a_table_do_not_overflow(block, group_size):
+    """Weights and activations as large as they get, all of one sign."""
+    w, x = torch.ones(64, 256), torch.full((1, 256), 1.9999)
+    packed, scales = pack_table(w, group_size, block, "nf4")
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales, TABLES["nf4"])
+    assert torch.allclose(ours, torch.tensor(256 * 1.9999), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -88,7 +122,7 @@ def test_a_large_activation_costs_only_its_own_group(block, large):
     assert close(ours, x.double() @ dequantize_int8(codes, scales.double()).T)
     packed, scales = pack_int4(w, 64, block)
     codes, scale, zero = quantize_int4(w, 64)
-    ours = cpu.linear_int4(cpu.library(block), x, packed, scales)[:, :64]
+    ours = cpu.linear_int4(cpu.library(block), x, packed, scales, None)[:, :64]
     exact = x.double() @ dequantize_int4(codes, scale.double(), zero.double()).T
     bound = 2**-12 * (x.double().abs() @ dequantize_int4(codes, scale.double(), zero.double()).abs().T)
     assert bool(((ours - exact).abs() <= bound).all())
@@ -101,25 +135,48 @@ def test_what_is_not_finite_shows(block, value):
     packed, scales = pack_int4(normal(64, 128), 64, block)
     codes, row_scales = quantize_int8(normal(64, 128))
     kernels = cpu.library(block)
-    for ours in (cpu.linear_int4(kernels, x, packed, scales), cpu.linear_int8(kernels, x, codes, row_scales)):
+    for ours in (cpu.linear_int4(kernels, x, packed, scales, None), cpu.linear_int8(kernels, x, codes, row_scales)):
         assert not ours[1].isfinite().any() and ours[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("scheme", ["int4", *sorted(TABLES)])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_unpacking_rounds_to_bfloat16_once(block, group_size):
-    w = normal(300, 384)
-    packed, scales = pack_int4(w, group_size, block)
-    codes, scale, zero = quantize_int4(w, group_size)
-    expected = dequantize_int4(codes, scale.double(), zero.double()).float().bfloat16()
-    for start, stop in ((0, len(packed)), (block, 3 * block)):
-        ours = cpu.unpack_int4(cpu.library(block), packed, scales, start, stop)
-        rows = min(stop, 300) - start
-        assert torch.equal(ours[:, :rows].T, expected[start:stop])
+def test_unpacking_rounds_to_bfloat16_once(block, group_size, scheme):
+    w, table = normal(300, 384), TABLES.get(scheme)
+    if table is None:
+        packed, scales = pack_int4(w, group_size, block)
+        codes, scale, zero = quantize_int4(w, group_size)
+        exact = dequantize_int4(codes, scale.double(), zero.double())
+    else:
+        packed, scales = pack_table(w, group_size, block, scheme)
+        codes, absmax = quantize_table(w, group_size, table)
+        exact = dequantize_table(codes, absmax.double(), table)
+    expected = exact.float().bfloat16()
+    for start, stop in ((0, len(packed)), (1, 3)):
+        ours = cpu.unpack_int4(cpu.library(block), packed, scales, table, start, stop)
+        first, last = start * block, min(stop * block, 300)
+        assert torch.equal(ours[:, : last - first].T, expected[first:last])
 
 
 def test_unpacking_int8_is_exact(block):
     codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, 5)
     assert torch.equal(cpu.unpack_int8(cpu.library(block), codes), codes.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activations_in_8_bits(block, dtype):
+    x, skip = normal(5, 700).to(dtype), torch.zeros(700, dtype=torch.bool)
+    x[2, 3], x[4] = 1e3, 0
+    skip[3] = True
+    q, scales = cpu.narrow_rows(cpu.library(block), x, skip)
+    kept = x.float().masked_fill(skip, 0)
+    assert torch.allclose(scales, kept.abs().amax(1) / 127) and not q[:, 3].any()
+    assert bool(((q * scales[:, None] - kept).abs() <= 0.501 * scales[:, None]).all())
+    products, out = torch.randint(-(2**14), 2**14, (5, 48), dtype=torch.int32), torch.empty(5, 64, dtype=dtype)
+    columns = normal(48, seed=3).bfloat16()
+    cpu.scale_products(cpu.library(block), products, scales, columns, out[:, :48])
+    exact = products.double() * scales.double()[:, None] * columns.double()
+    assert torch.allclose(out[:, :48].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_threads_change_nothing(block):
@@ -128,7 +185,7 @@ def test_threads_change_nothing(block):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(cpu.linear_int4(cpu.library(block), x, packed, scales))
+            results.append(cpu.linear_int4(cpu.library(block), x, packed, scales, None))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -145,9 +202,9 @@ def run(code, **environment):
 
 REPORT = """
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import backend_int4, int4_block
+from hf_accel_patch.ops.linear import backend_for, int4_block
 block = int4_block()
-print(cpu.library(block) is not None, backend_int4(True).compiled, cpu.why_not(block))
+print(cpu.library(block) is not None, backend_for("int4", True).compiled, cpu.why_not(block))
 """
 
 

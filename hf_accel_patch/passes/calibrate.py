@@ -1,0 +1,170 @@
+"""Calibration: the inputs that layers see while a model reads texts, for rounding their weights by GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.ops.gptq import quantize_gptq
+from hf_accel_patch.ops.linear import int4_block, lay_out
+from hf_accel_patch.passes.targets import Target
+
+WINDOW = 2048  # tokens read at a time, or what the model was trained on if that is less
+MOMENTS_BYTES = 1 << 30  # held at a time; the texts are read once for each such part of the model
+
+
+class _Enough(Exception):
+    """Raised inside the model when the last layer of interest has its input."""
+
+
+@dataclass
+class Group:
+    """Layers that multiply the same input, and its second moments [K, K]."""
+
+    targets: list[Target] = field(default_factory=list)
+    moments: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        return self.targets[0].weights[0].shape[1]
+
+
+def token_ids(texts: Sequence[Any], model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
+    """Token ids [1, T] of texts, cut into windows."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
+    if any(isinstance(text, str) for text in texts):
+        source = tokenizer or model.name_or_path
+        if not source:
+            raise HfAccelError("the model does not know its tokenizer", "give Quantize(..., tokenizer=tokenizer)")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else source
+        except (OSError, ValueError) as error:
+            raise HfAccelError(
+                f"there is no tokenizer at {source}: {error}", "give Quantize(..., tokenizer=)"
+            ) from error
+    ids = [tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text for text in texts]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if any(not 0 <= token < vocabulary for row in ids for token in row):
+        raise ValueError(f"calibrate= holds token ids that are not in 0..{vocabulary - 1}")
+    size = min(limit, WINDOW)
+    windows = [torch.tensor([row[i : i + size]]) for row in ids for i in range(0, len(row), size)]
+    if not windows:
+        raise ValueError("calibrate= holds no text")
+    return windows
+
+
+def calibrated(
+    model: PreTrainedModel, targets: list[Target], windows: list[Tensor], plain: Callable[[Target], Any]
+) -> Iterator[tuple[Target, list[tuple[Tensor, Tensor]]]]:
+    """Targets with their codes and scales, in the order in which the model uses them. Each is to be installed before
+    the next is asked for. What cannot be calibrated (experts, tables, layers that the texts do not reach) is packed
+    by `plain`, last."""
+    device = model.get_input_embeddings().weight.device
+    windows = [window.to(device) for window in windows]
+    groups = _in_order(model, [target for target in targets if _calibrates(target)], windows[0])
+    done: set[int] = set()
+    for part in _parts(groups):
+        _observe(model, part, windows)
+        for group in part:
+            moments, group.moments = group.moments, None
+            for target in group.targets:
+                done.add(id(target))
+                yield target, [_rounded(target, moments)] if moments is not None else plain(target)
+    for target in targets:
+        if id(target) not in done:
+            yield target, plain(target)
+
+
+def _calibrates(target: Target) -> bool:
+    """A table serves lookups too, whose errors are not those of a product; moments of every expert are too large."""
+    return target.role != "experts" and len(target.modules) == 1
+
+
+@torch.no_grad()
+def _rounded(target: Target, moments: Tensor) -> tuple[Tensor, Tensor]:
+    parameter, weight = target.parameters()[0].detach(), target.weights[0]
+    dense = parameter.T if weight.transposed else parameter
+    return lay_out(*quantize_gptq(dense, moments, target.group_size), int4_block() or 64)
+
+
+def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> list[Group]:
+    """Targets by the tensor that they multiply, in the order of use."""
+    groups: list[Group] = []
+    last: list[Any] = [None]
+    seen: set[int] = set()
+
+    def watch(target: Target) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if id(target) in seen:
+                return
+            seen.add(id(target))
+            if args[0] is not last[0]:
+                groups.append(Group())
+            last[0] = args[0]
+            groups[-1].targets.append(target)
+
+        return note
+
+    _run(model, {target.modules[0][1]: watch(target) for target in targets}, [window])
+    return groups
+
+
+def _parts(groups: list[Group]) -> Iterator[list[Group]]:
+    """Consecutive groups whose moments fit. Layers of a later part see what the quantized ones before it give."""
+    part: list[Group] = []
+    for group in groups:
+        if part and sum(4 * each.features**2 for each in (*part, group)) > MOMENTS_BYTES:
+            yield part
+            part = []
+        part.append(group)
+    if part:
+        yield part
+
+
+def _observe(model: PreTrainedModel, groups: list[Group], windows: list[Tensor]) -> None:
+    """Sum x x^T over all inputs of each group."""
+
+    def watch(group: Group, stop: bool) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().reshape(-1, group.features).float()
+            if group.moments is None:
+                group.moments = x.new_zeros(group.features, group.features)
+            group.moments.addmm_(x.T, x)
+            if stop:
+                raise _Enough
+
+        return note
+
+    hooks = {group.targets[0].modules[0][1]: watch(group, group is groups[-1]) for group in groups}
+    _run(model, hooks, windows)
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, hooks: dict[nn.Module, Callable[..., None]], windows: list[Tensor]) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        for window in logging.tqdm(windows, desc="calibrate", leave=False):
+            with suppress(_Enough):
+                model(input_ids=window, use_cache=False)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
