@@ -124,12 +124,20 @@ class HfAccelQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._work.names
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Floats where codes belong stay what they are, and are found out."""
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new if new is None or new.is_floating_point else None
+
     def get_quantize_ops(self) -> ConversionOps:
         assert isinstance(self._work, _OnTheFly)
         return _Take(self._work)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         try:
+            places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+            if "disk" in places or ("cpu" in places and len(places) > 1):
+                raise HfAccelError("quantized weights cannot be offloaded to the cpu or to disk", "change device_map")
             self._work.finish(model)
         finally:
             del self._work
@@ -257,14 +265,15 @@ class _Prepared:
         target = Target(((name, module),), role, weights, size, False, 0)
         packed = [_empty(weight, self.config.scheme, size, self.config.block or 64) for weight in weights]
         options.install(target, packed, self.journal, self.config.scheme)
-        self.journal.set_attribute(module, "_is_hf_initialized", True)
+        if not isinstance(module, nn.Embedding):  # some have a scale that initialization sets
+            self.journal.set_attribute(module, "_is_hf_initialized", True)
+        keys = [key for weight in weights for key in (weight.name, f"{weight.name}_scales")]
         if name in self.config.ordered:
-            self.journal.set_buffer(
-                module, "weight_order", torch.empty(weights[0].shape[1], dtype=torch.int64, device="meta")
-            )
-        self.names |= {
-            f"{name}.{key}": buffer for key, buffer in module._buffers.items() if key != "like" and buffer is not None
-        }
+            order = torch.empty(weights[0].shape[1], dtype=torch.int64, device="meta")
+            self.journal.set_buffer(module, "weight_order", order)
+            keys.append("weight_order")
+        buffers: dict[str, Any] = module._buffers
+        self.names |= {f"{name}.{key}": buffers[key] for key in keys}
         for other, each in zip(others, tied, strict=True):
             self.journal.remove_parameter(each, "weight", keep=False, label=f"{other}.weight")
             self.journal.set_attribute(each, "_is_hf_initialized", True)

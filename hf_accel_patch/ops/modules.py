@@ -105,6 +105,7 @@ class QuantizedWeight(Tensor):
     """What `module.weight` reads as: shape, dtype and device for free; any operation on it dequantizes first."""
 
     module: QuantizedModule
+    _is_hf_initialized = True  # what initializes the weights that a checkpoint lacks leaves it alone
 
     @staticmethod
     def __new__(cls, module: QuantizedModule) -> QuantizedWeight:
@@ -120,6 +121,9 @@ class QuantizedWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return QuantizedWeight(args[0].module)
+        if func is torch.ops.aten.empty_like.default:
+            like = {"dtype": args[0].dtype, "device": args[0].device} | {k: v for k, v in (kwargs or {}).items() if v is not None}
+            return torch.empty(args[0].shape, **like)
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise RuntimeError(
                 "a quantized weight cannot be changed in place; assign to the dense weight before patching"
@@ -212,10 +216,12 @@ class QuantizedExperts(QuantizedModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         T, chosen = top_k_index.shape
+        if not T:
+            return torch.zeros_like(hidden_states)
         experts, order = top_k_index.reshape(-1).sort(stable=True)
         x = hidden_states[order // chosen]
         parts, start = [], 0
-        chosen_ones, counts = torch.unique_consecutive(experts, return_counts=True)  # type: ignore[no-untyped-call]
+        chosen_ones, counts = torch.unique_consecutive(experts, return_counts=True)
         for expert, count in zip(chosen_ones.tolist(), counts.tolist(), strict=True):
             h = self._multiply(x[start : start + count], self.into, expert)
             h = self._apply_gate(h) if self.has_gate else self.act_fn(h)

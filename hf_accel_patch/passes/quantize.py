@@ -91,7 +91,7 @@ class Quantize:
         before = view.weight_bytes()
         replaced = sum(p.numel() * p.element_size() for target in targets for p in target.parameters())
         after = before - replaced + sum(target.packed_bytes for target in targets)
-        facts = {"exact": False, "bytes_before": before, "bytes_after": after} | self.facts(targets, skipped)
+        facts = {"bytes_before": before, "bytes_after": after} | self.facts(targets, skipped)
         work = sorted(targets, key=lambda target: target.packed_bytes)
         if self.calibrate is not None:
             from hf_accel_patch.passes.calibrate import token_ids
@@ -105,7 +105,7 @@ class Quantize:
         on_cuda = any(
             p.is_cuda for target in targets for _, m in target.modules for p in m._buffers.values() if p is not None
         )
-        facts: dict[str, Any] = {"scheme": self.scheme}
+        facts: dict[str, Any] = {"exact": False, "scheme": self.scheme}
         facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes or "per channel"}
         facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
         facts |= {"weights": sum(len(target.weights) for target in targets)}

@@ -1,0 +1,310 @@
+"""Quantized checkpoints: written and read through stock calls, quantized while reading, damaged."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from cases import greedy, logits, prompt, randomise, tiny
+from fingerprint import fingerprint
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_accel_patch import (
+    HfAccelConfig,
+    HfAccelError,
+    NotReversible,
+    Quantize,
+    UnsupportedModel,
+    load,
+    patch,
+    report,
+    unpatch,
+)
+from hf_accel_patch.loading import _reblock
+from hf_accel_patch.ops.modules import QuantizedModule
+
+OFF = {"attention": False, "linear": False}
+SCHEMES = ("int8", "int4", "nf4", "llm.int8")
+FAMILIES = ("llama", "gpt2", "falcon_mqa", "mixtral", "gpt_oss", "gemma2", "bloom")
+
+
+def quantize_row(model):
+    return next(row for row in report(model).to_dict()["passes"] if row["pass"] == "quantize")
+
+
+def read(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A float checkpoint, and what patching it gives."""
+
+    def save(family, scheme="int4"):
+        tiny(family).save_pretrained(tmp_path / "float")
+        return tmp_path / "float", logits(patch(read(tmp_path / "float"), quantize=scheme, **OFF), prompt())
+
+    return save
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_is_read_back_bit_for_bit(family, scheme, tmp_path):
+    model = patch(tiny(family), quantize=scheme, **OFF)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert "hf_quantizer" not in vars(model) and "quantization_config" not in vars(model.config), "saving left a trace"
+    again, info = read(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+    assert torch.equal(greedy(again, input_ids=prompt(), tokens=4), greedy(model, input_ids=prompt(), tokens=4))
+    names = {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    assert names == {name for name, module in again.named_modules() if isinstance(module, QuantizedModule)}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantizing_while_reading_is_patching(family, scheme, saved):
+    folder, expected = saved(family, scheme)
+    ours = load(folder, quantize=scheme, **OFF)
+    assert torch.equal(logits(ours, prompt()), expected)
+    stock_way = read(folder, quantization_config=HfAccelConfig(scheme))
+    assert torch.equal(logits(stock_way, prompt()), expected)
+    assert not any(p.is_meta for model in (ours, stock_way) for p in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_what_was_read_can_be_saved_again(tied, tmp_path):
+    config = tiny("llama").config
+    config.tie_word_embeddings = tied
+    model = patch(randomise(transformers.AutoModelForCausalLM.from_config(config)).eval(), quantize="int4", **OFF)
+    model.save_pretrained(tmp_path / "one")
+    read(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = read(tmp_path / "two")
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    embedding, head = again.get_input_embeddings(), again.get_output_embeddings()
+    assert (getattr(embedding, "_buffers", {}).get("weight") is head._buffers["weight"]) == tied
+    assert ("lm_head.weight" in one) != tied
+
+
+def test_the_names_and_options_are_in_the_configuration(tmp_path):
+    patch(tiny("llama"), quantize=Quantize("int4", group_size=32, skip=("lm_head",))).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert found["quant_method"] == "hf_accel_patch" and found["scheme"] == "int4" and found["version"] == 1
+    assert "model.layers.0.mlp.up_proj" in found["weights"]["32"] and "lm_head" not in found["weights"]["32"]
+
+
+def test_load_reports_and_comes_off_by_reading_again(saved):
+    folder, _ = saved("llama")
+    model = load(folder, quantize="int4")
+    row = quantize_row(model)
+    assert row["scheme"] == "int4" and not row["exact"] and row["bytes_after"] < row["bytes_before"]
+    assert row["bytes_before"] == quantize_row(patch(tiny("llama"), quantize="int4"))["bytes_before"]
+    with pytest.raises(NotReversible):
+        unpatch(model)
+    unpatch(model, reload=True)
+    assert torch.equal(logits(model, prompt()), logits(tiny("llama"), prompt()))
+    assert not any(isinstance(module, QuantizedModule) for module in model.modules())
+
+
+def test_load_without_quantization_patches(saved, tmp_path):
+    folder, _ = saved("llama")
+    model = load(folder)
+    assert "not asked for" in quantize_row(model)["reason"]
+    assert torch.equal(logits(unpatch(model), prompt()), logits(read(folder), prompt()))
+    patch(tiny("llama"), quantize="int4", **OFF).save_pretrained(tmp_path / "int4")
+    quantized = load(tmp_path / "int4")
+    assert quantize_row(quantized)["exact"] and quantize_row(quantized)["scheme"] == "int4"
+    assert torch.equal(logits(unpatch(quantized), prompt()), logits(read(tmp_path / "int4"), prompt()))
+
+
+def test_a_model_read_quantized_can_be_patched_and_comes_off(saved):
+    folder, expected = saved("llama")
+    model = read(folder, quantization_config=HfAccelConfig("int4"))
+    before = fingerprint(model)
+    patch(model, quantize="int4")
+    assert "quantized already" in quantize_row(model)["reason"]
+    assert (logits(model, prompt()) - expected).std() < 0.01 * expected.std()
+    unpatch(model)
+    assert fingerprint(model) == before and torch.equal(logits(model, prompt()), expected)
+
+
+def test_a_copy_of_a_model_read_quantized_is_a_model_of_its_own(saved, tmp_path):
+    folder, expected = saved("llama")
+    model = read(folder, quantization_config=HfAccelConfig("int4"))
+    clone = copy.deepcopy(model)
+    for module in model.modules():
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                buffer.zero_()
+    clone.save_pretrained(tmp_path / "clone")
+    assert torch.equal(logits(read(tmp_path / "clone"), prompt()), expected)
+
+
+def test_one_configuration_serves_two_models(saved):
+    folder, expected = saved("llama")
+    config = HfAccelConfig("int4")
+    models = [read(folder, quantization_config=config) for _ in range(2)]
+    assert all(torch.equal(logits(model, prompt()), expected) for model in models) and not config.weights
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_weights_are_quantized_in_the_dtype_that_was_asked_for(dtype, saved):
+    folder, _ = saved("llama")
+    expected = logits(patch(read(folder, dtype=dtype), quantize="int4", **OFF), prompt())
+    model = load(folder, quantize="int4", dtype=dtype, **OFF)
+    assert model.dtype == dtype and torch.equal(logits(model, prompt()), expected)
+
+
+@pytest.mark.parametrize("found, wanted", ((64, 32), (32, 64)))
+@pytest.mark.parametrize("family", ("llama", "mixtral"))
+def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family, monkeypatch):
+    monkeypatch.setattr("hf_accel_patch.passes.quantize.int4_block", lambda: found)
+    model = patch(tiny(family), quantize="int4", **OFF)
+    dense = {name: dense_of(module) for name, module in quantized(model)}
+    for _, module in quantized(model):
+        _reblock(module, wanted)
+    for name, module in quantized(model):
+        codes, scales, spec = module.held(next(iter(module.specs)))
+        assert codes.shape[-1] * 2 == wanted and codes.shape[-3] == -(-spec.shape[0] // wanted)
+        assert torch.equal(dense_of(module), dense[name])
+
+
+def quantized(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+
+
+def dense_of(module):
+    if hasattr(module, "dequantize"):
+        return module.dequantize(torch.float32)
+    return torch.cat([module.dequantize_expert(key, 1, torch.float32).flatten() for key in module.specs])
+
+
+ALONE = """
+import sys, transformers
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+LATE = """
+import sys
+import hf_accel_patch
+import torch, transformers
+assert "transformers.modeling_utils" not in sys.modules, "the import is not light"
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(sum(type(module).__module__.startswith("hf_accel_patch") for module in model.modules()))
+"""
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4", "nf4"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral"))
+def test_without_this_package_it_is_refused(scheme, family, tmp_path):
+    patch(tiny(family), quantize=scheme).save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", ALONE, tmp_path], capture_output=True, text=True, timeout=300)
+    assert run.returncode and "Error" in run.stderr
+
+
+def test_an_import_before_transformers_is_enough(tmp_path):
+    patch(tiny("llama"), quantize="int4").save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", LATE, tmp_path], capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "29", run.stderr[-1000:]
+
+
+def rewritten(folder, change):
+    """The checkpoint with its tensors changed, in a new file: the old one may be mapped."""
+    tensors = {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+UP, SCALES = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight_scales"
+DAMAGE = {
+    "no codes": (lambda t: t.pop(UP), f"{UP} is not in the checkpoint"),
+    "no scales": (lambda t: t.pop(SCALES), f"{SCALES} is not in the checkpoint"),
+    "short codes": (lambda t: t.update({UP: t[UP][:-1].clone()}), f"{UP} is torch.uint8"),
+    "other dtype": (lambda t: t.update({SCALES: t[SCALES].float()}), f"{SCALES} is torch"),
+    "not finite": (lambda t: t[SCALES].view(torch.bfloat16).fill_(float("nan")), f"{SCALES} holds values that cannot be"),
+}
+
+
+@pytest.mark.parametrize("change, text", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_tensors_are_named(change, text, tmp_path):
+    patch(tiny("llama"), quantize="int4").save_pretrained(tmp_path)
+    rewritten(tmp_path, change)
+    for reads in (read, load):
+        with pytest.raises(HfAccelError, match=text):
+            reads(tmp_path)
+
+
+CONFIGURATIONS = {
+    "version": ({"version": 2}, ValueError, "version 2; this package reads version 1"),
+    "entry": ({"secret": 1}, ValueError, "unknown entries secret"),
+    "scheme": ({"scheme": "int3"}, ValueError, "unknown scheme 'int3'"),
+    "block": ({"block": 48}, ValueError, "block=48"),
+    "no weights": ({"weights": {}}, HfAccelError, "names no quantized weights"),
+    "a module": ({"weights": {"64": ["model.layers.9.mlp.up_proj"]}}, HfAccelError, "9.mlp.up_proj, which this model lacks"),
+    "a norm": ({"weights": {"64": ["model.norm"]}}, HfAccelError, "model.norm: it is no linear layer"),
+    "a group": ({"weights": {"48": ["lm_head"]}}, HfAccelError, "groups of 48 for lm_head, which do not fit"),
+}
+
+
+@pytest.mark.parametrize("change, kind, text", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_tampered_configuration_is_refused(change, kind, text, tmp_path):
+    patch(tiny("llama"), quantize="int4").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(kind, match=text):
+        read(tmp_path)
+
+
+def test_pickled_checkpoints_are_not_read(tmp_path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(HfAccelError, match="pickled checkpoints are not read"):
+        read(tmp_path, quantization_config=HfAccelConfig("int4"))
+    with pytest.raises((HfAccelError, OSError), match="safetensors"):
+        load(tmp_path, quantize="int4")
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_weights_that_are_not_numbers_are_named_while_reading(value, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load(tmp_path, quantize="int4")
+
+
+@pytest.mark.parametrize(
+    "options, kind, text",
+    [
+        ({"quantize": "int5"}, ValueError, "unknown scheme 'int5'"),
+        ({"quantize": Quantize("int4", originals="keep")}, ValueError, "leave out originals='keep'"),
+        ({"quantize": Quantize("int4", calibrate=["text"])}, ValueError, "calibration runs the float model"),
+        ({"quantize": Quantize("int4", group_size=128)}, ValueError, "group_size=128 does not divide the 64"),
+    ],
+)
+def test_bad_options_of_load(options, kind, text, saved):
+    folder, _ = saved("llama")
+    with pytest.raises(kind, match=text):
+        load(folder, **options)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
+    patch(tiny("llama"), quantize="int4").save_pretrained(tmp_path)
+    with pytest.raises(HfAccelError, match="quantized by hf_accel_patch already"):
+        load(tmp_path, quantize="int8")
+
+
+def test_names_to_skip_hold_while_reading(saved):
+    folder, _ = saved("llama")
+    model = load(folder, quantize=Quantize("int4", skip=("lm_head", "model.layers.0.*")))
+    assert type(model.lm_head) is not nn.Module and not isinstance(model.lm_head, QuantizedModule)
+    assert {"name": "lm_head", "reason": "asked for by skip"} in quantize_row(model)["skipped"]
+    names = {name for name, _ in quantized(model)}
+    assert names and not any("layers.0." in name for name in names)
