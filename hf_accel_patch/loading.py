@@ -30,8 +30,8 @@ from hf_accel_patch.ops.linear import INT8, int4_block, pack_codes, unpack_codes
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize, refuse_unsuitable
-from hf_accel_patch.passes.targets import GROUP_SIZES, Target
 from hf_accel_patch.passes.saving import METHOD, described, save_quantized
+from hf_accel_patch.passes.targets import GROUP_SIZES, Target
 
 VERSION = 1  # of the format of checkpoints
 IN_FLIGHT = 2  # weights that have been read and wait to be quantized, beside the one that is

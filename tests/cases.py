@@ -57,7 +57,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("deepseek_v3"),  # latent attention: values are smaller than keys
 }
 
-PASSES: dict[str, dict[str, str]] = {"exact": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}}
+PASSES: dict[str, dict[str, str]] = {
+    "exact": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}, "nf4": {"quantize": "nf4"},
+}  # fmt: skip
 
 
 def options(label: str, originals: str = "keep") -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hf_accel_patch.journal import Journal
 Stock = Callable[[str], Outputs]
 
 EXACT = 1e-4  # of the logits' standard deviation: float32 rounding alone is about 1e-5 on these models
-ROUNDING = {"int8": 0.01, "int4": 0.1}  # of a weight's standard deviation: steps of 6 / 254 and 5 / 15, by sqrt(12)
+ROUNDING = {"int8": 0.01, "int4": 0.1, "nf4": 0.1}  # of a weight's deviation: steps of 6 / 254, 5 / 15, by sqrt(12)
 AMPLIFIED = 2.0  # times what random errors of that size do: activations are rounded to bfloat16 as well
 FARTHEST = 0.7  # one minus the cosine of the logits with stock; unrelated logits are at 1
 LAYERS = 4

@@ -11,7 +11,6 @@ import transformers
 from cases import greedy, logits, prompt, randomise, tiny
 from fingerprint import fingerprint
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from hf_accel_patch import (
     HfAccelConfig,
@@ -170,7 +169,7 @@ def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family,
     for _, module in quantized(model):
         _reblock(module, wanted)
     for name, module in quantized(model):
-        codes, scales, spec = module.held(next(iter(module.specs)))
+        codes, _, spec = module.held(next(iter(module.specs)))
         assert codes.shape[-1] * 2 == wanted and codes.shape[-3] == -(-spec.shape[0] // wanted)
         assert torch.equal(dense_of(module), dense[name])
 
@@ -199,9 +198,8 @@ print(sum(type(module).__module__.startswith("hf_accel_patch") for module in mod
 """
 
 
-@pytest.mark.parametrize("scheme", ("int8", "int4", "nf4"))
-@pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral"))
-def test_without_this_package_it_is_refused(scheme, family, tmp_path):
+@pytest.mark.parametrize("family, scheme", (("llama", "int8"), ("gpt2", "int4"), ("mixtral", "nf4")))
+def test_without_this_package_it_is_refused(family, scheme, tmp_path):
     patch(tiny(family), quantize=scheme).save_pretrained(tmp_path)
     run = subprocess.run([sys.executable, "-c", ALONE, tmp_path], capture_output=True, text=True, timeout=300)
     assert run.returncode and "Error" in run.stderr
@@ -227,7 +225,10 @@ DAMAGE = {
     "no scales": (lambda t: t.pop(SCALES), f"{SCALES} is not in the checkpoint"),
     "short codes": (lambda t: t.update({UP: t[UP][:-1].clone()}), f"{UP} is torch.uint8"),
     "other dtype": (lambda t: t.update({SCALES: t[SCALES].float()}), f"{SCALES} is torch"),
-    "not finite": (lambda t: t[SCALES].view(torch.bfloat16).fill_(float("nan")), f"{SCALES} holds values that cannot be"),
+    "not finite": (
+        lambda t: t[SCALES].view(torch.bfloat16).fill_(float("nan")),
+        f"{SCALES} holds values that cannot be",
+    ),
 }
 
 
@@ -246,7 +247,11 @@ CONFIGURATIONS = {
     "scheme": ({"scheme": "int3"}, ValueError, "unknown scheme 'int3'"),
     "block": ({"block": 48}, ValueError, "block=48"),
     "no weights": ({"weights": {}}, HfAccelError, "names no quantized weights"),
-    "a module": ({"weights": {"64": ["model.layers.9.mlp.up_proj"]}}, HfAccelError, "9.mlp.up_proj, which this model lacks"),
+    "a module": (
+        {"weights": {"64": ["model.layers.9.mlp.up_proj"]}},
+        HfAccelError,
+        "9.mlp.up_proj, which this model lacks",
+    ),
     "a norm": ({"weights": {"64": ["model.norm"]}}, HfAccelError, "model.norm: it is no linear layer"),
     "a group": ({"weights": {"48": ["lm_head"]}}, HfAccelError, "groups of 48 for lm_head, which do not fit"),
 }
@@ -304,7 +309,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
 def test_names_to_skip_hold_while_reading(saved):
     folder, _ = saved("llama")
     model = load(folder, quantize=Quantize("int4", skip=("lm_head", "model.layers.0.*")))
-    assert type(model.lm_head) is not nn.Module and not isinstance(model.lm_head, QuantizedModule)
+    assert not isinstance(model.lm_head, QuantizedModule)
     assert {"name": "lm_head", "reason": "asked for by skip"} in quantize_row(model)["skipped"]
     names = {name for name, _ in quantized(model)}
     assert names and not any("layers.0." in name for name in names)

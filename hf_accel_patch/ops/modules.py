@@ -122,7 +122,9 @@ class QuantizedWeight(Tensor):
         if func is torch.ops.aten.detach.default:
             return QuantizedWeight(args[0].module)
         if func is torch.ops.aten.empty_like.default:
-            like = {"dtype": args[0].dtype, "device": args[0].device} | {k: v for k, v in (kwargs or {}).items() if v is not None}
+            like = {"dtype": args[0].dtype, "device": args[0].device} | {
+                k: v for k, v in (kwargs or {}).items() if v is not None
+            }
             return torch.empty(args[0].shape, **like)
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise RuntimeError(

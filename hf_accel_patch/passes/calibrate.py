@@ -69,7 +69,7 @@ def calibrated(
     by `plain`, last."""
     device = model.get_input_embeddings().weight.device
     windows = [window.to(device) for window in windows]
-    groups = _in_order(model, [target for target in targets if _calibrates(target)], windows[0])
+    groups = _in_order(model, [target for target in targets if calibrates(target)], windows[0])
     done: set[int] = set()
     for part in _parts(groups):
         _observe(model, part, windows)
@@ -83,7 +83,7 @@ def calibrated(
             yield target, plain(target)
 
 
-def _calibrates(target: Target) -> bool:
+def calibrates(target: Target) -> bool:
     """A table serves lookups too, whose errors are not those of a product; moments of every expert are too large."""
     return target.role != "experts" and len(target.modules) == 1
 

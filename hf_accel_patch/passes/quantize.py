@@ -20,6 +20,7 @@ from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for, int4_block, pack
 from hf_accel_patch.ops.modules import QuantizedModule, Spec, quantized_class
 from hf_accel_patch.ops.quantize import row_blocks
+from hf_accel_patch.passes.calibrate import calibrated, calibrates, token_ids
 from hf_accel_patch.passes.saving import save_quantized
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target, choose
 from hf_accel_patch.plan import Skip, Step
@@ -94,8 +95,6 @@ class Quantize:
         facts = {"bytes_before": before, "bytes_after": after} | self.facts(targets, skipped)
         work = sorted(targets, key=lambda target: target.packed_bytes)
         if self.calibrate is not None:
-            from hf_accel_patch.passes.calibrate import token_ids
-
             return Step(self, facts, (view.model, work, token_ids(self.calibrate, view.model, self.tokenizer)))
         return Step(self, facts, (view.model, work))
 
@@ -109,7 +108,11 @@ class Quantize:
         facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes or "per channel"}
         facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
         facts |= {"weights": sum(len(target.weights) for target in targets)}
-        facts |= {"calibrated": "GPTQ"} if self.calibrate is not None else {}
+        if self.calibrate is not None:
+            plain = {
+                "experts" if target.role == "experts" else "tied tables" for target in targets if not calibrates(target)
+            }
+            facts["calibrated"] = "GPTQ" + (f", but for {' and '.join(sorted(plain))}" if plain else "")
         facts |= {"originals": self.originals or "discard"}
         facts["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
         return facts
@@ -123,8 +126,6 @@ class Quantize:
             total=total, desc=f"quantize to {self.scheme}", unit="w", unit_scale=True, disable=total < PROGRESS_WEIGHTS
         ) as bar:
             if self.calibrate is not None:
-                from hf_accel_patch.passes.calibrate import calibrated
-
                 packs: Iterable[tuple[Target, list[tuple[Tensor, Tensor]]]] = calibrated(
                     model, targets, step.work[2], self.packed
                 )

@@ -1,0 +1,77 @@
+"""Which modules are linear layers, by what they do."""
+
+import pytest
+import torch
+from cases import tiny
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from hf_accel_patch.families.weights import Weight, linear_weights, multiplies_plainly
+
+
+class Doubling(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Returning(nn.Linear):
+    def forward(self, input):
+        return super().forward(input), None
+
+
+class Wanting(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * self.factor
+
+
+class Plain(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class Inheriting(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("kind", (nn.Linear, FalconLinear, Plain, Inheriting))
+def test_subclasses_that_multiply_plainly(kind):
+    multiplies_plainly.cache_clear()
+    state = torch.get_rng_state()
+    assert multiplies_plainly(kind) and torch.equal(torch.get_rng_state(), state), "it draws random numbers"
+    assert linear_weights(kind(6, 5)) == ("linear", (Weight("weight", (5, 6)),))
+
+
+@pytest.mark.parametrize("kind", (Doubling, Returning, Wanting))
+def test_subclasses_that_do_not(kind):
+    assert linear_weights(kind(6, 5)) == f"{kind.__name__} may use its weight in its own way"
+
+
+def test_it_is_found_on_the_meta_device():
+    with torch.device("meta"):
+        multiplies_plainly.cache_clear()
+        assert multiplies_plainly(Plain) and not multiplies_plainly(Doubling)
+
+
+def test_other_modules():
+    assert linear_weights(Conv1D(5, 6)) == ("transposed", (Weight("weight", (5, 6), transposed=True),))
+    assert (
+        linear_weights(nn.Embedding(4, 3))
+        == linear_weights(nn.Conv1d(4, 3, 2))
+        == linear_weights(nn.LayerNorm(3))
+        == ""
+    )
+    packed = nn.Linear(6, 5)
+    packed._parameters["weight"] = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
+    assert linear_weights(packed) == "its weight is torch.int8 already"
+
+
+@pytest.mark.parametrize("family, transposed", (("mixtral", False), ("gpt_oss", True)))
+def test_experts(family, transposed):
+    mlp = tiny(family).model.layers[0].mlp
+    role, (into, out) = linear_weights(mlp.experts)
+    assert role == "experts" and (into.name, out.name) == ("gate_up_proj", "down_proj")
+    assert into.transposed == out.transposed == transposed and into.experts == mlp.experts.num_experts
+    assert into.shape[1] == out.shape[0] == 64 and into.shape[0] == 2 * out.shape[1]
+    router = next(module for module in mlp.children() if "Router" in type(module).__name__)
+    assert "may use its weight in its own way" in linear_weights(router)
