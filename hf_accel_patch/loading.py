@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -34,6 +35,7 @@ from hf_accel_patch.passes.saving import METHOD, described, save_quantized
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target
 
 VERSION = 1  # of the format of checkpoints
+STORED = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 IN_FLIGHT = 2  # weights that have been read and wait to be quantized, beside the one that is
 
 
@@ -109,8 +111,9 @@ class HfAccelQuantizer(HfQuantizer):
             raise HfAccelError("the checkpoint's quantization_config names no quantized weights")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for file in kwargs.get("checkpoint_files") or []:
-            if not str(file).endswith(".safetensors"):
+        files = [str(file) for file in kwargs.get("checkpoint_files") or []]
+        for file in files:
+            if not file.endswith(".safetensors"):
                 raise HfAccelError(f"{file} is no safetensors file; pickled checkpoints are not read")
         kept = recording.get()
         journal = kept.journal if kept else Journal()
@@ -118,16 +121,12 @@ class HfAccelQuantizer(HfQuantizer):
         self._work: _Prepared | _OnTheFly
         if self.pre_quantized:
             self._work = _Prepared(model, self.quantization_config, journal)
+            self._work.compare(files)
         else:
             self._work = _OnTheFly(model, options, journal, kept)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._work.names
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Floats where codes belong stay what they are, and are found out."""
-        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return new if new is None or new.is_floating_point else None
 
     def get_quantize_ops(self) -> ConversionOps:
         assert isinstance(self._work, _OnTheFly)
@@ -282,17 +281,29 @@ class _Prepared:
             assert isinstance(module, QuantizedModule)
             self.tied.append((module, tied))
 
+    def compare(self, files: list[str]) -> None:
+        """Before anything is read, the headers of the files with what belongs there."""
+        if not files:
+            return
+        found: dict[str, tuple[str, list[int]]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    found[name] = part.get_dtype(), part.get_shape()
+        for name, expected in self.names.items():
+            wanted = STORED[expected.dtype], list(expected.shape)
+            if name not in found:
+                raise HfAccelError(f"{name} is not in the checkpoint", "it is not whole; fetch or save it again")
+            if found[name] != wanted:
+                raise HfAccelError(f"{name} is {found[name]} in the checkpoint where {wanted} belongs")
+
     def finish(self, model: PreTrainedModel) -> None:
         for name, expected in self.names.items():
             path, _, key = name.rpartition(".")
             found: Any = model.get_submodule(path)._buffers[key]
-            if not getattr(found, "_is_hf_initialized", False):
-                raise HfAccelError(f"{name} is not in the checkpoint", "it is not whole; fetch or save it again")
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise HfAccelError(
-                    f"{name} is {found.dtype} {tuple(found.shape)} in the checkpoint where {expected.dtype} "
-                    f"{tuple(expected.shape)} belongs"
-                )
+            if not getattr(found, "_is_hf_initialized", False) or found.shape != expected.shape:
+                raise HfAccelError(f"{name} was not read from the checkpoint as {tuple(expected.shape)}")
             if key == "weight_order":
                 whole = torch.equal(found.sort().values, torch.arange(len(found), device=found.device))
             else:

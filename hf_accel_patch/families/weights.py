@@ -54,7 +54,7 @@ def is_experts(module: Any) -> bool:
     described = all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "has_bias", "is_transposed"))
     into = EXPERTS_INTO[0] if described and module.has_gate else EXPERTS_INTO[1]
     held = all(names.get(name) is not None and names[name].ndim == 3 for name in (into, EXPERTS_OUT))
-    return described and held and not module._is_expert_parallel
+    return described and held and not getattr(module, "_is_expert_parallel", False)
 
 
 def _of_experts(module: Any, name: str, parameter: torch.Tensor) -> Weight:
