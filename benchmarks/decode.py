@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import SYSTEMS
-from benchmarks.measure import git_commit, hardware, read_bandwidth, versions
+from benchmarks.baselines import FORMATS, SYSTEMS
+from benchmarks.measure import Workload, git_commit, hardware, read_bandwidth, versions
 from benchmarks.shapes import SHAPES
 from benchmarks.table import markdown
 from benchmarks.worker import Failed, Job, Worker
@@ -37,7 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable (default: llama-3.2-1b)")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
+    every = [name for name in SYSTEMS if name not in FORMATS]
+    parser.add_argument("--systems", nargs="+", choices=every, default=every, help="default: all")
     parser.add_argument("--layers", type=int, help="cut each shape to this many layers")
     parser.add_argument("--rounds", type=int, default=9, help="generations timed per system (default: 9)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")
@@ -52,7 +53,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.tokens < 2 or options.rounds < 1:
         parser.error("--tokens must be at least 2 and --rounds at least 1")
-    options.interrupted = False
+    options.run_limit, options.interrupted = options.limit, False
     options.shape = options.shape or ["llama-3.2-1b"]
     options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "decode.jsonl"
     return options
@@ -69,8 +70,11 @@ def dropped(system: str, workers: dict[str, Worker], reasons: dict[str, str]) ->
             workers.pop(system).close(at_once=True)
 
 
-def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
-    """One row per system: facts, and a list over the rounds of each time. Stopped, it has what was measured so far."""
+def compare(options: argparse.Namespace, shape: str, batched: Workload | None = None) -> list[dict[str, Any]]:
+    """One row per system: facts, and a list over the rounds of each time. Stopped, it has what was measured so far.
+
+    `batched`: a second generation in each round; its times are named `batched_prefill_ms` and `batched_decode_ms`.
+    """
     common = ("layers", "dtype", "device", "threads", "batch", "prompt", "tokens", "padded")
     parameters = {name: getattr(options, name) for name in common}
     workers: dict[str, Worker] = {}
@@ -80,15 +84,16 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     try:
         for system in tqdm(options.systems, desc=f"{shape}: load", leave=False, disable=None):
             with dropped(system, workers, reasons):
-                workers[system] = Worker(Job(system, shape, **parameters), options.limit)
+                workers[system] = Worker(Job(system, shape, **parameters), options.limit, options.run_limit)
                 rows[system] = {"system": system, **workers[system].facts, "run_peak_bytes": None}
                 rows[system] |= {"prefill_ms": [], "decode_ms": []}
         for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
             bandwidths.append(read_bandwidth(options.device))
             for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
                 with dropped(system, workers, reasons):
-                    for name, value in (workers[system].turn() or {}).items():
-                        rows[system][name].append(round(value, 3))
+                    _note(rows[system], workers[system].turn())
+                    if batched and "batched_refused" not in rows[system]:
+                        _note(rows[system], workers[system].turn(batched), "batched_")
         for system, worker in list(workers.items()):
             with dropped(system, workers, reasons):
                 rows[system]["run_peak_bytes"] = worker.peak_bytes()
@@ -105,25 +110,50 @@ def compare(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     ]
 
 
+def _note(row: dict[str, Any], turn: dict[str, Any] | None, prefix: str = "") -> None:
+    """Add the times of a turn to a row, or why it was refused."""
+    for name, value in (turn or {}).items():
+        if name == "refused":
+            row[prefix + name] = value
+        else:
+            row.setdefault(prefix + name, []).append(round(value, 3))
+
+
+def start(device: str) -> dict[str, Any]:
+    """What every row of a run begins with: when, which commit, where, and the versions."""
+    return {
+        "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "hardware": hardware(device),
+        "versions": versions("torch", "transformers", "hf_accel_patch"),
+    }
+
+
+def record(run: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Add rows to a file; returns them whole."""
+    whole = [run | row for row in rows]
+    for row in whole:
+        row["versions"] = row["versions"] | row.pop("peer", {})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in whole)
+    return whole
+
+
+def stop(number: int, frame: object) -> None:
+    """Ends a run at SIGTERM as Ctrl-C does, and lets it write its rows: `timeout` sends the signal twice."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    run = {
-        "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "hardware": hardware(options.device),
-        "versions": versions("torch", "transformers", "hf_accel_patch"),
-    }
+    signal.signal(signal.SIGTERM, stop)
+    run = start(options.device)
     everything = []
     for shape in options.shape:
-        rows = [run | row for row in compare(options, shape)]
-        for row in rows:
-            row["versions"] = row["versions"] | row.pop("peer", {})
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        everything += rows
+        everything += record(run, compare(options, shape), options.out)
         if options.interrupted:
             break
     print(markdown(everything))

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.baselines import Loaded
@@ -75,6 +77,17 @@ def time_generation(loaded: Loaded, ids: Tensor, mask: Tensor, tokens: int) -> T
         loaded.generate(ids, mask, tokens, clock)
     steps = [after - before for before, after in zip(clock.seconds, clock.seconds[1:], strict=False)]
     return Turn(1000 * steps[0], 1000 * median(steps[1:]))
+
+
+@torch.no_grad()
+def cross_entropies(loaded: Loaded, windows: Sequence[Sequence[int]], device: str) -> list[float]:
+    """Of each window of token ids, the mean cross-entropy of its tokens but the first, in nats."""
+    found = []
+    for window in windows:
+        ids = torch.tensor([window], device=device)
+        scores = loaded.logits(ids)[:-1].float()
+        found.append(cross_entropy(scores, ids[0, 1:].to(scores.device)).item())
+    return found
 
 
 def read_bandwidth(device: str, repeats: int = 7) -> float:

@@ -1,15 +1,22 @@
 """Well-known shapes as data: models with random weights, built from a configuration without network.
 
-Speed and memory depend on shapes, dtypes and kernels, not on what the weights have learned.
+Speed and memory depend on shapes, dtypes and kernels, not on what the weights have learned. One has learned, the model
+that the package brings along.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
+import hf_accel_patch
+
+BUNDLED = Path(hf_accel_patch.__file__).parent / "models" / "code-llama-8m"
 LLAMA3 = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -118,21 +125,42 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
+    BUNDLED.name: json.loads((BUNDLED / "config.json").read_text(encoding="utf-8")),
 }
 
 
 def build(shape: str, *, dtype: str, device: str, layers: int | None = None) -> Any:
-    """A causal LM of this shape with random weights from seed 0, for inference; `layers` cuts it to that many.
+    """A causal LM of this shape for inference, with random weights or, of the bundled model, its own; `layers` cuts it
+    to that many.
 
-    It has no end-of-sequence token, so `generate` gives exactly as many tokens as it is asked for.
+    Random weights repeat one block of normal numbers: drawing them all would take five times as long. The model has no
+    end-of-sequence token, so `generate` gives exactly as many tokens as it is asked for.
     """
     fields = dict(SHAPES[shape])
     if layers is not None:
         fields["num_hidden_layers"] = min(layers, fields["num_hidden_layers"])
     config = AutoConfig.for_model(**fields)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    if shape == BUNDLED.name and device != "meta":
+        model = AutoModelForCausalLM.from_pretrained(str(BUNDLED), config=config, dtype=getattr(torch, dtype)).to(
+            device
+        )
+    else:
+        with torch.device(device), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        model.tie_weights()
+        _fill(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+@torch.no_grad()
+def _fill(model: Any) -> None:
+    """Random matrices; norms of one, biases of zero."""
+    block = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            for part in parameter.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])

@@ -1,24 +1,30 @@
-"""The README's table, made from the rows in benchmarks/results.
+"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, and of `benchmarks.quantize`.
 
-`python -m benchmarks.table` prints it; `python -m benchmarks.table --write README.md` puts it into that file.
+`python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
+place for into it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
+from benchmarks.baselines import FORMATS
+
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmark-table -->", "<!-- /benchmark-table -->"
 NAMES = {
     "stock": "transformers",
     "exact": "**`patch(model)`**",
     "int8": '**`patch(model, quantize="int8")`**',
     "int4": '**`patch(model, quantize="int4")`**',
+    "nf4": '**`patch(model, quantize="nf4")`**',
+    "llm.int8": '**`patch(model, quantize="llm.int8")`**',
+    "int4-calibrated": '**`patch(model, quantize=Quantize("int4", calibrate=texts))`**',
 }
 COLUMNS = (
     "system",
@@ -32,6 +38,8 @@ COLUMNS = (
     "of the bandwidth",
 )
 SETTINGS = ("dtype", "layers", "batch", "prompt", "tokens", "padded", "device", "threads")
+QUALITY = ("perplexity", "x stock", "bits per weight", "converted in, s")
+SPEED = ("weights, GB", "converted in, s", "decode, ms per token", "x stock", "prefill, ms", "x stock")
 Row = dict[str, Any]
 
 
@@ -53,6 +61,30 @@ def ratio(stock: Row | None, row: Row, name: str) -> float | None:
     return median(before / after for before, after in pairs) if pairs else None
 
 
+def quantize_markdown(rows: list[Row]) -> str:
+    """One table for the bundled model and one per shape, setting and machine, each with the latest row of a system."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row["run"])):
+        settings = ("windows", "dtype", "device") if row["part"] == "perplexity" else (*SETTINGS, "batched")
+        same = [row["part"], row["shape"], row["hardware"], *(row[name] for name in settings)]
+        groups.setdefault(json.dumps(same), {})[row["system"]] = row
+    stocks = {(row["run"], row["shape"]): row for row in rows if row["system"] == "stock" and "reason" not in row}
+    tables = []
+    for group in groups.values():
+        kind = _quality if next(iter(group.values()))["part"] == "perplexity" else _speed
+        tables.append(kind(group, stocks))
+    return "\n\n".join(tables)
+
+
+def loss(stock: Row | None, row: Row) -> tuple[float, float] | None:
+    """Perplexity over stock's, and its standard error: from differences of the cross-entropy, window by window."""
+    if stock is None or len(row["nats"]) < 2:
+        return None
+    differences = [after - before for before, after in zip(stock["nats"], row["nats"], strict=True)]
+    ratio = math.exp(mean(differences))
+    return ratio, ratio * stdev(differences) / math.sqrt(len(differences))
+
+
 def _table(rows: list[Row], stocks: dict[tuple[str, str], Row]) -> str:
     lines = [_caption(rows), "", _line(*COLUMNS), _line("---", *(["---:"] * (len(COLUMNS) - 1)))]
     lines += [_cells(row, stocks.get((row["run"], row["shape"]))) for row in rows if row.get("decode_ms")]
@@ -64,11 +96,9 @@ def _table(rows: list[Row], stocks: dict[tuple[str, str], Row]) -> str:
 
 def _caption(rows: list[Row]) -> str:
     row = rows[0]
-    hardware, versions = row["hardware"], row["versions"]
+    hardware = row["hardware"]
     machine = hardware.get("gpu") or f"{row['threads']} threads of {hardware['cpu']} ({hardware['cpu_capability']})"
     bandwidth = median(row["bandwidth_bytes_per_s"] for row in rows) / 1e9
-    days = sorted({str(row["run"])[:10] for row in rows})
-    commits = sorted({str(row["commit"]) for row in rows})
     prompts = f"{row['batch']} prompts" if row["batch"] > 1 else "a prompt"
     parts = (
         f"**{row['shape']}**" + (f" cut to {row['layers']} layers" if row["layers"] else ""),
@@ -76,10 +106,72 @@ def _caption(rows: list[Row]) -> str:
         f"{prompts} of {row['prompt']} tokens" + (", padded on the left" if row["padded"] else ""),
         f"{row['tokens']} new tokens",
         f"{machine}, reading {bandwidth:.0f} GB/s",
-        f"torch {versions['torch']}, transformers {versions['transformers']}",
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, commit {', '.join(commits)}",
+        _origin(rows),
     )
     return "; ".join(parts) + "."
+
+
+def _quality(group: dict[str, Row], stocks: dict[tuple[str, str], Row]) -> str:
+    first, rows = next(iter(group.values())), [row for row in group.values() if "reason" not in row]
+    python = first["versions"]["python"]
+    caption = f"**{first['shape']}**, trained weights; {first['dtype']}; {first['windows']} windows of held-out text, "
+    caption += f"from Python {python}; {_origin(list(group.values()))}."
+    lines = [caption, "", _line("system", *QUALITY), _line("---", *(["---:"] * len(QUALITY)))]
+    for row in rows:
+        found = loss(stocks.get((row["run"], row["shape"])), row)
+        cells = (
+            f"{math.exp(mean(row['nats'])):.3f}",
+            "{:.4f} ± {:.4f}".format(*found) if found else "",
+            f"{8 * row['weight_bytes'] / row['parameters']:.2f}",
+            f"{row['load_s']:.1f}",
+        )
+        lines.append(_line(_name(row), *cells))
+    return "\n".join(lines + _remarks(group))
+
+
+def _speed(group: dict[str, Row], stocks: dict[tuple[str, str], Row]) -> str:
+    first, rows = next(iter(group.values())), [row for row in group.values() if row.get("decode_ms")]
+    batched, columns = first["batched"], SPEED
+    if batched:
+        columns = (*SPEED, f"decode of {batched['batch']}, ms per step", "x stock")
+    lines = [_caption(list(group.values())), "", _line("system", *columns), _line("---", *(["---:"] * len(columns)))]
+    for row in rows:
+        stock = stocks.get((row["run"], row["shape"]))
+        cells = [f"{row['weight_bytes'] / 1e9:.2f}", f"{row['load_s']:.1f}"]
+        for name, form in (("decode_ms", "{:.1f}"), ("prefill_ms", "{:.0f}"), ("batched_decode_ms", "{:.1f}")):
+            if name in row:
+                cells += [form.format(median(row[name])), _number(ratio(stock, row, name), "{:.2f}")]
+        lines.append(_line(_name(row), *cells, *([""] * (len(columns) - len(cells)))))
+    return "\n".join(lines + _remarks(group))
+
+
+def _remarks(group: dict[str, Row]) -> list[str]:
+    """Lines under a table: what a reader must know of its numbers, and what is not in it, with the reason."""
+    notes = [f"{_name(row)}: {row['note']}" for row in group.values() if row.get("note")]
+    refused = [row for row in group.values() if row.get("batched_refused")]
+    notes += [f"{_name(row)}, {row['batched']['batch']} at once: {row['batched_refused']}" for row in refused]
+    speed = any("decode_ms" in row for row in group.values())
+    for system, same in FORMATS.items():
+        if speed and same in group:
+            notes.append(f"{_name({'system': system})}: the format of {_name(group[same])}, so its bytes and times")
+    failed = [
+        f"{_name(row)}: {row.get('reason', 'no turn in time')}"
+        for row in group.values()
+        if not (row.get("decode_ms") or row.get("nats"))
+    ]
+    lines = ["", *(f"* {text}" for text in notes)] if notes else []
+    return lines + (["", "Not measured:", "", *(f"* {text}" for text in failed)] if failed else [])
+
+
+def _origin(rows: list[Row]) -> str:
+    """The versions, the day and the commit of these rows."""
+    versions = rows[0]["versions"]
+    days = sorted({str(row["run"])[:10] for row in rows})
+    commits = sorted({str(row["commit"]) for row in rows})
+    return (
+        f"torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, commit {', '.join(commits)}"
+    )
 
 
 def _cells(row: Row, stock: Row | None) -> str:
@@ -114,18 +206,33 @@ def _line(*cells: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results/*.jsonl)")
-    parser.add_argument("--write", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
+    parser.add_argument("--write", type=Path, help=f"replace what stands between {' and '.join(_place('NAME'))} there")
     options = parser.parse_args()
     files = options.rows or sorted(RESULTS.glob("*.jsonl"))
-    text = markdown([json.loads(line) for file in files for line in file.read_text().splitlines()])
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    tables = {
+        "benchmark-table": markdown([row for row in rows if "part" not in row]),
+        "quantize-table": quantize_markdown([row for row in rows if "part" in row]),
+    }
     if options.write is None:
-        print(text)
+        print("\n\n".join(filter(None, tables.values())))
         return
     page = options.write.read_text()
-    if BEGIN not in page or END not in page:
-        sys.exit(f"{options.write} has no place for the table: put {BEGIN} and {END} where it belongs")
-    before, _, rest = page.partition(BEGIN)
-    options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    if not any(_place(name)[0] in page for name in tables):
+        sys.exit(f"{options.write} has no place for a table: put {' and '.join(_place('benchmark-table'))} there")
+    for name, text in tables.items():
+        begin, end = _place(name)
+        if begin in page and end in page and text:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+        elif text:
+            print(f"{options.write} has no place for the {name}: put {begin} and {end} there", file=sys.stderr)
+    options.write.write_text(page)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The lines that begin and end the place of a table in a page."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
 if __name__ == "__main__":

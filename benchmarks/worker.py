@@ -9,7 +9,10 @@ import time
 import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Workload
 
 MOST_WARMUP_TOKENS = 8
 
@@ -20,7 +23,8 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker loads and runs. `layers`: cut to that many; `batch`, `prompt`, `tokens`, `padded`: its workload."""
+    """What a worker loads and runs. `layers`: cut to that many; `batch`, `prompt`, `tokens`, `padded`: its workload;
+    `texts`: what it may calibrate with."""
 
     system: str
     shape: str
@@ -32,12 +36,13 @@ class Job:
     prompt: int
     tokens: int
     padded: bool
+    texts: tuple[str, ...] = ()
 
 
 class Worker:
-    """One system, loaded and warmed up within `limit_s` seconds, whose turns may take as long again in all."""
+    """One system, loaded and warmed up within `limit_s` seconds, whose turns may take `run_limit_s` in all."""
 
-    def __init__(self, job: Job, limit_s: float) -> None:
+    def __init__(self, job: Job, limit_s: float, run_limit_s: float) -> None:
         self.left_s = limit_s
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -49,14 +54,23 @@ class Worker:
         except Failed:
             self.close(at_once=True)
             raise
-        self.left_s = limit_s
+        self.left_s = run_limit_s
 
-    def turn(self) -> dict[str, float] | None:
-        """`{"prefill_ms": ..., "decode_ms": ...}` of one generation; None where the time of this system is used up."""
+    def turn(self, workload: Workload | None = None) -> dict[str, Any] | None:
+        """`{"prefill_ms": ..., "decode_ms": ...}` of one generation; None where the time of this system is used up.
+
+        With another workload than its job's, a system that does not take it answers `{"refused": why}`.
+        """
         if self.left_s <= 0:
             return None
-        self.pipe.send("turn")
+        self.pipe.send(workload or "turn")
         return self._answer()
+
+    def score(self, windows: list[list[int]]) -> list[float]:
+        """Of each window of token ids, the mean cross-entropy of its tokens but the first, in nats."""
+        self.pipe.send(windows)
+        nats: list[float] = self._answer()["nats"]
+        return nats
 
     def peak_bytes(self) -> int | None:
         """What the timed turns took at most, above the weights."""
@@ -95,15 +109,27 @@ def _work(job: Job, pipe: Connection) -> None:
     except (EOFError, BrokenPipeError):
         return
     except BaseException as error:
-        text = " ".join(str(error).split())
-        pipe.send({"reason": f"{type(error).__name__}: {text[:300]}"})
+        pipe.send({"reason": _reason(error)})
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _serve(job: Job, pipe: Connection) -> None:
     import torch
 
-    from benchmarks.baselines import find, hugging_face
-    from benchmarks.measure import PeakMemory, Workload, read_bytes, storages, time_generation, versions
+    from benchmarks.baselines import FORMATS, find
+    from benchmarks.measure import (
+        PeakMemory,
+        Workload,
+        cross_entropies,
+        read_bytes,
+        storages,
+        time_generation,
+        versions,
+    )
     from benchmarks.shapes import SHAPES, build
 
     torch.set_num_threads(job.threads)
@@ -112,23 +138,25 @@ def _serve(job: Job, pipe: Connection) -> None:
     if reason:
         pipe.send({"reason": reason})
         return
-    ids, mask = Workload(job.batch, job.prompt, job.tokens, job.padded).inputs(
-        SHAPES[job.shape]["vocab_size"], job.device
-    )
+    vocabulary = SHAPES[job.shape]["vocab_size"]
+    ids, mask = Workload(job.batch, job.prompt, job.tokens, job.padded).inputs(vocabulary, job.device)
     build(job.shape, dtype=job.dtype, device="meta", layers=1)
-    small = hugging_face(build("tiny", dtype=job.dtype, device=job.device))
-    time_generation(small, ids % 2, mask, 2)  # what libraries load once is not the model's memory
+    _, plain = find(FORMATS.get(job.system, job.system))
+    small = system.load(build("tiny", dtype=job.dtype, device=job.device), plain, ())
+    time_generation(small, ids % 2, mask, 2)  # what is loaded or compiled once is not this model's memory and time
     peak = PeakMemory(job.device)
     model = build(job.shape, dtype=job.dtype, device=job.device, layers=job.layers)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     gc.collect()
     peak.forget()  # building a tied model makes a second table for a moment, which is nobody's doing
     start = time.perf_counter()
-    loaded = system.load(model, variant)
+    loaded = system.load(model, variant, job.texts)
     load_s = time.perf_counter() - start
     del model, small
     time_generation(loaded, ids, mask, min(job.tokens, MOST_WARMUP_TOKENS))
     gc.collect()
-    facts: dict[str, Any] = {"load_s": round(load_s, 3), "load_peak_bytes": None}
+    facts: dict[str, Any] = {"parameters": parameters, "load_s": round(load_s, 3), "load_peak_bytes": None}
+    facts |= {"note": loaded.note} if loaded.note else {}
     facts |= {"weight_bytes": loaded.weight_bytes, "read_bytes": loaded.weight_bytes}
     if loaded.model is not None:
         facts["weight_bytes"] = sum(storages(loaded.model).values())
@@ -137,7 +165,17 @@ def _serve(job: Job, pipe: Connection) -> None:
     pipe.send({**facts, "peer": versions(*system.distributions)})
     peak.restart()
     while True:
-        if pipe.recv() == "peak":
+        asked = pipe.recv()
+        if asked == "peak":
             pipe.send({"run_peak_bytes": peak.bytes})
-        else:
+        elif asked == "turn":
             pipe.send(vars(time_generation(loaded, ids, mask, job.tokens)))
+        elif isinstance(asked, Workload):
+            try:
+                turn = time_generation(loaded, *asked.inputs(vocabulary, job.device), asked.tokens)
+            except Exception as error:  # a peer raises anything
+                pipe.send({"refused": _reason(error)})
+            else:
+                pipe.send(vars(turn))
+        else:
+            pipe.send({"nats": cross_entropies(loaded, asked, job.device)})

@@ -1,16 +1,42 @@
-"""What the README shows runs."""
+"""What the README shows runs, and does what it says."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from cases import logits, prompt
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_code_runs(code, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """The names that a block leaves behind. It runs in a folder of its own, beside the package."""
+    (tmp_path / "hf_accel_patch").symlink_to(ROOT / "hf_accel_patch")
+    monkeypatch.chdir(tmp_path)
+
+    def execute(code: str) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        return names
+
+    return execute
+
+
+def test_the_first_example(run, capsys):
+    run(BLOCKS[0])
     assert "def read_lines" in capsys.readouterr().out
+
+
+def test_quantized_checkpoints(run):
+    names = run(BLOCKS[1])
+    plain = names["load"](names["path"], quantize="int4", attention=False, linear=False)  # as `again` is: not patched
+    assert torch.equal(logits(names["again"], prompt()), logits(plain, prompt()))
+    assert names["stock_way"].hf_quantizer.quantization_config.scheme == "int8"
+
+
+def test_there_are_no_others():
+    assert len(BLOCKS) == 2

@@ -1,13 +1,14 @@
 """The systems compared: one file each, with the same two functions.
 
-`available(variant, device)` gives the reason why the system cannot run here, or None; `load(model, variant)` turns a
-stock model, which it may consume, into something that generates. Peers are imported inside these functions only, and
-used as their documentation says: each decides, with its own defaults, what becomes of the head and the embedding.
+`available(variant, device)` gives the reason why the system cannot run here, or None; `load(model, variant, texts)`
+turns a stock model, which it may consume, into something that generates. Peers are imported inside these functions
+only, and used as their documentation says: each decides, with its own defaults, what becomes of the head and the
+embedding. `texts` are for a system that calibrates; all others quantize without data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -25,13 +26,16 @@ class Tick(Protocol):
 class Loaded:
     """A system that holds the weights and is ready to run.
 
-    `generate(ids, mask, new_tokens, clock)` is greedy. `model`: the torch model whose tensors are the weights; None if
-    there is none, then `weight_bytes` says how many a token reads.
+    `generate(ids, mask, new_tokens, clock)` is greedy; `logits(ids)` of one prompt [1, T] are [T, vocabulary]. `model`:
+    the torch model whose tensors are the weights; None if there is none, then `weight_bytes` says how many a token
+    reads. `note`: what a reader of the numbers must know.
     """
 
     generate: Callable[[Tensor, Tensor, int, Tick], None]
+    logits: Callable[[Tensor], Tensor]
     model: Any = None
     weight_bytes: int = 0
+    note: str = ""
 
 
 class Baseline(Protocol):
@@ -41,7 +45,7 @@ class Baseline(Protocol):
 
     def available(self, variant: str, device: str) -> str | None: ...
 
-    def load(self, model: Any, variant: str) -> Loaded: ...
+    def load(self, model: Any, variant: str, texts: Sequence[str]) -> Loaded: ...
 
 
 SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
@@ -49,6 +53,9 @@ SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
     "exact": ("ours", "exact"),
     "int8": ("ours", "int8"),
     "int4": ("ours", "int4"),
+    "nf4": ("ours", "nf4"),
+    "llm.int8": ("ours", "llm.int8"),
+    "int4-calibrated": ("ours", "int4-calibrated"),
     "quanto-int8": ("quanto", "int8"),
     "quanto-int4": ("quanto", "int4"),
     "torchao-int8": ("torchao", "int8"),
@@ -58,7 +65,9 @@ SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
     "hqq-int4": ("hqq", "int4"),
     "llama.cpp-q8_0": ("llama_cpp", "Q8_0"),
     "llama.cpp-q4_0": ("llama_cpp", "Q4_0"),
+    "llama.cpp-q4_k_m": ("llama_cpp", "Q4_K_M"),
 }
+FORMATS = {"int4-calibrated": "int4"}  # systems that keep another one's format and run its code: other codes, no more
 
 
 def find(system: str) -> tuple[Baseline, str]:
@@ -67,13 +76,17 @@ def find(system: str) -> tuple[Baseline, str]:
     return import_module(f"{__name__}.{module}"), variant
 
 
-def hugging_face(model: Any) -> Loaded:
+def hugging_face(model: Any, note: str = "") -> Loaded:
     """A model with transformers' own `generate`."""
 
     def generate(ids: Tensor, mask: Tensor, new_tokens: int, clock: Tick) -> None:
         model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
 
-    return Loaded(generate, model)
+    def logits(ids: Tensor) -> Tensor:
+        scores: Tensor = model(ids, use_cache=False).logits[0]
+        return scores
+
+    return Loaded(generate, logits, model, note=note)
 
 
 def missing(*modules: str) -> str | None:

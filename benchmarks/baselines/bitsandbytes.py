@@ -3,6 +3,7 @@ leaves it. On a CPU its fused 4-bit product needs the `kernels` package, which d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ def available(variant: str, device: str) -> str | None:
     return missing("bitsandbytes")
 
 
-def load(model: Any, variant: str) -> Loaded:
+def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -1,11 +1,14 @@
-"""llama.cpp through llama-cpp-python: the weights of the model, written as GGUF in Q4_0 or Q8_0, norms in float32.
+"""llama.cpp through llama-cpp-python: the weights of the model, written as GGUF in Q4_0 or Q8_0, norms in float32; or
+in Q4_K_M, the mixture that most published files have, by llama.cpp's own quantizer from bfloat16.
 
 Installing it compiles it for this processor, which takes from minutes to half an hour; without it these rows say so.
 """
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,18 @@ def available(variant: str, device: str) -> str | None:
     return "compared on a CPU only" if device != "cpu" else missing("llama_cpp", "gguf")
 
 
-def load(model: Any, variant: str) -> Loaded:
+def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
     import llama_cpp
 
     if model.config.model_type != "llama":
         raise ValueError(f"written for llama models only, this one is {model.config.model_type}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, path, variant)
+        if variant == "Q4_K_M":
+            write_gguf(model, path.with_name("dense.gguf"), "BF16")
+            _quantize(path.with_name("dense.gguf"), path, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M)
+        else:
+            write_gguf(model, path, variant)
         size = path.stat().st_size
         if not model.config.tie_word_embeddings:
             size = size * _read_weights(model) // sum(parameter.numel() for parameter in model.parameters())
@@ -61,7 +68,39 @@ def load(model: Any, variant: str) -> Loaded:
             next(tokens)
             clock.put()
 
-    return Loaded(generate, weight_bytes=size)
+    return Loaded(generate, lambda ids: _logits(llama, ids), weight_bytes=size)
+
+
+def _quantize(source: Path, target: Path, file_type: int) -> None:
+    """Write a GGUF file in another type; llama.cpp says on stderr what it does."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = file_type, torch.get_num_threads()
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
+        raise RuntimeError(f"llama.cpp does not quantize to its file type {file_type}")
+
+
+def _logits(llama: Any, ids: Tensor) -> Tensor:
+    """Logits [T, vocabulary] of every position of a prompt [1, T]: the bindings alone keep those of the last."""
+    import llama_cpp
+
+    tokens = ids[0].tolist()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for at, token in enumerate(tokens):
+            batch.token[at], batch.pos[at], batch.logits[at] = token, at, True
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+        code = llama_cpp.llama_decode(llama.ctx, batch)
+        if code:
+            raise RuntimeError(f"llama.cpp did not take {len(tokens)} tokens: code {code}")
+        values = llama_cpp.llama_get_logits(llama.ctx)
+        found = torch.frombuffer(ctypes.string_at(values, 4 * len(tokens) * llama.n_vocab()), dtype=torch.float32)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return found.view(len(tokens), -1)
 
 
 def write_gguf(model: Any, path: Path, variant: str) -> None:

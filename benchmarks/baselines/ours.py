@@ -1,7 +1,8 @@
-"""`patch(model)` and `patch(model, quantize=...)`: the same model object, patched in place."""
+"""`patch(model)` and `patch(model, quantize=...)`: the same model object, patched in place; calibrated with texts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.baselines import Loaded, hugging_face, missing
@@ -13,12 +14,15 @@ def available(variant: str, device: str) -> str | None:
     return missing("hf_accel_patch")
 
 
-def load(model: Any, variant: str) -> Loaded:
-    from hf_accel_patch import patch, report
+def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
+    from hf_accel_patch import Quantize, patch, report
 
     if variant == "exact":
         return hugging_face(patch(model))
-    patch(model, quantize=variant)
+    scheme, _, calibrated = variant.partition("-")
+    if calibrated and not texts:
+        raise ValueError("it needs texts to calibrate with")
+    patch(model, quantize=Quantize(scheme, calibrate=list(texts)) if calibrated else scheme)
     row = next(row for row in report(model).to_dict()["passes"] if row["pass"] == "quantize")
     if row.get("reason"):
         raise RuntimeError(f"skipped: {row['reason']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.baselines import Loaded, hugging_face
@@ -13,5 +14,5 @@ def available(variant: str, device: str) -> str | None:
     return None
 
 
-def load(model: Any, variant: str) -> Loaded:
+def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
     return hugging_face(model)

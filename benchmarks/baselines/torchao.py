@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.baselines import Loaded, hugging_face, missing
@@ -13,7 +14,7 @@ def available(variant: str, device: str) -> str | None:
     return missing("torchao", "torchao.quantization")
 
 
-def load(model: Any, variant: str) -> Loaded:
+def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     if variant == "int8":

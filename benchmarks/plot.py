@@ -1,0 +1,104 @@
+"""Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed.
+
+    python -m benchmarks.plot                  # benchmarks/results/quantize.jsonl to quantize.png beside it
+
+Needs matplotlib, which is imported only here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines import FORMATS, SYSTEMS
+from benchmarks.table import RESULTS, Row, loss, ratio
+
+COLOURS = {"ours": "tab:red", "stock": "black", "llama_cpp": "tab:blue"}
+LINE_POINTS = 10  # from one label to the next where dots are close
+
+
+def perplexity_points(rows: list[Row]) -> dict[str, tuple[float, float]]:
+    """Of the latest row of each system: bits per weight of the bundled model, and percent of perplexity lost."""
+    found = {}
+    for row, stock in _with_stock(rows):
+        lost = loss(stock, row)
+        if lost:
+            found[row["system"]] = (8 * row["weight_bytes"] / row["parameters"], 100 * (lost[0] - 1))
+    return found
+
+
+def speed_points(rows: list[Row]) -> dict[str, tuple[float, float]]:
+    """Of the latest row of each system: GB of weights, and how many times as fast as stock it decodes."""
+    found = {}
+    for row, stock in _with_stock(rows):
+        times = ratio(stock, row, "decode_ms")
+        if times:
+            found[row["system"]] = (row["weight_bytes"] / 1e9, times)
+    for system, same in FORMATS.items():
+        if same in found:
+            found[system] = found[same]
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Save an image of the bundled model's rows, and of those of the last shape that was run."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    rows = sorted(rows, key=lambda row: str(row["run"]))
+    quality, speed = ([row for row in rows if row["part"] == part] for part in ("perplexity", "speed"))
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set(xlabel="bits per weight of the bundled model", ylabel="perplexity lost, %")
+    _draw(left, perplexity_points(quality))
+    shape = speed[-1]["shape"] if speed else "a shape"
+    right.set(xlabel=f"GB of {shape}", ylabel="decode, times as fast as stock")
+    right.set_yscale("log", subs=())
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    _draw(right, speed_points([row for row in speed if row["shape"] == shape]))
+    figure.savefig(path, dpi=150)
+
+
+def _with_stock(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """The rows that have numbers, each with stock's of the same run."""
+    measured = [row for row in rows if "reason" not in row]
+    stocks = {row["run"]: row for row in measured if row["system"] == "stock"}
+    return [(row, stocks[row["run"]]) for row in measured if row["run"] in stocks]
+
+
+def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
+    """Dots, each with its name beside it, moved up along a line where that place is taken."""
+    colours = {system: COLOURS.get(SYSTEMS[system][0], "tab:gray") for system in found}
+    for system, point in found.items():
+        axes.scatter(*point, color=colours[system], zorder=3)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.figure.draw_without_rendering()  # settles where the dots are
+    taken: list[Any] = []
+    for system, point in sorted(found.items(), key=lambda item: item[1][::-1]):
+        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": colours[system]}
+        for number in range(len(found)):
+            place = (8, 3 + LINE_POINTS * number)
+            label = axes.annotate(system, point, place, **style)
+            box = label.get_window_extent()
+            label.remove()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.4, "color": colours[system], "shrinkA": 0} if number else None
+        axes.annotate(system, point, place, arrowprops=line, **style).set_in_layout(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "quantize.jsonl", help="file of rows")
+    options = parser.parse_args()
+    plot([json.loads(line) for line in options.rows.read_text().splitlines()], options.rows.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
