@@ -3,11 +3,11 @@
     python -m benchmarks.quantize --shape llama-3.2-1b --plot
     python -m benchmarks.quantize --shape tiny --rounds 2 --windows 4 --systems stock int8 int4 quanto-int4
 
-Perplexity is that of the bundled model, on source of this Python's standard library that it was not trained on: of that
-text, the first half is there to calibrate with, and the second is scored, for every system in the same windows. Times
-are those of `benchmarks.decode`, on a shape with random weights: systems in processes of their own, generating in turn,
-as many at once as memory holds, each group with stock beside it. Rows of JSON are added to --out, those of a part as
-soon as it is done.
+Perplexity is that of the bundled model, on source of this Python's standard library that it was not trained on, for
+every system in the same windows. To calibrate with there is source that it was trained on. Times are those of
+`benchmarks.decode`, on a shape with random weights: systems in processes of their own, generating in turn, as many at
+once as memory holds, each group with stock beside it. Rows of JSON are added to --out, those of a part as soon as it is
+done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.shapes import BUNDLED, SHAPES
 from benchmarks.table import quantize_markdown
 from benchmarks.worker import Job, Worker
 from hf_accel_patch.measure import spread_windows
-from hf_accel_patch.texts import held_out_text
+from hf_accel_patch.texts import calibration_texts, held_out_text
 
 WINDOW_TOKENS = 512  # the context of the bundled model
 BATCHED = {"prompt": 32, "tokens": 5, "padded": False}
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=("perplexity", "speed"), default=["perplexity", "speed"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW_TOKENS} tokens, scored (default: 64)")
-    parser.add_argument("--calibrate", nargs="+", type=Path, metavar="FILE", help="texts (default: the first half)")
+    parser.add_argument("--calibrate", nargs="+", type=Path, metavar="FILE", help="texts (default: of the package)")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable (default: llama-3.2-1b)")
     parser.add_argument("--layers", type=int, help="cut each shape to this many layers")
     parser.add_argument("--rounds", type=int, default=5, help="generations timed per system (default: 5)")
@@ -71,13 +71,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def halves() -> tuple[str, str]:
-    """The held-out text, cut where a line ends: one half to calibrate with, and one to be scored."""
-    text = held_out_text()
-    middle = text.index("\n", len(text) // 2) + 1
-    return text[:middle], text[middle:]
-
-
 def pieces(text: str) -> tuple[str, ...]:
     """At most MOST_TEXTS pieces of whole lines, spread evenly over the text."""
     found = [""]
@@ -91,15 +84,13 @@ def pieces(text: str) -> tuple[str, ...]:
 
 def perplexities(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per system: what it keeps of the bundled model, and the cross-entropy of every window."""
-    first, second = halves()
-    if options.calibrate:
-        first = "\n".join(path.read_text(encoding="utf-8") for path in options.calibrate)
-    texts = pieces(first)
+    read = [path.read_text(encoding="utf-8") for path in options.calibrate or ()]
+    texts = pieces("\n".join(read or calibration_texts()))
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    windows = [ids[0].tolist() for ids in spread_windows(tokenizer, second, options.windows, WINDOW_TOKENS)]
+    windows = [ids[0].tolist() for ids in spread_windows(tokenizer, held_out_text(), options.windows, WINDOW_TOKENS)]
     common = {"dtype": options.dtype, "device": options.device, "threads": options.threads}
     described = {"part": "perplexity", "shape": BUNDLED.name, **common, "windows": len(windows)}
-    described["calibrated_on"] = ", ".join(path.name for path in options.calibrate or ()) or "the first half"
+    described["calibrated_on"] = ", ".join(path.name for path in options.calibrate or ()) or "email, http, unittest"
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
