@@ -53,7 +53,9 @@ def _add_demo(commands: Any) -> None:
     which = added.add_mutually_exclusive_group()
     which.add_argument("--model", metavar="PATH_OR_ID", help="any causal LM (default: the bundled code-llama-8m)")
     which.add_argument("--shape", choices=SHAPES, help="speed and memory only, on random weights of a known shape")
-    added.add_argument("--quantize", default="int4", metavar="SCHEME", help=f"int4 (default), int8, nf4 or llm.int8; stock is {DTYPE}")
+    added.add_argument(
+        "--quantize", default="int4", metavar="SCHEME", help=f"int4 (default), int8, nf4 or llm.int8; stock is {DTYPE}"
+    )
     added.add_argument("--tokens", type=positive, default=48, metavar="N", help="tokens to generate per prompt (48)")
     added.add_argument("--windows", type=positive, default=16, metavar="N", help="windows of held-out text (16)")
     added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
@@ -98,7 +100,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 def add_passes(added: argparse.ArgumentParser) -> None:
     """The options that become keywords of `patch`."""
-    added.add_argument("--quantize", metavar="SCHEME", help="weights in int8, int4, nf4 or llm.int8 (default: as they are)")
+    added.add_argument(
+        "--quantize", metavar="SCHEME", help="weights in int8, int4, nf4 or llm.int8 (default: as they are)"
+    )
     added.add_argument("--no-attention", action="store_true", help="leave the attention as it is")
 
 

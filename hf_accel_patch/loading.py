@@ -67,6 +67,8 @@ class HfAccelConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: unknown scheme {scheme!r}; the schemes are {', '.join(SCHEMES)}")
         if block not in (0, 32, 64):
             raise ValueError(f"quantization_config: block={block!r}; allowed: 32, 64")
+        if not all(str(size).isdigit() and isinstance(names, list) for size, names in (weights or {}).items()):
+            raise ValueError("quantization_config: weights should be lists of names by group size")
         self.quant_method: Any = METHOD
         self.version, self.scheme, self.group_size, self.skip, self.backend = version, scheme, group_size, skip, backend
         self.skip = tuple(skip) if not isinstance(skip, str) else skip

@@ -251,6 +251,7 @@ CONFIGURATIONS = {
     "scheme": ({"scheme": "int3"}, ValueError, "unknown scheme 'int3'"),
     "block": ({"block": 48}, ValueError, "block=48"),
     "no weights": ({"weights": {}}, HfAccelError, "names no quantized weights"),
+    "no group": ({"weights": {"small": []}}, ValueError, "lists of names by group size"),
     "a module": (
         {"weights": {"64": ["model.layers.9.mlp.up_proj"]}},
         HfAccelError,

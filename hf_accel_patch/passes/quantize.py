@@ -101,9 +101,9 @@ class Quantize:
     def facts(self, targets: list[Target], skipped: list[tuple[str, str]]) -> dict[str, Any]:
         """What a report says beside sizes."""
         sizes = sorted({target.group_size for target in targets} - {0})
-        on_cuda = any(
-            p.is_cuda for target in targets for _, m in target.modules for p in m._buffers.values() if p is not None
-        )
+        modules = [module for target in targets for _, module in target.modules]
+        held = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+        on_cuda = any(tensor.is_cuda for tensor in held if tensor is not None)
         facts: dict[str, Any] = {"exact": False, "scheme": self.scheme}
         facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes or "per channel"}
         facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
