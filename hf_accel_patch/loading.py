@@ -27,7 +27,7 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.linear import INT8, int4_block, pack_codes, unpack_codes
+from hf_accel_patch.ops.linear import INT8, block_on, pack_codes, unpack_codes
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize, refuse_unsuitable
@@ -312,9 +312,9 @@ class _Prepared:
                 whole = not key.endswith("_scales") or bool(_floats(found).isfinite().all())
             if not whole:
                 raise HfAccelError(f"{name} holds values that cannot be in the checkpoint", "it has been damaged")
-        options, block = self.config.quantize(), int4_block()
+        options = self.config.quantize()
         for module in [each for each in model.modules() if isinstance(each, QuantizedModule)]:
-            _reblock(module, block)
+            _reblock(module, block_on(module.like.device))
         for module, others in self.tied:
             for other in others:
                 options.share(module, other, self.journal)
@@ -338,10 +338,10 @@ def _floats(bits: Tensor) -> Tensor:
 
 
 def _reblock(module: QuantizedModule, block: int) -> None:
-    """Lay 4-bit codes out for the kernels of this processor."""
+    """Lay 4-bit codes out for the kernels of this device."""
     for name, spec in module.specs.items():
         codes, scales, _ = module.held(name)
-        if spec.scheme in INT8 or not block or codes.shape[-1] * 2 == block:
+        if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
             continue
         N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
 

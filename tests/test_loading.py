@@ -164,7 +164,7 @@ def test_weights_are_quantized_in_the_dtype_that_was_asked_for(dtype, saved):
 @pytest.mark.parametrize("found, wanted", ((64, 32), (32, 64)))
 @pytest.mark.parametrize("family", ("llama", "mixtral"))
 def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family, monkeypatch):
-    monkeypatch.setattr("hf_accel_patch.passes.quantize.int4_block", lambda: found)
+    monkeypatch.setattr("hf_accel_patch.passes.quantize.block_on", lambda _: found)
     model = patch(tiny(family), quantize="int4", **OFF)
     dense = {name: dense_of(module) for name, module in quantized(model)}
     for _, module in quantized(model):

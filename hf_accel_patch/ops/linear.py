@@ -31,6 +31,7 @@ INT8 = ("int8", "llm.int8")  # schemes with codes in 8 bits
 HEAD_REFINEMENTS = 6
 UNPACK_ELEMENTS = 1 << 20  # weights unpacked at a time: 2 MB in bfloat16, which stay in the cache
 ALWAYS = 1 << 30  # rows
+CUDA_BLOCK = 32  # rows per block of 4-bit codes: twice as many blocks for the processors of a GPU as 64 give
 OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
 PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 
@@ -110,6 +111,11 @@ def pack_codes(codes: Tensor, block: int) -> Tensor:
     """uint8 codes [N', K] in 0..15, N' whole blocks, as they lie in memory: [N' / block, K, block / 2]."""
     halves = codes.view(-1, 2, block // 2, codes.shape[1])
     return halves[:, 1].bitwise_left_shift(4).bitwise_or_(halves[:, 0]).transpose(1, 2).contiguous()
+
+
+def block_on(device: torch.device) -> int:
+    """Rows per block of 4-bit codes that suit the kernels there."""
+    return CUDA_BLOCK if device.type == "cuda" else int4_block() or 64
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
@@ -243,13 +249,14 @@ def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
 def linear(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, backend: Backend) -> Tensor:
     """x [..., K] times the transpose of weights [N', K] in any scheme: [..., N'] in the dtype of x."""
     if x.is_cuda:
-        return _linear_cuda(x, codes, scales, scheme)
+        return linear_triton(x, codes, scales, scheme)
     if scheme in INT8:
         return linear_int8(x, codes, scales, backend)
     return linear_int4(x, codes, scales, TABLES.get(scheme), backend)
 
 
-def _linear_cuda(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor:
+def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor:
+    """The same by the Triton kernels."""
     from hf_accel_patch.kernels import triton_linear
 
     flat = x.reshape(-1, x.shape[-1])

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.ops.gptq import quantize_gptq
-from hf_accel_patch.ops.linear import int4_block, lay_out
+from hf_accel_patch.ops.linear import block_on, lay_out
 from hf_accel_patch.passes.targets import Target
 
 WINDOW = 2048  # tokens read at a time, or what the model was trained on if that is less
@@ -92,7 +92,7 @@ def calibrates(target: Target) -> bool:
 def _rounded(target: Target, moments: Tensor) -> tuple[Tensor, Tensor]:
     parameter, weight = target.parameters()[0].detach(), target.weights[0]
     dense = parameter.T if weight.transposed else parameter
-    return lay_out(*quantize_gptq(dense, moments, target.group_size), int4_block() or 64)
+    return lay_out(*quantize_gptq(dense, moments, target.group_size), block_on(dense.device))
 
 
 def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> list[Group]:

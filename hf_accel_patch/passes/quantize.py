@@ -17,7 +17,7 @@ from hf_accel_patch.families import View
 from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import Backend, backend_for, int4_block, pack
+from hf_accel_patch.ops.linear import Backend, backend_for, block_on, int4_block, pack
 from hf_accel_patch.ops.modules import QuantizedModule, Spec, quantized_class
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes.calibrate import calibrated, calibrates, token_ids
@@ -145,7 +145,7 @@ class Quantize:
     def pack(self, target: Target, weight: Weight, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of a parameter as it lies in the module."""
         dense = parameter.transpose(-1, -2) if weight.transposed else parameter
-        return pack(dense, self.scheme, target.group_size, int4_block() or 64, target.head)
+        return pack(dense, self.scheme, target.group_size, block_on(dense.device), target.head)
 
     def install(
         self, target: Target, packed: list[tuple[Tensor, Tensor]], journal: Journal, scheme: str | None = None
