@@ -65,7 +65,7 @@ def calibrated(
     model: PreTrainedModel, targets: list[Target], windows: list[Tensor], plain: Callable[[Target], Any]
 ) -> Iterator[tuple[Target, list[tuple[Tensor, Tensor]]]]:
     """Targets with their codes and scales, in the order in which the model uses them. Each is to be installed before
-    the next is asked for. What cannot be calibrated (experts, tables, layers that the texts do not reach) is packed
+    the next is asked for. What cannot be calibrated (experts, layers that the texts do not reach) is packed
     by `plain`, last."""
     device = model.get_input_embeddings().weight.device
     windows = [window.to(device) for window in windows]
@@ -84,8 +84,9 @@ def calibrated(
 
 
 def calibrates(target: Target) -> bool:
-    """A table serves lookups too, whose errors are not those of a product; moments of every expert are too large."""
-    return target.role != "experts" and len(target.modules) == 1
+    """Moments of every expert would be larger than the experts. A table that is tied to the head is rounded for the
+    head's inputs: what lookups lose by that is less than what the logits gain."""
+    return target.role != "experts"
 
 
 @torch.no_grad()
@@ -93,6 +94,11 @@ def _rounded(target: Target, moments: Tensor) -> tuple[Tensor, Tensor]:
     parameter, weight = target.parameters()[0].detach(), target.weights[0]
     dense = parameter.T if weight.transposed else parameter
     return lay_out(*quantize_gptq(dense, moments, target.group_size), block_on(dense.device))
+
+
+def _multiplier(target: Target) -> nn.Module:
+    """The module that multiplies; a table that is tied to it only looks up."""
+    return next(module for _, module in target.modules if not isinstance(module, nn.Embedding))
 
 
 def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> list[Group]:
@@ -113,7 +119,7 @@ def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> 
 
         return note
 
-    _run(model, {target.modules[0][1]: watch(target) for target in targets}, [window])
+    _run(model, {_multiplier(target): watch(target) for target in targets}, [window])
     return groups
 
 
@@ -143,7 +149,7 @@ def _observe(model: PreTrainedModel, groups: list[Group], windows: list[Tensor])
 
         return note
 
-    hooks = {group.targets[0].modules[0][1]: watch(group, group is groups[-1]) for group in groups}
+    hooks = {_multiplier(group.targets[0]): watch(group, group is groups[-1]) for group in groups}
     _run(model, hooks, windows)
 
 

@@ -109,10 +109,8 @@ class Quantize:
         facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
         facts |= {"weights": sum(len(target.weights) for target in targets)}
         if self.calibrate is not None:
-            plain = {
-                "experts" if target.role == "experts" else "tied tables" for target in targets if not calibrates(target)
-            }
-            facts["calibrated"] = "GPTQ" + (f", but for {' and '.join(sorted(plain))}" if plain else "")
+            plain = not all(calibrates(target) for target in targets)
+            facts["calibrated"] = "GPTQ, but for experts" if plain else "GPTQ"
         facts |= {"originals": self.originals or "discard"}
         facts["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
         return facts

@@ -89,6 +89,16 @@ def test_what_cannot_be_calibrated_is_fitted_and_the_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_tied_table_is_rounded_for_the_head():
+    ids, model, reference = token_ids(), tiny("gemma2"), tiny("gemma2")
+    patch(model, quantize=Quantize("int4", calibrate=[ids]), **OFF)
+    seen = inputs_of(reference, "lm_head", ids).float()
+    codes, *_ = quantize_gptq(reference.lm_head.weight.detach(), seen.T @ seen, 32)
+    held = model.lm_head._buffers["weight"]
+    assert (unpack_codes(held)[: len(codes)] == codes).double().mean() > 0.999
+    assert model.get_input_embeddings()._buffers["weight"] is held
+
+
 def test_an_exception_while_texts_are_read_leaves_no_trace(monkeypatch):
     model = tiny("llama")
     before = fingerprint(model)
