@@ -20,6 +20,7 @@ NF4 = (  # quantiles of the normal distribution
 FP4_POSITIVE = (0.0, 0.0052083334885537624, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)  # codes 8 to 15 are the negatives
 FP4 = (*FP4_POSITIVE, *(-value for value in FP4_POSITIVE))
 TABLES = {"nf4": torch.tensor(NF4, device="cpu"), "fp4": torch.tensor(FP4, device="cpu")}
+LAUNCH = 32  # times as many on a GPU: 64 MB for a float32 temporary
 BLOCK_ELEMENTS = 1 << 19  # weights quantized at a time: a few float32 temporaries of 2 MB, which stay in the cache
 
 
@@ -105,9 +106,11 @@ def dequantize_table(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
 
 
 def row_blocks(weight: Tensor, multiple: int) -> list[slice]:
-    """Slices over the rows, each a multiple of `multiple` rows and about BLOCK_ELEMENTS weights."""
+    """Slices over the rows, each a multiple of `multiple` rows and about BLOCK_ELEMENTS weights; on a GPU, where every
+    operation is a launch, of more."""
     N, K = weight.shape
-    rows = max(1, BLOCK_ELEMENTS // max(K, 1) // multiple) * multiple
+    elements = BLOCK_ELEMENTS * (LAUNCH if weight.is_cuda else 1)
+    rows = max(1, elements // max(K, 1) // multiple) * multiple
     return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 
