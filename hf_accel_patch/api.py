@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ class State:
     passes: tuple[Pass, ...]
     journal: Journal
     report: Report
+    source: dict[str, Any] = field(default_factory=dict)  # keywords with which its checkpoint was read
 
 
 def patch(model: T, **options: Any) -> T:
@@ -64,7 +65,7 @@ def unpatch(model: T, *, reload: bool = False) -> T:
             "patch with Quantize(..., originals='keep') to keep them in memory, or unpatch(model, reload=True) to read "
             "them from the checkpoint again",
         )
-    restored = _read_again(found, lost) if lost else {}
+    restored = _read_again(found, lost, state.source) if lost else {}
     state.journal.undo()
     for name, parameter in restored.items():
         path, _, leaf = name.rpartition(".")
@@ -108,6 +109,7 @@ def adopt(
     passes: tuple[Pass, ...],
     quantized: Callable[[PreTrainedModel], dict[str, Any]] | None,
     journal: Journal | None = None,
+    source: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Patch a model that came from its checkpoint quantized: `quantized` says what the report says of that, and
     `journal` has it, where there were float weights."""
@@ -119,7 +121,7 @@ def adopt(
     if quantized is not None:
         place = next(i for i, each in enumerate(passes) if each.name == "quantize")
         rows.insert(place, {"pass": "quantize", **quantized(model)})
-    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)))
+    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)), source or {})
     return model
 
 
@@ -127,6 +129,11 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
     model = find_model(target)
     state: State | None = vars(model).get(STATE)
     if state is not None:
+        if state.report.incomplete:
+            raise AlreadyPatched(
+                f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
+                "unpatch(model, reload=True), or use it as it is",
+            )
         if state.passes == passes:
             return
         raise AlreadyPatched(f"{type(model).__name__} is patched with other options", "call unpatch(model) first")
@@ -159,13 +166,13 @@ def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal
     return State(passes, journal, Report(view.subject, tuple(rows)))
 
 
-def _read_again(model: PreTrainedModel, names: list[str]) -> dict[str, torch.nn.Parameter]:
+def _read_again(model: PreTrainedModel, names: list[str], source: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
     """The parameters of these names from the model's checkpoint. Tied ones stay one parameter."""
     path = model.name_or_path
     if not path:
         raise NotReversible("the model does not know the checkpoint that it came from", "load it anew")
     try:
-        fresh = type(model).from_pretrained(path, dtype=dtype_of(model))
+        fresh = type(model).from_pretrained(path, **source | {"dtype": dtype_of(model)})
     except (OSError, ValueError) as error:
         raise NotReversible(f"the checkpoint at {path} cannot be read: {error}") from error
     parameters = dict(fresh.named_parameters(remove_duplicate=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -23,7 +25,7 @@ from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.loading import HfAccelConfig, Recording, recording
 from hf_accel_patch.ops import foreign
-from hf_accel_patch.ops.linear import int4_block, lay_out, pack, pack_codes
+from hf_accel_patch.ops.linear import INT8, int4_block, lay_out, pack, pack_codes
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.options import KEYWORDS, parse
 from hf_accel_patch.passes import Quantize
@@ -55,25 +57,40 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         raise ValueError("load() reads no float weights that it could keep; leave out originals='keep'")
     if quantize is not None and quantize.calibrate is not None:
         raise ValueError("calibration runs the float model; load it with from_pretrained and then patch it")
+    if options.pop("output_loading_info", False):
+        raise ValueError("load() returns the model alone; leave out output_loading_info")
     hub = {key: options[key] for key in HUB if key in options}
-    config = options.pop("config", None) or AutoConfig.from_pretrained(path, **hub)
+    given = options.pop("config", None)
+    config = AutoConfig.from_pretrained(path if given is None else given, **hub) if not _is_config(given) else given
     found = getattr(config, "quantization_config", None)
     found = found if isinstance(found, dict) or found is None else found.to_dict()
     method = str((found or {}).get("quant_method", ""))
     if quantize is not None and found is not None:
         raise HfAccelError(f"the checkpoint at {path} is quantized by {method} already", "leave out quantize=")
     if method in PARTS:
-        return adopt(_foreign(path, config, found or {}, method, options, hub), passes, _as_it_is)
+        if given is None:
+            config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+        return adopt(_foreign(path, copy.deepcopy(config), found or {}, method, options, hub), passes, _as_it_is)
+    if found is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise HfAccelError(
+            f"the checkpoint at {path} is quantized by {method or 'an unknown method'}, which is not read"
+        )
+    options |= {} if given is None else {"config": given}
+    options.setdefault("use_safetensors", True)
     kept = Recording()
     if quantize is not None:
         options["quantization_config"] = HfAccelConfig(
             quantize.scheme, quantize.group_size, quantize.skip, quantize.backend
         )
     with _recorded(kept):
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     if quantize is not None:
-        return adopt(model, passes, lambda _: kept.facts, kept.journal)
-    return adopt(model, passes, _as_it_is if method == METHOD else None)
+        return adopt(model, passes, lambda _: kept.facts, kept.journal, hub)
+    return adopt(model, passes, _as_it_is if method == METHOD else None, source=hub)
+
+
+def _is_config(given: Any) -> bool:
+    return isinstance(given, PreTrainedConfig)
 
 
 @contextmanager
@@ -90,8 +107,12 @@ def _as_it_is(model: PreTrainedModel) -> dict[str, Any]:
     config: HfAccelConfig = model.hf_quantizer.quantization_config
     size = weight_bytes(model)
     weights = sum(len(names) for names in (config.weights or {}).values())
-    facts = {"exact": True, "bytes_before": size, "bytes_after": size, "scheme": config.scheme, "weights": weights}
-    return facts | {"checkpoint": getattr(model, "_hf_accel_source", METHOD)}
+    method = getattr(model, "_hf_accel_source", METHOD)
+    exact = method == METHOD or config.scheme in TABLES
+    facts = {"exact": exact, "bytes_before": size, "bytes_after": size, "scheme": config.scheme, "weights": weights}
+    rounded = {"int8": "rows are quantized anew", "int4": "scales and zeros are rounded to bfloat16"}
+    facts |= {} if exact else {"read": rounded.get(config.scheme, "scales are rounded to bfloat16")}
+    return facts | {"checkpoint": method}
 
 
 def _foreign(
@@ -103,11 +124,11 @@ def _foreign(
     hub: dict[str, Any],
 ) -> PreTrainedModel:
     """A checkpoint of another method, its layers laid out anew one by one."""
-    files = _files(path, hub)
-    config.quantization_config = None
+    files = _files(path, hub, options.pop("variant", None))
     del config.quantization_config
+    trust = {"trust_remote_code": True} if hub.get("trust_remote_code") else {}
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, **trust)
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
@@ -118,6 +139,7 @@ def _foreign(
             raise HfAccelError(f"the checkpoint at {path} says that it is quantized by {method}, and has no such layer")
         state, described = _converted(skeleton, where, layers, method, found)
     config.quantization_config = described.to_dict()
+    options = {key: value for key, value in options.items() if key not in HUB}
     model = type(skeleton).from_pretrained(None, config=config, state_dict=state, **options)
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     vars(model)["_hf_accel_source"] = method
@@ -129,20 +151,24 @@ def _foreign(
     return model
 
 
-def _files(path: str | os.PathLike[str], hub: dict[str, Any]) -> list[str]:
+def _files(path: str | os.PathLike[str], hub: dict[str, Any], variant: str | None) -> list[str]:
     """The safetensors files of a checkpoint."""
+    single_name, index_name = (
+        name if variant is None else name.replace(".safetensors", f".{variant}.safetensors", 1)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
     hub = {key: value for key, value in hub.items() if key != "trust_remote_code"}
     found = {
         name: cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        for name in (single_name, index_name)
     }
-    if index := found[SAFE_WEIGHTS_INDEX_NAME]:
+    if index := found[index_name]:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
         files, _ = get_checkpoint_shard_files(path, index, **hub)
         if len(files) < len(names):
             raise HfAccelError(f"the checkpoint at {path} lacks some of {', '.join(names)}")
         return list(files)
-    if single := found[SAFE_WEIGHTS_NAME]:
+    if single := found[single_name]:
         return [single]
     raise HfAccelError(f"there are no safetensors files at {path}; pickled checkpoints are not read")
 
@@ -173,7 +199,7 @@ def _converted(
         if order is not None:
             state[f"{layer}.weight_order"] = order
             ordered.append(layer)
-        size = 0 if scheme in ("int8", "llm.int8") else K // len(scales)
+        size = 0 if scheme in INT8 else K // len(scales)
         weights.setdefault(str(size), []).append(layer)
     if len(schemes) > 1:
         raise HfAccelError(f"the checkpoint mixes {', '.join(sorted(schemes))}, which one model cannot hold")

@@ -23,19 +23,21 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import INT8, block_on, pack_codes, unpack_codes
-from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.ops.modules import QuantizedModule, as_floats
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize, refuse_unsuitable
-from hf_accel_patch.passes.saving import METHOD, described, save_quantized
+from hf_accel_patch.passes.saving import METHOD, described, make_savable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target
 
 VERSION = 1  # of the format of checkpoints
 STORED = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+STOCK = ("hf_quantizer", "is_quantized", "quantization_method")  # what loading leaves on a model
+STOCK_OF_CONFIG = ("quantization_config", "_is_quantized")
 IN_FLIGHT = 2  # weights that have been read and wait to be quantized, beside the one that is
 
 
@@ -85,6 +87,10 @@ class HfAccelConfig(QuantizationConfigMixin):
         backend: Any = self.backend
         return Quantize(scheme, self.group_size, self.skip, backend, originals="discard")
 
+    def take_options(self, other: HfAccelConfig) -> None:
+        """The options of another configuration, beside what a checkpoint is."""
+        self.group_size, self.skip, self.backend = other.group_size, other.skip, other.backend
+
     def to_dict(self) -> dict[str, Any]:
         described = {"quant_method": METHOD, "version": self.version, "scheme": self.scheme}
         described |= {"group_size": self.group_size, "skip": list(self.skip), "backend": self.backend}
@@ -107,10 +113,13 @@ class HfAccelQuantizer(HfQuantizer):
     """The hooks of transformers' loading. It holds a state only while a model is being loaded."""
 
     quantization_config: HfAccelConfig
+    given: dict[str, Tensor] | None = None  # a state dict to be saved in place of the model's
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized and not self.quantization_config.weights:
             raise HfAccelError("the checkpoint's quantization_config names no quantized weights")
+        if not self.pre_quantized and self.quantization_config.scheme not in SCHEMES:
+            raise ValueError(f"{self.quantization_config.scheme} is only read; the schemes are {', '.join(SCHEMES)}")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = [str(file) for file in kwargs.get("checkpoint_files") or []]
@@ -142,16 +151,23 @@ class HfAccelQuantizer(HfQuantizer):
             self._work.finish(model)
         finally:
             del self._work
+        kept, asked = recording.get(), self.quantization_config
         self.quantization_config = HfAccelConfig(**described(model))
+        self.quantization_config.take_options(asked)
         model.config.quantization_config = self.quantization_config
-        vars(model)["save_pretrained"] = save_quantized.__get__(model)
+        journal = kept.journal if kept else Journal()
+        make_savable(model, journal)
+        for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):  # what undo has to take off too
+            for key in [key for key in keys if key in vars(place)]:
+                value = vars(place).pop(key)
+                journal.set_attribute(place, key, value)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         names = [name for group in (self.quantization_config.weights or {}).values() for name in group]
         tied = tuple(f"{other}.weight" for name in names if isinstance(name, list) for other in name[1:])
-        state = {key: value for key, value in model.state_dict().items() if not key.startswith(tied or ("\0",))}
-        return state, {}
+        state = self.given or model.state_dict()
+        return {key: value for key, value in state.items() if not key.startswith(tied or ("\0",))}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -191,6 +207,9 @@ class _OnTheFly:
         view = bind(model)
         self.before = view.weight_bytes()
         targets, self.skipped = options.choose(view)
+        if not targets:
+            reasons = sorted({reason for _, reason in self.skipped}) or ["it has no linear layer"]
+            raise UnsupportedModel(f"{view.subject} has no weight that {options.scheme} can hold: {'; '.join(reasons)}")
         self.names: dict[str, tuple[Target, Weight]] = {}
         self.packed: dict[str, Future[tuple[Tensor, Tensor]]] = {}
         for target in targets:
@@ -203,13 +222,14 @@ class _OnTheFly:
     def take(self, name: str, value: Tensor) -> None:
         target, weight = self.names[name]
         parameter: Any = target.modules[0][1]._parameters[weight.name]
-        if value.shape != parameter.shape:
-            raise HfAccelError(f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(parameter.shape)} here")
         parameter._is_hf_initialized = True
         self.free.acquire()
 
         def run(value: Tensor) -> tuple[Tensor, Tensor]:
             try:
+                found, wanted = tuple(value.shape), tuple(parameter.shape)
+                if found != wanted:  # raised from `finish`: transformers would hide it here
+                    raise HfAccelError(f"{name} is {found} in the checkpoint where {wanted} belongs")
                 refuse_unsuitable(name, value)
                 return self.options.pack(target, weight, value)
             finally:
@@ -257,6 +277,9 @@ class _Prepared:
         except AttributeError:
             raise HfAccelError(f"the checkpoint has quantized weights of {name}, which this model lacks") from None
         found = linear_weights(tied[0] if isinstance(module, nn.Embedding) and tied else module)
+        if isinstance(module, nn.Embedding) and not tied:  # saved after its ties were cut
+            N, K = module.weight.shape
+            found = "embedding", (Weight("weight", (N, K)),)
         if isinstance(found, str):
             raise HfAccelError(f"the checkpoint has quantized weights of {name}: {found or 'it is no linear layer'}")
         role, weights = found
@@ -309,7 +332,7 @@ class _Prepared:
             if key == "weight_order":
                 whole = torch.equal(found.sort().values, torch.arange(len(found), device=found.device))
             else:
-                whole = not key.endswith("_scales") or bool(_floats(found).isfinite().all())
+                whole = not key.endswith("_scales") or bool(as_floats(found).isfinite().all())
             if not whole:
                 raise HfAccelError(f"{name} holds values that cannot be in the checkpoint", "it has been damaged")
         options = self.config.quantize()
@@ -331,10 +354,6 @@ def _empty(weight: Weight, scheme: str, size: int, block: int) -> tuple[Tensor, 
     shape, kind = (shape, torch.int32) if scheme in TABLES else ((*shape, 2), torch.int16)
     codes = (*E, blocks, K, block // 2)
     return torch.empty(codes, dtype=torch.uint8, device="meta"), torch.empty(shape, dtype=kind, device="meta")
-
-
-def _floats(bits: Tensor) -> Tensor:
-    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
 
 
 def _reblock(module: QuantizedModule, block: int) -> None:

@@ -169,7 +169,7 @@ def test_reloading_needs_a_checkpoint(model):
         unpatch(model, reload=True)
 
 
-def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch):
+def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch, tmp_path):
     stock, calls, real = logits(model, prompt()), [], Quantize.packed
 
     def failing(self, target):
@@ -186,6 +186,11 @@ def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch)
     assert not torch.equal(ours, stock) and (ours - stock).std() < 0.1 * stock.std()
     with pytest.raises(NotReversible):
         unpatch(model)
+    with pytest.raises(AlreadyPatched, match="failed half way"):
+        patch(model, quantize="int8")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (logits(again, prompt()) - ours).std() < 0.01 * stock.std()
 
 
 def test_patched_keeps_the_originals_and_comes_off_after_an_exception(model):

@@ -128,7 +128,8 @@ def test_checkpoints_of_other_quantizers(name, shards, tmp_path, monkeypatch):
     assert (logits(ours, prompt()) - expected).std() < BFLOAT16 * expected.std()
     assert torch.equal(greedy(ours, input_ids=prompt(), tokens=1), greedy(stock, input_ids=prompt(), tokens=1))
     row = next(row for row in report(ours).to_dict()["passes"] if row["pass"] == "quantize")
-    assert row["checkpoint"] == FORMATS[name][1]["quant_method"] and row["weights"] == 14 and row["exact"]
+    assert row["checkpoint"] == FORMATS[name][1]["quant_method"] and row["weights"] == 14
+    assert row["exact"] == (name in ("nf4", "fp4")) and ("read" in row) != row["exact"]
     assert ours.name_or_path == str(tmp_path)
 
 
@@ -206,6 +207,18 @@ def test_a_missing_shard_and_no_safetensors(tmp_path):
     for file in tmp_path.glob("*safetensors*"):
         file.unlink()
     with pytest.raises(HfAccelError, match="pickled checkpoints are not read"):
+        load(tmp_path)
+
+
+def test_an_unknown_method_and_a_config_of_the_caller(tmp_path):
+    write(tmp_path, "gptq")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    load(tmp_path, config=config)
+    assert config.quantization_config["quant_method"] == "gptq", "the caller's configuration is changed"
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["quantization_config"]["quant_method"] = "zzz"
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(HfAccelError, match="quantized by zzz, which is not read"):
         load(tmp_path)
 
 

@@ -69,3 +69,18 @@ def test_importing_patches_nothing_and_brings_no_optional_package():
         "assert not optional & (set(sys.modules) - loaded), optional & (set(sys.modules) - loaded)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_an_import_before_transformers_waits_and_leaves():
+    code = (
+        "import sys, hf_accel_patch;"
+        "waiting = lambda: [each for each in sys.meta_path if type(each).__module__.startswith('hf_accel_patch')];"
+        "assert len(waiting()) == 1 and 'torch' not in sys.modules;"
+        "import transformers.quantizers.auto as auto;"
+        "assert not waiting() and 'hf_accel_patch' in auto.AUTO_QUANTIZER_MAPPING;"
+        "assert 'hf_accel_patch.loading' not in sys.modules;"
+        "import hf_accel_patch.loading;"
+        "hf_accel_patch.patch;"
+        "assert auto.AUTO_QUANTIZER_MAPPING['hf_accel_patch'] is hf_accel_patch.loading.HfAccelQuantizer"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

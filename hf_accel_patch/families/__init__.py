@@ -47,7 +47,7 @@ ATTENTION_ARGUMENTS = frozenset(
 )
 
 # Parts of the names under which PEFT adds modules of its own
-ADAPTERS = ("lora_", "adapter_", "vera_")
+ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "lokr_", "oft_", "boft_", "hra_")
 
 # Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
 CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -36,10 +35,12 @@ def linear_weights(module: nn.Module) -> tuple[Role, tuple[Weight, ...]] | str:
     if not all(parameter.is_floating_point() for parameter in parameters.values()):
         return f"its weight is {next(iter(parameters.values())).dtype} already"
     kind: Any = type(module)
+    if isinstance(module, nn.Linear | Conv1D) and "weight" not in parameters:
+        return "its weight is computed from other parameters"
     if isinstance(module, Conv1D):
         K, N = parameters["weight"].shape
         return "transposed", (Weight("weight", (N, K), transposed=True),)
-    if isinstance(module, nn.Linear) and (kind is nn.Linear or multiplies_plainly(kind)):
+    if isinstance(module, nn.Linear) and (kind is nn.Linear or multiplies_plainly(module)):
         N, K = parameters["weight"].shape
         return "linear", (Weight("weight", (N, K)),)
     if is_experts(module):
@@ -63,20 +64,24 @@ def _of_experts(module: Any, name: str, parameter: torch.Tensor) -> Weight:
     return Weight(name, (N, K), bool(module.is_transposed), E)
 
 
-@cache
-def multiplies_plainly(kind: Any) -> bool:
-    """Whether the forward of a subclass of `nn.Linear` is x W^T + b, tried out on a small one."""
+def multiplies_plainly(module: nn.Linear) -> bool:
+    """Whether the forward of a subclass of `nn.Linear` is x W^T + b, tried out on a small one with its attributes."""
+    kind: Any = type(module)
     if kind.forward is nn.Linear.forward:
         return True
     try:
         with torch.device("cpu"), torch.no_grad():
             generator = torch.Generator().manual_seed(0)
-            weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((3, 4), (3,), (2, 4)))
+            weight, bias, x = (torch.randn(*shape, generator=generator).float() for shape in ((3, 4), (3,), (4, 4)))
+            x *= torch.tensor([1e-3, 1.0, 1e3, 1e6])[:, None]
             small: Any = kind.__new__(kind)
             nn.Module.__init__(small)
-            small.in_features, small.out_features = 4, 3
+            vars(small).update({name: value for name, value in vars(module).items() if name[0] != "_"})
+            small.in_features, small.out_features, small.training = 4, 3, False
             small._parameters.update(weight=nn.Parameter(weight), bias=nn.Parameter(bias))
             y, expected = kind.forward(small, x), F.linear(x, weight, bias)
-            return isinstance(y, torch.Tensor) and y.shape == (2, 3) and torch.allclose(y, expected, atol=1e-5)
+            return (
+                isinstance(y, torch.Tensor) and y.shape == (4, 3) and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+            )
     except Exception:  # whatever it wants beside what nn.Linear has
         return False

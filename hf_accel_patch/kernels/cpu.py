@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -105,7 +107,7 @@ def unpack_int4(
     """Blocks start..stop as bfloat16 [K, rows]."""
     (groups, N), K, block = scales.shape[:2], codes.shape[1], codes.shape[2] * 2
     rows = (stop - start) * block
-    out = torch.empty(K, rows + STRIDE, dtype=torch.bfloat16)
+    out = torch.empty(K, rows + STRIDE, dtype=torch.bfloat16, device="cpu")
     kernels.unpack_int4(
         codes[start:].data_ptr(), scales.data_ptr() + 4 * start * block, _pointer(table), N, K, K // groups, rows,
         out.data_ptr(), out.stride(0), torch.get_num_threads(),
@@ -115,14 +117,15 @@ def unpack_int4(
 
 def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
     """Contiguous int8 codes as bfloat16, which holds them exactly."""
-    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    out = torch.empty(codes.shape, dtype=torch.bfloat16, device="cpu")
     kernels.unpack_int8(codes.data_ptr(), codes.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def narrow_rows(kernels: ctypes.CDLL, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] as int8 with a float32 scale [M] per row; input features where `skip` (bool [K]) is set become 0."""
-    q, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    q = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scales = torch.empty(len(x), dtype=torch.float32, device="cpu")
     kernels.narrow_rows(
         x.data_ptr(), DTYPES[x.dtype], *x.shape, skip.data_ptr(), q.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
@@ -136,6 +139,26 @@ def scale_products(kernels: ctypes.CDLL, products: Tensor, rows: Tensor, columns
         products.data_ptr(), *products.shape, rows.data_ptr(), columns.data_ptr(), DTYPES[out.dtype], out.data_ptr(),
         out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def remembered(question: str, measure: Callable[[], list[int]]) -> list[int]:
+    """What `measure` answered on this machine the first time, so that every process takes the same paths, and one model
+    gives the same bits. Kept beside the library."""
+    machine = (question, torch.__version__, torch.get_num_threads(), sorted(_features()))
+    name = hashlib.sha256(SOURCE.read_bytes() + repr(machine).encode()).hexdigest()[:24]
+    path = _cache_folder() / f"measured-{name}.json"
+    try:
+        answer = json.loads(path.read_text())
+        if isinstance(answer, list) and all(type(number) is int for number in answer):
+            return answer
+    except (OSError, ValueError):
+        pass
+    answer = measure()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps(answer))
+        os.replace(whole, path)
+    return answer
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

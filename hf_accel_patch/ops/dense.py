@@ -3,7 +3,7 @@
 For one or a few rows of activations PyTorch reads weights at about half of the memory's bandwidth, and float16 beyond
 that at a fraction of its speed on processors that cannot calculate in it. The compiled kernel reads at the bandwidth;
 more rows of float16 are multiplied as float32, block by block. Sums are in float32, as PyTorch's are. From how many
-rows on which is faster is measured once per process and dtype.
+rows on which is faster is measured once per machine and dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import int4_block, median_seconds, on_cpu, row_steps
+from hf_accel_patch.ops.linear import int4_block, least_seconds, on_cpu, row_steps
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
@@ -67,20 +67,25 @@ def float_backend(dtype: torch.dtype, K: int) -> FloatBackend:
 
 @on_cpu
 def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
-    weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
-    rows = 0
-    if dtype in cpu.DTYPES and cpu.library(int4_block()) is not None:
-        for M in (1, 2, 4, 8, 16, 32):
-            if not _pays(FloatBackend(dtype, M, 0), weight, M):
-                break
-            rows = M
-    widened = max(WIDE_ROWS, rows + 1)
-    pays = dtype == torch.float16 and _pays(FloatBackend(dtype, 0, widened), weight, widened)
-    return FloatBackend(dtype, rows, widened if pays else 0)
+    def measure() -> list[int]:
+        weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
+        rows = 0
+        if dtype in cpu.DTYPES and cpu.library(int4_block()) is not None:
+            for M in (1, 2, 4, 8, 16, 32):
+                if not _pays(FloatBackend(dtype, M, 0), weight, M):
+                    break
+                rows = M
+        widened = max(WIDE_ROWS, rows + 1)
+        pays = dtype == torch.float16 and _pays(FloatBackend(dtype, 0, widened), weight, widened)
+        return [rows, widened if pays else 0]
+
+    compiled = cpu.library(int4_block()) is not None
+    rows, widened = cpu.remembered(f"{dtype} {K} {compiled}", measure)
+    return FloatBackend(dtype, rows, widened)
 
 
 def _pays(backend: FloatBackend, weight: Tensor, rows: int) -> bool:
     """Whether it is faster than PyTorch's product for this number of rows."""
     x = weight.new_ones(rows, weight.shape[1])
-    stock = median_seconds(lambda: F.linear(x, weight))
-    return median_seconds(lambda: linear_float(x, weight, None, backend)) * GAIN < stock
+    stock = least_seconds(lambda: F.linear(x, weight))
+    return least_seconds(lambda: linear_float(x, weight, None, backend)) * GAIN < stock

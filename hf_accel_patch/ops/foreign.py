@@ -81,7 +81,7 @@ def dense_gptq(tensors: Mapping[str, Tensor], bits: int, group_size: int, *, v1:
     if bits not in (4, 8):
         raise ValueError(f"GPTQ weights are supported with 4 or 8 bits, not {bits}")
     codes, zeros, scale, groups = _gptq(tensors, bits, group_size, v1)
-    weight = torch.empty(codes.shape, device=codes.device)
+    weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for start in range(0, len(codes), DENSE_ROWS):
         rows = slice(start, start + DENSE_ROWS)
         weight[rows] = (codes[rows].float() - zeros[rows].float()[:, groups]) * scale[rows].float()[:, groups]

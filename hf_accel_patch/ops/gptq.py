@@ -30,7 +30,7 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, group_size: int) -> tuple[Ten
     out = torch.empty(K, N, dtype=torch.uint8, device=weight.device)
     for first in range(0, K, COLUMNS):
         last = min(first + COLUMNS, K)
-        block, errors = w[:, first:last].T.contiguous(), torch.empty(last - first, N, device=weight.device)
+        block, errors = w[:, first:last].T.contiguous(), w.new_empty(last - first, N)
         for i, k in enumerate(range(first, last)):
             code = ((block[i] - starts[:, k]) / scales[:, k]).round_().clamp_(0, 15)
             out[k] = code.to(torch.uint8)

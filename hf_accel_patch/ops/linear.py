@@ -4,7 +4,7 @@ On the CPU one or a few rows of activations go through a matrix-vector kernel, w
 kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
 float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
 blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
-processor at all, is measured once per process. On CUDA the same bytes go to kernels/triton_linear.py.
+processor at all, is measured, once per machine. On CUDA the same bytes go to kernels/triton_linear.py.
 
 4-bit codes are uint8 [N' / block, K, block / 2], N' being N rounded up to whole blocks of rows: the low half-byte is a
 row of the block's first half, the high half-byte the same row of its second half. int4 has scales and zeros bfloat16
@@ -13,7 +13,6 @@ row of the block's first half, the high half-byte the same row of its second hal
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +66,8 @@ def pack_int4(weight: Tensor, group_size: int, block: int, refinements: int | No
 def pack_table(weight: Tensor, group_size: int, block: int, scheme: str) -> tuple[Tensor, Tensor]:
     """Quantize [N, K] to nf4 or fp4: codes and scales."""
     N, K = weight.shape
-    scales = torch.empty(K // group_size, -(-N // block) * block, device=weight.device)
+    shape = (K // group_size, -(-N // block) * block)
+    scales = torch.empty(shape, dtype=torch.float32, device=weight.device)
     return _packed(weight, block, lambda rows: quantize_table(rows, group_size, TABLES[scheme]), scales), scales
 
 
@@ -145,14 +145,13 @@ def unpack_int4(codes: Tensor, scales: Tensor, table: Tensor | None, start: int,
     blocks, K, half = bytes_.shape
     groups, block = len(scales), 2 * half
     q = torch.stack((bytes_ & 15, bytes_ >> 4), 2).view(blocks, groups, K // groups, block)
-    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
     s = scales[:, start * block : stop * block]
     s = s.view(groups, blocks, block, *s.shape[2:]).transpose(0, 1).unsqueeze(2)
     if table is not None:
-        out.copy_(table.to(codes.device)[q.int()] * s)
+        dense = (table.to(codes.device)[q.int()] * s).bfloat16()
     else:
-        torch.addcmul(s[..., 1], out.copy_(q).sub_(8), s[..., 0], out=out)
-    return out.view(blocks, K, block)
+        dense = torch.addcmul(s[..., 1], q.to(torch.bfloat16).sub_(8), s[..., 0])
+    return dense.reshape(blocks, K, block)
 
 
 def rows_int4(codes: Tensor, scales: Tensor, table: Tensor | None, index: Tensor) -> Tensor:
@@ -225,7 +224,8 @@ def _decomposed(kernels: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tenso
         cpu.scale_products(kernels, products, row_scales, scales[rows], out[:, rows])
     kept = outliers.nonzero()[:, 0]
     if len(kept):
-        out += F.linear(x[:, kept], codes[:, kept].to(x.dtype)) * scales.to(x.dtype)
+        dense = codes[:, kept] * scales.float()[:, None]  # scaled first: the product with codes overflows float16
+        out += F.linear(x[:, kept], dense.to(x.dtype))
     return out
 
 
@@ -316,7 +316,8 @@ def int4_block() -> int:
 
 @on_cpu
 def backend_for(scheme: str, compiled: bool) -> Backend:
-    """The kernel for weights in this scheme, and up to how many rows of activations it beats unpacking, measured."""
+    """The kernel for weights in this scheme, and up to how many rows of activations it beats unpacking, as measured on
+    this machine."""
     block = int4_block()
     random = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     compiled = compiled and cpu.library(block) is not None
@@ -327,24 +328,29 @@ def backend_for(scheme: str, compiled: bool) -> Backend:
     else:
         codes, scales = pack_table(random, 64, block, scheme) if scheme in TABLES else pack_int4(random, 64, block)
     decomposed = scheme == "llm.int8" and compiled
-    best = 0
-    for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        x = torch.ones(M, 1024, dtype=torch.bfloat16)
-        kernel, beyond = (
-            partial(linear, x, codes, scales, scheme, Backend(compiled, rows, decomposed)) for rows in (ALWAYS, 0)
-        )
-        if median_seconds(kernel) > median_seconds(beyond):
-            break
-        best = M
-    return Backend(compiled, best, decomposed)
+
+    def measure() -> list[int]:
+        best = 0
+        for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            x = torch.ones(M, 1024, dtype=torch.bfloat16)
+            kernel, beyond = (
+                partial(linear, x, codes, scales, scheme, Backend(compiled, rows, decomposed)) for rows in (ALWAYS, 0)
+            )
+            if least_seconds(kernel) > least_seconds(beyond):
+                break
+            best = M
+        return [best]
+
+    (rows,) = cpu.remembered(f"{scheme} {compiled}", measure)
+    return Backend(compiled, rows, decomposed)
 
 
-def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Of `repeats` runs, after one that is not counted."""
+def least_seconds(run: Callable[[], object], repeats: int = 7) -> float:
+    """Of `repeats` runs, after one that is not counted: what else the machine does only adds to them."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,9 @@ class FastLinear(nn.Linear):
         return F.linear(input, weight, bias)
 
 
+UNCHANGEABLE = "a quantized weight cannot be changed; unpatch, change the dense weight, and patch again"
+
+
 @dataclass(frozen=True)
 class Spec:
     """How to read one quantized weight [N, K]."""
@@ -57,9 +61,9 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
     if x.device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"there are no products of quantized weights for activations on {x.device}")
     if cpu.readable(x):
-        y = linear(x, codes, _as_floats(scales), spec.scheme, spec.backend)
+        y = linear(x, codes, as_floats(scales), spec.scheme, spec.backend)
     else:
-        backend, scales = spec.backend, _as_floats(scales)
+        backend, scales = spec.backend, as_floats(scales)
         y = linear_op(x, codes, scales, spec.scheme, backend.compiled, backend.rows, backend.decomposed)
     return y if y.shape[-1] == spec.shape[0] else y[..., : spec.shape[0]]
 
@@ -68,19 +72,22 @@ def dequantize(codes: Tensor, scales: Tensor, spec: Spec, dtype: torch.dtype) ->
     """The weight [N, K] that the codes stand for."""
     N, K = spec.shape
     if spec.scheme in INT8:
-        return (codes.view(N, K).float() * _as_floats(scales)[:, None]).to(dtype)
-    dense = unpack_int4(codes, _as_floats(scales), TABLES.get(spec.scheme), 0, len(codes))
+        return (codes.view(N, K).float() * as_floats(scales)[:, None]).to(dtype)
+    dense = unpack_int4(codes, as_floats(scales), TABLES.get(spec.scheme), 0, len(codes))
     return dense.transpose(1, 2).reshape(-1, K)[:N].to(dtype)
 
 
 def rows(index: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
-    """Rows `index` [n] of the weight, bfloat16 [n, K]."""
+    """Rows `index` [n] of the weight, bfloat16 [n, K]. Raises IndexError, as an embedding does."""
+    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+        if index.amin() < 0 or index.amax() >= spec.shape[0]:
+            raise IndexError(f"index out of range: rows are 0..{spec.shape[0] - 1}")
     if spec.scheme in INT8:
-        return (codes.view(spec.shape)[index].float() * _as_floats(scales)[index, None]).bfloat16()
-    return rows_int4(codes, _as_floats(scales), TABLES.get(spec.scheme), index)
+        return (codes.view(spec.shape)[index].float() * as_floats(scales)[index, None]).bfloat16()
+    return rows_int4(codes, as_floats(scales), TABLES.get(spec.scheme), index)
 
 
-def _as_floats(bits: Tensor) -> Tensor:
+def as_floats(bits: Tensor) -> Tensor:
     return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
 
 
@@ -117,6 +124,14 @@ class QuantizedWeight(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(UNCHANGEABLE)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -127,9 +142,7 @@ class QuantizedWeight(Tensor):
             }
             return torch.empty(args[0].shape, **like)
         if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(
-                "a quantized weight cannot be changed in place; assign to the dense weight before patching"
-            )
+            raise RuntimeError(UNCHANGEABLE)
         dense = lambda weight: weight.module.dequantize(weight.dtype)  # noqa: E731
         return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
 
@@ -137,12 +150,40 @@ class QuantizedWeight(Tensor):
         return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-class QuantizedModule(nn.Module):
-    """What all share. `specs` is by the name of the parameter that codes stand in for."""
+class Specs(dict[str, Spec]):
+    """By the name of the parameter that codes stand in for. Modules that are tied have the same one."""
 
-    specs: dict[str, Spec]
+    moved: tuple[Any, dict[str, Any]] | None = None  # weak references: the codes that were moved last, and where to
+
+    def __reduce__(self) -> Any:
+        return Specs, (dict(self),)
+
+
+class QuantizedModule(nn.Module):
+    """What all share."""
+
+    specs: Specs
     like: Tensor
     transposed = False  # whether the parameter was [K, N]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves what is tied once, and keeps codes as the kernels read them, whatever the memory format."""
+        names = [key for name in self.specs for key in (name, f"{name}_scales")]
+        buffers: dict[str, Any] = self._buffers
+        before, moved = buffers[names[0]], self.specs.moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if moved is not None and moved[0]() is before and all(tensor() is not None for tensor in moved[1].values()):
+            buffers.update({key: tensor() for key, tensor in moved[1].items()})
+        elif buffers[names[0]] is not before:
+            buffers.update({key: buffers[key].contiguous() for key in names})
+            self.specs.moved = ref(before), {key: ref(buffers[key]) for key in names}
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes made at run time are made again where a pickle is read."""
+        if type(self).__dict__.get("made") is None:
+            return super().__reduce_ex__(protocol)
+        return _remake, type(self).__dict__["made"], self.__getstate__()  # type: ignore[no-untyped-call]
 
     def held(self, name: str) -> tuple[Tensor, Tensor, Spec]:
         """Codes, scales and how to read them."""
@@ -166,6 +207,8 @@ class HasWeight(QuantizedModule):
             own, theirs = self._buffers, value.module._buffers
             own.update({key: theirs[key] for key in theirs if key.startswith("weight")})
             self.specs = value.module.specs
+        elif name == "weight" and isinstance(value, Tensor) and value.is_floating_point():
+            raise RuntimeError(UNCHANGEABLE)
         else:
             super().__setattr__(name, value)
 
@@ -264,4 +307,9 @@ def quantized_class(kind: Any, role: Literal["linear", "transposed", "embedding"
     if kind in (nn.Linear, nn.Embedding):
         return base
     bases = (kind, base) if role == "embedding" else (base, kind)
-    return type(kind.__name__, bases, {"__module__": kind.__module__})
+    return type(kind.__name__, bases, {"__module__": kind.__module__, "made": (kind, role)})
+
+
+def _remake(kind: Any, role: Any) -> nn.Module:
+    made = quantized_class(kind, role)
+    return made.__new__(made)

@@ -19,7 +19,10 @@ NF4 = (  # quantiles of the normal distribution
 )  # fmt: skip
 FP4_POSITIVE = (0.0, 0.0052083334885537624, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)  # codes 8 to 15 are the negatives
 FP4 = (*FP4_POSITIVE, *(-value for value in FP4_POSITIVE))
-TABLES = {"nf4": torch.tensor(NF4, device="cpu"), "fp4": torch.tensor(FP4, device="cpu")}
+TABLES = {
+    "nf4": torch.tensor(NF4, dtype=torch.float32, device="cpu"),
+    "fp4": torch.tensor(FP4, dtype=torch.float32, device="cpu"),
+}
 LAUNCH = 32  # times as many on a GPU: 64 MB for a float32 temporary
 BLOCK_ELEMENTS = 1 << 19  # weights quantized at a time: a few float32 temporaries of 2 MB, which stay in the cache
 
@@ -52,9 +55,7 @@ def quantize_int4(
     """
     N, K = weight.shape
     w = weight.float().reshape(N, K // group_size, group_size)
-    shares = (
-        torch.full((group_size,), 1 / group_size, device=w.device) if importance is None else _shares(importance, w)
-    )
+    shares = w.new_full((group_size,), 1 / group_size) if importance is None else _shares(importance, w)
     low, high = torch.aminmax(w, dim=-1)
     middle, half = (high + low) / 2, (high - low) / 2 * SHRINK
     scale, start = (2 * half / 15).clamp_min(1e-20), middle - half  # start: the weight of code 0

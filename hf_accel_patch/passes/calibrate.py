@@ -21,6 +21,9 @@ WINDOW = 2048  # tokens read at a time, or what the model was trained on if that
 MOMENTS_BYTES = 1 << 30  # held at a time; the texts are read once for each such part of the model
 
 
+logger = logging.get_logger(__name__)
+
+
 class _Enough(Exception):
     """Raised inside the model when the last layer of interest has its input."""
 
@@ -69,7 +72,7 @@ def calibrated(
     by `plain`, last."""
     device = model.get_input_embeddings().weight.device
     windows = [window.to(device) for window in windows]
-    groups = _in_order(model, [target for target in targets if calibrates(target)], windows[0])
+    groups = _in_order(model, [target for target in targets if calibrates(target)], windows)
     done: set[int] = set()
     for part in _parts(groups):
         _observe(model, part, windows)
@@ -78,6 +81,11 @@ def calibrated(
             for target in group.targets:
                 done.add(id(target))
                 yield target, [_rounded(target, moments)] if moments is not None else plain(target)
+    missed = [target.modules[0][0] for target in targets if id(target) not in done and calibrates(target)]
+    if missed:
+        logger.warning(
+            f"the texts reach {len(missed)} layers not once ({missed[0]}, ...): these are rounded without them"
+        )
     for target in targets:
         if id(target) not in done:
             yield target, plain(target)
@@ -101,8 +109,8 @@ def _multiplier(target: Target) -> nn.Module:
     return next(module for _, module in target.modules if not isinstance(module, nn.Embedding))
 
 
-def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> list[Group]:
-    """Targets by the tensor that they multiply, in the order of use."""
+def _in_order(model: PreTrainedModel, targets: list[Target], windows: list[Tensor]) -> list[Group]:
+    """Targets by the tensor that they multiply, in the order of use. Texts are read until all have been used."""
     groups: list[Group] = []
     last: list[Any] = [None]
     seen: set[int] = set()
@@ -119,7 +127,7 @@ def _in_order(model: PreTrainedModel, targets: list[Target], window: Tensor) -> 
 
         return note
 
-    _run(model, {_multiplier(target): watch(target) for target in targets}, [window])
+    _run(model, {_multiplier(target): watch(target) for target in targets}, windows, lambda: len(seen) == len(targets))
     return groups
 
 
@@ -154,7 +162,12 @@ def _observe(model: PreTrainedModel, groups: list[Group], windows: list[Tensor])
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, hooks: dict[nn.Module, Callable[..., None]], windows: list[Tensor]) -> None:
+def _run(
+    model: PreTrainedModel,
+    hooks: dict[nn.Module, Callable[..., None]],
+    windows: list[Tensor],
+    enough: Callable[[], bool] = lambda: False,
+) -> None:
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         for module, hook in hooks.items():
@@ -162,6 +175,8 @@ def _run(model: PreTrainedModel, hooks: dict[nn.Module, Callable[..., None]], wi
         for window in logging.tqdm(windows, desc="calibrate", leave=False):
             with suppress(_Enough):
                 model(input_ids=window, use_cache=False)
+            if enough():
+                break
 
 
 @contextmanager

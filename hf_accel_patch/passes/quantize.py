@@ -18,10 +18,10 @@ from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for, block_on, int4_block, pack
-from hf_accel_patch.ops.modules import QuantizedModule, Spec, quantized_class
+from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes.calibrate import calibrated, calibrates, token_ids
-from hf_accel_patch.passes.saving import save_quantized
+from hf_accel_patch.passes.saving import make_savable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target, choose
 from hf_accel_patch.plan import Skip, Step
 
@@ -120,6 +120,7 @@ class Quantize:
         model: PreTrainedModel = step.work[0]
         targets: list[Target] = step.work[1]
         total = sum(target.size for target in targets)
+        make_savable(model, journal)
         with logging.tqdm(
             total=total, desc=f"quantize to {self.scheme}", unit="w", unit_scale=True, disable=total < PROGRESS_WEIGHTS
         ) as bar:
@@ -132,8 +133,6 @@ class Quantize:
             for target, packed in packs:
                 self.install(target, packed, journal)
                 bar.update(target.size)
-        if not _saves_itself(model):
-            journal.bind_method(model, "save_pretrained", save_quantized)
 
     def packed(self, target: Target) -> list[tuple[Tensor, Tensor]]:
         """Codes and scales of each of its weights."""
@@ -150,7 +149,8 @@ class Quantize:
     ) -> None:
         """Put codes in the place of the parameters. `packed`: one pair per weight."""
         backend, like = self.backend_of(), packed[0][0].new_empty(0, dtype=target.parameters()[0].dtype)
-        specs = {weight.name: Spec(scheme or self.scheme, weight.shape, backend) for weight in target.weights}
+        specs = Specs({weight.name: Spec(scheme or self.scheme, weight.shape, backend) for weight in target.weights})
+        packed = [(_trainable(codes), _trainable(scales)) for codes, scales in packed]
         for name, module in target.modules:
             for weight, (codes, scales) in zip(target.weights, packed, strict=True):
                 kept = self.originals == "keep"
@@ -212,8 +212,12 @@ def comparable(texts: Any) -> tuple[Any, ...]:
     return tuple(kept)
 
 
-def _saves_itself(model: PreTrainedModel) -> bool:
-    return "save_pretrained" in vars(model)
+def _trainable(tensor: Tensor) -> Tensor:
+    """Not one of inference mode, which autograd refuses."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def refuse_unsuitable(name: str, weight: Tensor) -> None:

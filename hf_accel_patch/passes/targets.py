@@ -96,7 +96,7 @@ def _untouchable(
     for name, module in modules:
         if any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in skip):
             return "asked for by skip"
-        if any(part in name for part in ADAPTERS):
+        if any(part.startswith(ADAPTERS) for part in name.split(".")):
             return "an adapter that is being trained"
         if id(module) not in inside:
             return f"shared with {name}, which is not of the language model"

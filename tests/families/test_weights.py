@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import tiny
 from torch import nn
+from torch.nn.utils import prune
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,18 @@ class Wanting(nn.Linear):
         return super().forward(input) * self.factor
 
 
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, input):
+        return super().forward(input) * self.scale
+
+
+class Clamped(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).clamp(-50, 50)
+
+
 class Plain(nn.Linear):
     def forward(self, input):
         return input @ self.weight.T + self.bias
@@ -36,21 +49,33 @@ class Inheriting(nn.Linear):
 
 @pytest.mark.parametrize("kind", (nn.Linear, FalconLinear, Plain, Inheriting))
 def test_subclasses_that_multiply_plainly(kind):
-    multiplies_plainly.cache_clear()
-    state = torch.get_rng_state()
-    assert multiplies_plainly(kind) and torch.equal(torch.get_rng_state(), state), "it draws random numbers"
-    assert linear_weights(kind(6, 5)) == ("linear", (Weight("weight", (5, 6)),))
+    module, state = kind(6, 5), torch.get_rng_state()
+    assert multiplies_plainly(module) and torch.equal(torch.get_rng_state(), state), "it draws random numbers"
+    assert linear_weights(module) == ("linear", (Weight("weight", (5, 6)),))
 
 
-@pytest.mark.parametrize("kind", (Doubling, Returning, Wanting))
+@pytest.mark.parametrize("kind", (Doubling, Returning, Wanting, Clamped))
 def test_subclasses_that_do_not(kind):
     assert linear_weights(kind(6, 5)) == f"{kind.__name__} may use its weight in its own way"
 
 
+def test_what_an_instance_adds_counts():
+    module = Scaled(6, 5)
+    assert multiplies_plainly(module)
+    module.scale = 3.0
+    assert not multiplies_plainly(module)
+
+
 def test_it_is_found_on_the_meta_device():
     with torch.device("meta"):
-        multiplies_plainly.cache_clear()
-        assert multiplies_plainly(Plain) and not multiplies_plainly(Doubling)
+        assert multiplies_plainly(Plain(6, 5)) and not multiplies_plainly(Doubling(6, 5))
+
+
+@pytest.mark.parametrize("make", (nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.3)))
+def test_weights_that_are_computed(make):
+    layer = nn.Linear(6, 5)
+    make(layer)
+    assert linear_weights(layer) == "its weight is computed from other parameters"
 
 
 def test_other_modules():

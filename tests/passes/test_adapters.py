@@ -81,9 +81,19 @@ def test_an_adapter_comes_back_on_a_quantized_checkpoint(tmp_path):
     assert torch.allclose(logits(again, prompt()), expected, atol=1e-5)
 
 
+def test_a_trainable_copy_of_a_head_stays_what_it_is():
+    model = peft.get_peft_model(
+        tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    patch(model, quantize="int4")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("lm_head.modules_to_save.default.weight" in name for name in trained)
+
+
 def test_merging_into_codes_is_refused_and_changes_nothing():
     model = adapted(patch(tiny("llama"), quantize="int4"))
     expected = logits(model, prompt())
-    with pytest.raises(RuntimeError, match="a quantized weight cannot be changed in place"):
-        model.merge_adapter()
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match="a quantized weight cannot be changed"):
+            model.merge_adapter(safe_merge=safe)
     assert torch.equal(logits(model, prompt()), expected)

@@ -1,6 +1,8 @@
 """Quantized models as torch modules and as transformers models."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,99 @@ def test_backends_by_name():
     else:
         patch(model := tiny("llama"), quantize=Quantize("int4", backend="compiled"))
         assert model.lm_head.specs["weight"].backend.compiled
+
+
+DEFAULTS = """
+import sys
+import torch
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+sys.path.insert(0, sys.argv[2])
+from cases import logits, prompt, tiny
+from hf_accel_patch import patch
+for scheme in ("int8", "int4", "nf4", "llm.int8"):
+    for tokens in (1, 40):
+        ours = logits(patch(tiny("llama"), quantize=scheme), prompt()[:, :tokens])
+        stock = logits(tiny("llama"), prompt()[:, :tokens])
+        assert (ours - stock).std() < 0.7 * stock.std(), (scheme, tokens)
+"""
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float64"))
+def test_the_default_dtype_of_torch_changes_nothing(dtype):
+    tests = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", DEFAULTS, dtype, tests], capture_output=True, text=True, timeout=300)
+    assert not run.returncode, run.stderr[-800:]
+
+
+@torch.no_grad()
+def test_large_outliers_do_not_overflow_float16():
+    w = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    codes, bits = linear.pack(w, "llm.int8", 0, 64)
+    x = torch.randn(70, 256, generator=torch.Generator().manual_seed(1))
+    x[:, 5] = 2000
+    scales = bits.view(torch.bfloat16)
+    ours = linear.linear(x.half(), codes, scales, "llm.int8", linear.Backend(True, 0, decomposed=True))
+    exact = x.double() @ (codes[0].double() * scales.double()[:, None]).T
+    assert ours.isfinite().all() and (ours.double() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_weights_cannot_be_assigned_to():
+    model = patch(tiny("llama"), quantize="int4")
+    expected = logits(model, prompt())
+    for change in (
+        lambda: setattr(model.lm_head, "weight", nn.Parameter(torch.zeros(256, 64))),
+        lambda: setattr(model.lm_head.weight, "data", torch.zeros(256, 64)),
+        lambda: model.lm_head.weight.data.add_(1),
+        lambda: nn.init.zeros_(model.lm_head.weight),
+    ):
+        with pytest.raises(RuntimeError, match="a quantized weight cannot be changed"):
+            change()
+    assert torch.equal(logits(model, prompt()), expected)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma2"))
+def test_quantized_tables_cannot_be_resized(family):
+    model = patch(tiny(family), quantize="int4")
+    expected = logits(model, prompt())
+    with pytest.raises(hf_accel_patch.HfAccelError, match="cannot be resized"):
+        model.resize_token_embeddings(300)
+    model.resize_token_embeddings(256)
+    assert torch.equal(logits(model, prompt()), expected) and model.config.vocab_size == 256
+    kept = patch(tiny("llama"), quantize=Quantize("int4", skip=("lm_head",)))
+    kept.resize_token_embeddings(300, mean_resizing=False)
+    assert logits(kept, prompt()).shape[-1] == 300
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("token", (-1, 256))
+def test_tokens_beyond_the_table_are_refused(scheme, token):
+    model = patch(tiny("gemma2"), quantize=scheme)
+    with pytest.raises(IndexError, match="index out of range"):
+        model(torch.tensor([[3, token]]))
+
+
+def test_a_memory_format_does_not_reach_codes():
+    model = patch(tiny("mixtral"), quantize="int4")
+    expected = logits(model, prompt())
+    assert torch.equal(logits(model.to(memory_format=torch.channels_last), prompt()), expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_of_a_compiled_model(scheme):
+    model = patch(tiny("llama"), quantize=scheme)
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for each in (model, torch.compile(model, backend="aot_eager", dynamic=False)):
+        inputs = x.clone().requires_grad_()
+        each(inputs_embeds=inputs).logits.square().mean().backward()
+        grads.append(inputs.grad)
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[0].norm()
+
+
+def test_a_model_patched_in_inference_mode_trains_adapters():
+    model = tiny("llama")
+    with torch.inference_mode():
+        patch(model, quantize="int4")
+    x = torch.randn(1, 5, 64).requires_grad_()
+    model(inputs_embeds=x).logits.square().mean().backward()
+    assert x.grad.abs().sum() > 0
