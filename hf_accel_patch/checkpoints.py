@@ -23,13 +23,14 @@ from hf_accel_patch.api import adopt
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.families.weights import linear_weights
-from hf_accel_patch.loading import HfAccelConfig, Recording, recording
+from hf_accel_patch.loading import HfAccelConfig
 from hf_accel_patch.ops import foreign
-from hf_accel_patch.ops.linear import INT8, int4_block, lay_out, pack, pack_codes
+from hf_accel_patch.ops.packing import INT8, int4_block, lay_out, pack, pack_codes
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.options import KEYWORDS, parse
 from hf_accel_patch.passes import Quantize
 from hf_accel_patch.passes.saving import METHOD
+from hf_accel_patch.reading import Recording, recording
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
 PARTS = {  # the tensors that a layer has in a checkpoint of another method, by their names after that of the layer

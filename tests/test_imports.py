@@ -21,6 +21,7 @@ ROOMS = (
     "passes",
     "options",
     "api",
+    "reading",
     "loading",
     "checkpoints",
 )

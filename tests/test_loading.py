@@ -23,8 +23,8 @@ from hf_accel_patch import (
     report,
     unpatch,
 )
-from hf_accel_patch.loading import _reblock
 from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.reading import _reblock
 
 OFF = {"attention": False, "linear": False}
 SCHEMES = ("int8", "int4", "nf4", "llm.int8")

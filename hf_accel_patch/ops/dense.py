@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import int4_block, least_seconds, on_cpu, row_steps
+from hf_accel_patch.ops.linear import least_seconds, row_steps
+from hf_accel_patch.ops.packing import int4_block, on_cpu
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache

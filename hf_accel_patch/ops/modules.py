@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.linear import INT8, Backend, linear, linear_op, rows_int4, unpack_int4
+from hf_accel_patch.ops.linear import Backend, linear, linear_op
+from hf_accel_patch.ops.packing import INT8, rows_int4, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
 
 

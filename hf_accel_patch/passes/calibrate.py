@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.ops.gptq import quantize_gptq
-from hf_accel_patch.ops.linear import block_on, lay_out
+from hf_accel_patch.ops.packing import block_on, lay_out
 from hf_accel_patch.passes.targets import Target
 
 WINDOW = 2048  # tokens read at a time, or what the model was trained on if that is less

@@ -17,8 +17,9 @@ from hf_accel_patch.families import View
 from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import Backend, backend_for, block_on, int4_block, pack
+from hf_accel_patch.ops.linear import Backend, backend_for
 from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
+from hf_accel_patch.ops.packing import block_on, int4_block, pack
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes.calibrate import calibrated, calibrates, token_ids
 from hf_accel_patch.passes.saving import make_savable

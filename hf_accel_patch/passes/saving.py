@@ -12,8 +12,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.linear import INT8
 from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.ops.packing import INT8
 
 METHOD = __name__.partition(".")[0]  # the value of `quant_method`, under which transformers finds our quantizer
 

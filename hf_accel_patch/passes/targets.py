@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_accel_patch.families import ADAPTERS, View
 from hf_accel_patch.families.weights import Role, Weight, linear_weights
-from hf_accel_patch.ops.linear import INT8, packed_bytes
+from hf_accel_patch.ops.packing import INT8, packed_bytes
 
 GROUP_SIZES = (64, 32, 128)  # in the order of choice: 64 costs half a bit per weight and loses little against 32
 HEAD_GROUP_SIZE = 32  # rounding errors of the head go straight into the logits

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import pack_int4, pack_table
+from hf_accel_patch.ops.packing import pack_int4, pack_table
 from hf_accel_patch.ops.quantize import (
     TABLES,
     dequantize_int4,
@@ -202,7 +202,8 @@ def run(code, **environment):
 
 REPORT = """
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import backend_for, int4_block
+from hf_accel_patch.ops.linear import backend_for
+from hf_accel_patch.ops.packing import int4_block
 block = int4_block()
 print(cpu.library(block) is not None, backend_for("int4", True).compiled, cpu.why_not(block))
 """

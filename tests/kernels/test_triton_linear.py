@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from hf_accel_patch.ops import linear
+from hf_accel_patch.ops import linear, packing
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -277,7 +277,7 @@ def test_cuda_graphs_record_it(kind, shape, rows):
 def test_modules_reach_them(scheme, rows):
     """Codes and scales as a module holds them."""
     w, x = normal(96, 128, seed=5), normal(*rows, 128, seed=6).bfloat16()
-    codes, bits = linear.pack(w, scheme, 64, 32)
+    codes, bits = packing.pack(w, scheme, 64, 32)
     scales = bits.view(torch.float32 if bits.dtype == torch.int32 else torch.bfloat16)
     expected = linear.linear(x.float(), codes, scales, scheme, linear.Backend(False, 0))
     ours = linear.linear_triton(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE), scheme).cpu()

@@ -3,20 +3,10 @@
 import pytest
 import torch
 
-from hf_accel_patch.ops import linear, quantize
+from hf_accel_patch.ops import linear, packing, quantize
 from hf_accel_patch.ops.gptq import quantize_gptq
-from hf_accel_patch.ops.linear import (
-    ALWAYS,
-    Backend,
-    linear_int4,
-    linear_int8,
-    pack_codes,
-    pack_int4,
-    pack_table,
-    rows_int4,
-    unpack_codes,
-    unpack_int4,
-)
+from hf_accel_patch.ops.linear import ALWAYS, Backend, linear_int4, linear_int8
+from hf_accel_patch.ops.packing import pack_codes, pack_int4, pack_table, rows_int4, unpack_codes, unpack_int4
 from hf_accel_patch.ops.quantize import (
     TABLES,
     dequantize_int4,
@@ -190,7 +180,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 70])
 def test_int4_products(rows):
-    block = linear.int4_block()
+    block = packing.int4_block()
     w, x = weights(200), torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     packed, scales = pack_int4(w, 64, block or 64)
     expected = x.double() @ dequantize_int4(*quantize_int4(w, 64)).double().T
@@ -204,7 +194,7 @@ def test_int4_products(rows):
 @pytest.mark.parametrize("rows", [0, 1, 3, 70])
 @pytest.mark.parametrize("scheme", sorted(TABLES))
 def test_table_products(scheme, rows, compiled):
-    block = linear.int4_block() or 64
+    block = packing.int4_block() or 64
     w, x = weights(200), torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     packed, scales = pack_table(w, 64, block, scheme)
     codes, absmax = quantize_table(w, 64, TABLES[scheme])
@@ -257,8 +247,8 @@ def test_the_crossover_is_measured(scheme, compiled):
 
 
 def test_the_measurement_is_on_the_cpu_wherever_it_is_asked_for():
-    linear.int4_block.cache_clear()
+    packing.int4_block.cache_clear()
     with torch.device("meta"):
-        block = linear.int4_block()
-    linear.int4_block.cache_clear()
-    assert block == linear.int4_block()
+        block = packing.int4_block()
+    packing.int4_block.cache_clear()
+    assert block == packing.int4_block()

@@ -12,8 +12,8 @@ from torch import nn
 import hf_accel_patch
 from hf_accel_patch import HfAccelError, Quantize, patch, patched, report, unpatch
 from hf_accel_patch.ops.gptq import quantize_gptq
-from hf_accel_patch.ops.linear import unpack_codes
 from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.ops.packing import unpack_codes
 from hf_accel_patch.passes import calibrate
 from hf_accel_patch.texts import held_out_text
 

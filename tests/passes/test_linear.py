@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_accel_patch import patch, plan, report, unpatch
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops import dense
-from hf_accel_patch.ops.linear import int4_block
 from hf_accel_patch.ops.modules import FastLinear
+from hf_accel_patch.ops.packing import int4_block
 from hf_accel_patch.passes import linear
 
 pytestmark = pytest.mark.skipif(bool(cpu.why_not(int4_block())), reason=cpu.why_not(int4_block()))

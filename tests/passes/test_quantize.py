@@ -14,7 +14,7 @@ from torch import nn
 import hf_accel_patch
 from hf_accel_patch import Quantize, patch, report, unpatch
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops import linear
+from hf_accel_patch.ops import linear, packing
 from hf_accel_patch.ops.modules import QuantizedExperts, QuantizedModule
 
 BFLOAT16 = 0.04  # what rounding the activations of every product to bfloat16 does to the logits of random weights
@@ -41,7 +41,7 @@ SCHEMES = ("int8", "int4", "nf4", "llm.int8")
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2", "phi3", "opt", "gpt_neox", "gpt2", "falcon_mqa"))
 @pytest.mark.parametrize("backend", ("compiled", "torch", "unpacked"))
 def test_a_quantized_model_is_stock_with_rounded_weights(name, scheme, backend, monkeypatch):
-    block = linear.int4_block()
+    block = packing.int4_block()
     if backend == "compiled" and (reason := cpu.why_not(block)):
         pytest.skip(reason)
     if backend == "torch" and not block:
@@ -198,7 +198,7 @@ def test_the_layout_of_another_machine_is_read_right(monkeypatch):
 
 
 def test_backends_by_name():
-    block = linear.int4_block()
+    block = packing.int4_block()
     assert "PyTorch" in str(linear.backend_for("int4", False)) or not block
     patch(model := tiny("llama"), quantize=Quantize("int4", backend="torch"))
     assert not model.lm_head.specs["weight"].backend.compiled
@@ -235,7 +235,7 @@ def test_the_default_dtype_of_torch_changes_nothing(dtype):
 @torch.no_grad()
 def test_large_outliers_do_not_overflow_float16():
     w = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    codes, bits = linear.pack(w, "llm.int8", 0, 64)
+    codes, bits = packing.pack(w, "llm.int8", 0, 64)
     x = torch.randn(70, 256, generator=torch.Generator().manual_seed(1))
     x[:, 5] = 2000
     scales = bits.view(torch.bfloat16)

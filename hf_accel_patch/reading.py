@@ -1,0 +1,239 @@
+"""What happens inside `from_pretrained`: weights are quantized as they are read, or codes are read and checked."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+
+from hf_accel_patch.errors import HfAccelError, UnsupportedModel
+from hf_accel_patch.families import bind
+from hf_accel_patch.families.weights import Weight, linear_weights
+from hf_accel_patch.journal import Journal
+from hf_accel_patch.ops.modules import QuantizedModule, as_floats
+from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.passes.quantize import Quantize, refuse_unsuitable
+from hf_accel_patch.passes.targets import GROUP_SIZES, Target
+
+STORED = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+IN_FLIGHT = 2  # weights that have been read and wait to be quantized, beside the one that is
+
+
+@dataclass
+class Recording:
+    """What `load` wants to know of the quantization that runs inside `from_pretrained`."""
+
+    journal: Journal = field(default_factory=Journal)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint says of its codes: names of modules by group size, a list of names where they are tied."""
+
+    scheme: str
+    block: int
+    weights: dict[str, list[Any]]
+    ordered: list[str]
+
+
+class Take(ConversionOps):
+    """Takes a weight that has been read, and hands transformers nothing to set."""
+
+    def __init__(self, work: OnTheFly) -> None:
+        self.work = work
+
+    def convert(self, input_dict: dict[str, Any], missing_keys: set[str] | None = None, **kwargs: Any) -> Any:
+        left = {}
+        for name, value in input_dict.items():
+            if name not in self.work.names:
+                left[name] = value
+                continue
+            self.work.take(name, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return left
+
+
+class OnTheFly:
+    """Weights of a float checkpoint, quantized by another thread while the next are read."""
+
+    def __init__(self, model: PreTrainedModel, options: Quantize, journal: Journal, kept: Recording | None) -> None:
+        self.options, self.journal, self.kept = options, journal, kept
+        view = bind(model)
+        self.before = view.weight_bytes()
+        targets, self.skipped = options.choose(view)
+        if not targets:
+            reasons = sorted({reason for _, reason in self.skipped}) or ["it has no linear layer"]
+            raise UnsupportedModel(f"{view.subject} has no weight that {options.scheme} can hold: {'; '.join(reasons)}")
+        self.names: dict[str, tuple[Target, Weight]] = {}
+        self.packed: dict[str, Future[tuple[Tensor, Tensor]]] = {}
+        for target in targets:
+            if len(target.modules) == 1:  # a tied table is quantized when it has been tied
+                prefix = target.modules[0][0]
+                self.names |= {f"{prefix}.{weight.name}": (target, weight) for weight in target.weights}
+        self.thread = ThreadPoolExecutor(1)
+        self.free = threading.Semaphore(IN_FLIGHT)
+
+    def take(self, name: str, value: Tensor) -> None:
+        target, weight = self.names[name]
+        parameter: Any = target.modules[0][1]._parameters[weight.name]
+        parameter._is_hf_initialized = True
+        self.free.acquire()
+
+        def run(value: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                found, wanted = tuple(value.shape), tuple(parameter.shape)
+                if found != wanted:  # raised from `finish`: transformers would hide it here
+                    raise HfAccelError(f"{name} is {found} in the checkpoint where {wanted} belongs")
+                refuse_unsuitable(name, value)
+                return self.options.pack(target, weight, value)
+            finally:
+                self.free.release()
+
+        self.packed[name] = self.thread.submit(torch.no_grad()(run), value)
+
+    def finish(self, model: PreTrainedModel) -> None:
+        targets = list({id(target): target for target, _ in self.names.values()}.values())
+        try:
+            for target in targets:
+                names = [f"{target.modules[0][0]}.{weight.name}" for weight in target.weights]
+                if all(name in self.packed for name in names):
+                    self.options.install(target, [self.packed.pop(name).result() for name in names], self.journal)
+        finally:
+            self.thread.shutdown(cancel_futures=True)
+        view = bind(model)
+        left, _ = self.options.choose(view)
+        for target in left:
+            for weight, parameter in zip(target.weights, target.parameters(), strict=True):
+                refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
+            with torch.no_grad():
+                self.options.install(target, self.options.packed(target), self.journal)
+        if self.kept is not None:
+            self.kept.facts = self.options.facts([*targets, *left], self.skipped)
+            self.kept.facts |= {"bytes_before": self.before, "bytes_after": view.weight_bytes()}
+
+
+class Prepared:
+    """Modules of a quantized checkpoint: made ready for its tensors, and checked when these have been read."""
+
+    def __init__(self, model: PreTrainedModel, options: Quantize, found: Found, journal: Journal) -> None:
+        self.options, self.found, self.journal = options, found, journal
+        self.names: dict[str, Tensor] = {}  # of tensors, with what is expected
+        self.tied: list[tuple[QuantizedModule, list[nn.Module]]] = []
+        for size, names in found.weights.items():
+            for entry in names:
+                first, *others = [entry] if isinstance(entry, str) else entry
+                self._prepare(model, first, others, int(size))
+
+    def _prepare(self, model: PreTrainedModel, name: str, others: list[str], size: int) -> None:
+        try:
+            module, tied = model.get_submodule(name), [model.get_submodule(other) for other in others]
+        except AttributeError:
+            raise HfAccelError(f"the checkpoint has quantized weights of {name}, which this model lacks") from None
+        found = linear_weights(tied[0] if isinstance(module, nn.Embedding) and tied else module)
+        if isinstance(module, nn.Embedding) and not tied:  # saved after its ties were cut
+            N, K = module.weight.shape
+            found = "embedding", (Weight("weight", (N, K)),)
+        if isinstance(found, str):
+            raise HfAccelError(f"the checkpoint has quantized weights of {name}: {found or 'it is no linear layer'}")
+        role, weights = found
+        allowed = GROUP_SIZES if self.found.scheme not in INT8 else (0,)
+        if size not in allowed or any(weight.shape[1] % max(size, 1) for weight in weights):
+            raise HfAccelError(f"the checkpoint has groups of {size} for {name}, which do not fit")
+        target = Target(((name, module),), role, weights, size, False, 0)
+        packed = [_empty(weight, self.found.scheme, size, self.found.block or 64) for weight in weights]
+        self.options.install(target, packed, self.journal, self.found.scheme)
+        if not isinstance(module, nn.Embedding):  # some have a scale that initialization sets
+            self.journal.set_attribute(module, "_is_hf_initialized", True)
+        keys = [key for weight in weights for key in (weight.name, f"{weight.name}_scales")]
+        if name in self.found.ordered:
+            order = torch.empty(weights[0].shape[1], dtype=torch.int64, device="meta")
+            self.journal.set_buffer(module, "weight_order", order)
+            keys.append("weight_order")
+        buffers: dict[str, Any] = module._buffers
+        self.names |= {f"{name}.{key}": buffers[key] for key in keys}
+        for other, each in zip(others, tied, strict=True):
+            self.journal.remove_parameter(each, "weight", keep=False, label=f"{other}.weight")
+            self.journal.set_attribute(each, "_is_hf_initialized", True)
+            model.all_tied_weights_keys.pop(f"{other}.weight", None)
+        if tied:
+            assert isinstance(module, QuantizedModule)
+            self.tied.append((module, tied))
+
+    def compare(self, files: list[str]) -> None:
+        """Before anything is read, the headers of the files with what belongs there."""
+        if not files:
+            return
+        found: dict[str, tuple[str, list[int]]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    found[name] = part.get_dtype(), part.get_shape()
+        for name, expected in self.names.items():
+            wanted = STORED[expected.dtype], list(expected.shape)
+            if name not in found:
+                raise HfAccelError(f"{name} is not in the checkpoint", "it is not whole; fetch or save it again")
+            if found[name] != wanted:
+                raise HfAccelError(f"{name} is {found[name]} in the checkpoint where {wanted} belongs")
+
+    def finish(self, model: PreTrainedModel) -> None:
+        for name, expected in self.names.items():
+            path, _, key = name.rpartition(".")
+            found: Any = model.get_submodule(path)._buffers[key]
+            if not getattr(found, "_is_hf_initialized", False) or found.shape != expected.shape:
+                raise HfAccelError(f"{name} was not read from the checkpoint as {tuple(expected.shape)}")
+            if key == "weight_order":
+                whole = torch.equal(found.sort().values, torch.arange(len(found), device=found.device))
+            else:
+                whole = not key.endswith("_scales") or bool(as_floats(found).isfinite().all())
+            if not whole:
+                raise HfAccelError(f"{name} holds values that cannot be in the checkpoint", "it has been damaged")
+        for module in [each for each in model.modules() if isinstance(each, QuantizedModule)]:
+            _reblock(module, block_on(module.like.device))
+        for module, others in self.tied:
+            for other in others:
+                self.options.share(module, other, self.journal)
+
+
+def _empty(weight: Weight, scheme: str, size: int, block: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of these shapes, without memory."""
+    (N, K), E = weight.shape, (weight.experts,) if weight.experts else ()
+    if scheme in INT8:
+        codes, scales, kind = (1, *E, N, K), (*E, N), torch.int16
+        return torch.empty(codes, dtype=torch.int8, device="meta"), torch.empty(scales, dtype=kind, device="meta")
+    blocks = -(-N // block)
+    shape = (*E, K // size, blocks * block)
+    shape, kind = (shape, torch.int32) if scheme in TABLES else ((*shape, 2), torch.int16)
+    codes = (*E, blocks, K, block // 2)
+    return torch.empty(codes, dtype=torch.uint8, device="meta"), torch.empty(shape, dtype=kind, device="meta")
+
+
+def _reblock(module: QuantizedModule, block: int) -> None:
+    """Lay 4-bit codes out for the kernels of this device."""
+    for name, spec in module.specs.items():
+        codes, scales, _ = module.held(name)
+        if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
+            continue
+        N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
+
+        def sized(x: Tensor, at: int, N: int = N) -> Tensor:
+            short = x.new_zeros(*x.shape[:at], max(0, N - x.shape[at]), *x.shape[at + 1 :])
+            return torch.cat((x.narrow(at, 0, min(N, x.shape[at])), short), at)
+
+        parts = [pack_codes(sized(unpack_codes(each), 0), block) for each in ([codes] if dim == 1 else codes)]
+        module._buffers[name] = parts[0] if dim == 1 else torch.stack(parts)
+        module._buffers[f"{name}_scales"] = sized(scales, dim)
