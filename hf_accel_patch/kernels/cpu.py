@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
 SECONDS = 120  # to compile, which takes one
 
+_threads = threading.local()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -104,10 +106,10 @@ def linear_float(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor |
 def unpack_int4(
     kernels: ctypes.CDLL, codes: Tensor, scales: Tensor, table: Tensor | None, start: int, stop: int
 ) -> Tensor:
-    """Blocks start..stop as bfloat16 [K, rows]."""
+    """Blocks start..stop as bfloat16 [K, rows], which last until this thread unpacks the next."""
     (groups, N), K, block = scales.shape[:2], codes.shape[1], codes.shape[2] * 2
     rows = (stop - start) * block
-    out = torch.empty(K, rows + STRIDE, dtype=torch.bfloat16, device="cpu")
+    out = scratch(K * (rows + STRIDE), torch.bfloat16).view(K, rows + STRIDE)
     kernels.unpack_int4(
         codes[start:].data_ptr(), scales.data_ptr() + 4 * start * block, _pointer(table), N, K, K // groups, rows,
         out.data_ptr(), out.stride(0), torch.get_num_threads(),
@@ -116,8 +118,8 @@ def unpack_int4(
 
 
 def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
-    """Contiguous int8 codes as bfloat16, which holds them exactly."""
-    out = torch.empty(codes.shape, dtype=torch.bfloat16, device="cpu")
+    """Contiguous int8 codes as bfloat16, which holds them exactly. It lasts until this thread unpacks the next."""
+    out = scratch(codes.numel(), torch.bfloat16).view(codes.shape)
     kernels.unpack_int8(codes.data_ptr(), codes.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -159,6 +161,15 @@ def remembered(question: str, measure: Callable[[], list[int]]) -> list[int]:
         whole.write_text(json.dumps(answer))
         os.replace(whole, path)
     return answer
+
+
+def scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """[size], one per thread and dtype: memory that is new each time costs more in page faults than what fills it."""
+    kept: Tensor | None = getattr(_threads, str(dtype), None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype, device="cpu")
+        setattr(_threads, str(dtype), kept)
+    return kept[:size]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

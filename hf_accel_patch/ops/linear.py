@@ -25,7 +25,7 @@ from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.packing import INT8, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
 
-UNPACK_ELEMENTS = 1 << 22  # weights unpacked at a time: 8 MB in bfloat16; fewer cost more in calls than in the cache
+UNPACK_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; fewer cost more in calls than in the cache
 ALWAYS = 1 << 30  # rows
 OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
 PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
@@ -101,7 +101,8 @@ def _decomposed(kernels: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tenso
     out, step = x.new_empty(M, N), max(16, PRODUCTS // M // 16 * 16)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
-        products = torch._int_mm(q, codes[rows].t())
+        products = cpu.scratch(M * (rows.stop - start), torch.int32).view(M, -1)
+        torch._int_mm(q, codes[rows].t(), out=products)
         cpu.scale_products(kernels, products, row_scales, scales[rows], out[:, rows])
     kept = outliers.nonzero()[:, 0]
     if len(kept):
