@@ -62,7 +62,9 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         raise ValueError("load() returns the model alone; leave out output_loading_info")
     hub = {key: options[key] for key in HUB if key in options}
     given = options.pop("config", None)
-    config = AutoConfig.from_pretrained(path if given is None else given, **hub) if not _is_config(given) else given
+    config = given
+    if not isinstance(config, PreTrainedConfig):  # none, or where to read it
+        config = AutoConfig.from_pretrained(path if given is None else given, **hub)
     found = getattr(config, "quantization_config", None)
     found = found if isinstance(found, dict) or found is None else found.to_dict()
     method = str((found or {}).get("quant_method", ""))
@@ -88,10 +90,6 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     if quantize is not None:
         return adopt(model, passes, lambda _: kept.facts, kept.journal, hub)
     return adopt(model, passes, _as_it_is if method == METHOD else None, source=hub)
-
-
-def _is_config(given: Any) -> bool:
-    return isinstance(given, PreTrainedConfig)
 
 
 @contextmanager
@@ -221,10 +219,8 @@ def _shape(skeleton: PreTrainedModel, layer: str) -> tuple[int, int]:
 
 def _reader(method: str, found: dict[str, Any]) -> Callable[[dict[str, Tensor], tuple[int, int]], Any]:
     """How to read one layer."""
-    bits, size = (
-        int(found.get("bits", found.get("w_bit", 4))),
-        int(found.get("group_size", found.get("q_group_size", 128))),
-    )
+    bits = int(found.get("bits", found.get("w_bit", 4)))
+    size = int(found.get("group_size", found.get("q_group_size", 128)))
     if method == "gptq":
         kind = str(found.get("checkpoint_format", "gptq"))
         if kind not in ("gptq", "gptq_v2"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from hf_accel_patch.errors import HfAccelError, UnsupportedModel
+from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
@@ -76,8 +76,7 @@ class OnTheFly:
         self.before = view.weight_bytes()
         targets, self.skipped = options.choose(view)
         if not targets:
-            reasons = sorted({reason for _, reason in self.skipped}) or ["it has no linear layer"]
-            raise UnsupportedModel(f"{view.subject} has no weight that {options.scheme} can hold: {'; '.join(reasons)}")
+            raise options.nothing(view, self.skipped)
         self.names: dict[str, tuple[Target, Weight]] = {}
         self.packed: dict[str, Future[tuple[Tensor, Tensor]]] = {}
         for target in targets:
@@ -117,8 +116,7 @@ class OnTheFly:
         view = bind(model)
         left, _ = self.options.choose(view)
         for target in left:
-            for weight, parameter in zip(target.weights, target.parameters(), strict=True):
-                refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
+            self.options.check(target)
             with torch.no_grad():
                 self.options.install(target, self.options.packed(target), self.journal)
         if self.kept is not None:

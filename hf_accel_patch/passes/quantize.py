@@ -85,11 +85,9 @@ class Quantize:
         if not targets:
             if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):
                 return Skip(self, "its weights are quantized already", view.weight_bytes())
-            reasons = sorted({reason for _, reason in skipped}) or ["it has no linear layer"]
-            raise UnsupportedModel(f"{view.subject} has no weight that {self.scheme} can hold: {'; '.join(reasons)}")
+            raise self.nothing(view, skipped)
         for target in targets:
-            for weight, parameter in zip(target.weights, target.parameters(), strict=True):
-                refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
+            self.check(target)
         before = view.weight_bytes()
         replaced = sum(p.numel() * p.element_size() for target in targets for p in target.parameters())
         after = before - replaced + sum(target.packed_bytes for target in targets)
@@ -98,6 +96,16 @@ class Quantize:
         if self.calibrate is not None:
             return Step(self, facts, (view.model, work, token_ids(self.calibrate, view.model, self.tokenizer)))
         return Step(self, facts, (view.model, work))
+
+    def nothing(self, view: View, skipped: list[tuple[str, str]]) -> UnsupportedModel:
+        """What to raise where nothing can be quantized."""
+        reasons = sorted({reason for _, reason in skipped}) or ["it has no linear layer"]
+        return UnsupportedModel(f"{view.subject} has no weight that {self.scheme} can hold: {'; '.join(reasons)}")
+
+    def check(self, target: Target) -> None:
+        """Raise UnsupportedModel for weights that no scale fits, or for which there are no kernels."""
+        for weight, parameter in zip(target.weights, target.parameters(), strict=True):
+            refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
 
     def facts(self, targets: list[Target], skipped: list[tuple[str, str]]) -> dict[str, Any]:
         """What a report says beside sizes."""
