@@ -16,7 +16,7 @@ from hf_accel_patch.errors import AlreadyPatched, NotReversible
 from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.options import parse
-from hf_accel_patch.plan import Pass, Plan, build, described
+from hf_accel_patch.plan import Pass, Plan, Step, build, described
 from hf_accel_patch.report import Report
 
 logger = logging.get_logger(__name__)
@@ -150,10 +150,11 @@ def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal
     try:
         for decision in decided.decisions:
             row = described(decision)
-            if decision in decided.steps:
+            if isinstance(decision, Step):
                 before = view.weight_bytes()
                 decision.by.apply(decision, journal)
-                row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
+                if decision.of_weights:
+                    row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
             rows.append(row)
         journal.delete_attribute(view.model, "_compiled_call")  # compiled from the model as it was
     except BaseException as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-Kind = Literal["attribute", "items", "class"]
+Kind = Literal["attribute", "items", "class", "hook"]
 
 
 class _Absent:
@@ -74,6 +74,12 @@ class Journal:
         if "_old_forward" in vars(target):
             self.set_attribute(target, "_old_forward", types.MethodType(new.forward, target))
 
+    def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """`hook(module, args, kwargs)` before each forward. A deep copy of the model copies the hook, so it refers to no
+        part of the model. Hooks that others add later stay when this one goes."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._note("hook", module, str(handle.id), None)
+
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
         """Replace a parameter that the module has."""
         self._replace(module, "_parameters", module._parameters | {name: value})
@@ -100,6 +106,9 @@ class Journal:
             write = self._writes.pop()
             if write.kind == "class":
                 write.target.__class__ = write.before
+            elif write.kind == "hook":
+                for store in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+                    vars(write.target)[store].pop(int(write.name), None)
             elif write.kind == "items":
                 mapping = vars(write.target)[write.name]
                 mapping.clear()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from hf_accel_patch.passes import Attention, Frequencies, Later, Linear, Prefill, Quantize
+from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear, Prefill, Quantize
 from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
 LATER = {  # keyword: what stays as it is while this version has no such pass
     "gqa": "key/value heads stay as they are: no conversion in this version",
-    "cache": "transformers' own cache stays: no replacement in this version",
     "speculative": "no draft tokens: no speculative decoding in this version",
 }
 
@@ -26,7 +25,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         if name not in KEYWORDS:
             raise TypeError(f"patch() has no keyword {name!r}; its keywords are {', '.join(KEYWORDS)}")
     for name in ("rope", *LATER):
-        if keywords.get(name) not in (None, False) and not (name == "cache" and keywords[name] is True):
+        if keywords.get(name) not in (None, False):
             raise ValueError(f"{name}={keywords[name]!r} is not in this version; leave the keyword out")
     later = {name: Later(name, reason) for name, reason in LATER.items()}
     quantize = _quantize(keywords.get("quantize"), keep_originals)
@@ -36,7 +35,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         quantize,
         _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True)),
-        later["cache"],
+        _cache(keywords.get("cache", True)),
         later["speculative"],
     )
 
@@ -68,3 +67,14 @@ def _attention(value: Any) -> tuple[Pass, ...]:
     if not isinstance(chosen, Attention):
         raise ValueError(f"attention={value!r}; allowed: True, False, or an Attention")
     return chosen, Prefill()
+
+
+def _cache(value: Any) -> Pass:
+    if value is False:
+        return Later("cache", "switched off: cache=False")
+    chosen = KVCache() if value in (True, None) else value
+    if isinstance(chosen, str):
+        chosen = KVCache(cast(Any, chosen))
+    if not isinstance(chosen, KVCache):
+        raise ValueError(f"cache={value!r}; allowed: True, False, 'int8', 'int4', or a KVCache")
+    return chosen

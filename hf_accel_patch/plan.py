@@ -33,6 +33,7 @@ class Step:
     by: Pass
     facts: dict[str, Any]
     work: Sequence[Any] = field(default=(), repr=False)
+    of_weights: bool = True  # whether the bytes in `facts` are those of the model's weights, measured when it is done
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def described(decision: Step | Skip) -> dict[str, Any]:
 def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, one line per pass: its name, on or skipped, exact or not, bytes, what else it says."""
     hidden = ("pass", "exact", "reason", "bytes_before", "bytes_after")
-    cells = [("pass", "state", "output", "weights", "")]
+    cells = [("pass", "state", "output", "bytes", "")]
     for row in rows:
         said = row.get("reason") or ", ".join(
             _fact(key, row[key]) for key in row if key not in hidden and row[key] != []

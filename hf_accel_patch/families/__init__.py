@@ -11,13 +11,14 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_accel_patch.errors import UnsupportedModel
@@ -51,6 +52,13 @@ ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "l
 
 # Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
 CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
+
+# Where a configuration says how many query heads and how many key/value heads there are
+HEADS = ("num_attention_heads", "n_head", "n_heads")
+SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+# In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
+LATENTS = re.compile(r", k_rot = \w*past_key_values\.update\(")
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,49 @@ def check_weights(view: View) -> None:
                 raise UnsupportedModel(
                     f"{name}.{key} is a DTensor, a weight spread over processes", "patch the model before sharding it"
                 )
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """What one layer caches of a token: `heads` keys and values of these sizes. Of a window, one token less is kept."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
+
+
+def first_cached_module(view: View) -> nn.Module | None:
+    """The first module below the model itself that is handed the cache in its forward."""
+    for _, module in view.named_modules():
+        if not isinstance(module, PreTrainedModel) and takes_cache(type(module)):
+            return module
+    return None
+
+
+@cache
+def takes_cache(kind: type) -> bool:
+    """Whether the forward of this class takes a cache."""
+    return bool({"past_key_values", "layer_past", "cache_params"} & set(inspect.signature(kind.forward).parameters))  # type: ignore[attr-defined]
+
+
+def cache_rows(view: View) -> list[CacheRow]:
+    """The layers that cache keys and values, by the configuration."""
+    config = view.config
+    heads = next((found for name in HEADS if (found := getattr(config, name, None))), 1)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = next((found for name in SHARED_HEADS if (found := getattr(config, name, None))), heads)
+    row = CacheRow(shared, size, size)
+    if any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules()):
+        row = CacheRow(1, config.kv_lora_rank, config.qk_rope_head_dim)
+    layers = [layer for layer in DynamicCache(config=config).layers if isinstance(layer, DynamicLayer)]
+    return [replace(row, window=getattr(layer, "sliding_window", None)) for layer in layers]
+
+
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model was made for, where its configuration says so."""
+    names = ("max_position_embeddings", "max_seq_len", "n_positions", "max_seq_length")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
 
 
 def weight_bytes(model: nn.Module) -> int:

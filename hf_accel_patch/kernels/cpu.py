@@ -181,8 +181,8 @@ def _check(failed: int) -> None:
         raise MemoryError("no memory for the activations of a linear layer")
 
 
-@cache
-def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
+def load(source: Path, block: int, *flags: str) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled source, or None and why there is none."""
     features = _features()
     if block not in FEATURES:
         return None, "there are none for this processor"
@@ -192,10 +192,17 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     if not compiler:
         return None, "there is no C compiler"
     try:
-        kernels = ctypes.CDLL(str(_build(compiler.split(), block, features)))
+        return ctypes.CDLL(str(_build(compiler.split(), source, block, flags, features))), ""
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return None, f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else type(error).__name__}"
+
+
+@cache
+def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
+    kernels, reason = load(SOURCE, block)
+    if kernels is None:
+        return None, reason
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, integer]
     kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
@@ -220,18 +227,18 @@ def _features() -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
-def _build(compiler: list[str], block: int, features: set[str]) -> Path:
+def _build(compiler: list[str], source: Path, block: int, flags: tuple[str, ...], features: set[str]) -> Path:
     """The compiled library, from the cache where it is there."""
-    source = SOURCE.read_bytes()
+    flags = (*FLAGS, *flags)
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True, timeout=SECONDS)
-    parts = (source, repr((compiler, FLAGS, block, version.stdout, sorted(features))).encode())
-    path = _cache_folder() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
+    parts = (source.read_bytes(), repr((compiler, flags, block, version.stdout, sorted(features))).encode())
+    path = _cache_folder() / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be building it too
         run = {"capture_output": True, "check": True, "text": True, "timeout": SECONDS}
-        made = [str(Path(folder) / name) for name in ("cpu.o", "cpu.so")]
-        subprocess.run([*compiler, *FLAGS, f"-DBLOCK={block}", "-c", str(SOURCE), "-o", made[0]], **run)  # type: ignore[call-overload]
+        made = [str(Path(folder) / name) for name in ("made.o", "made.so")]
+        subprocess.run([*compiler, *flags, f"-DBLOCK={block}", "-c", str(source), "-o", made[0]], **run)  # type: ignore[call-overload]
         subprocess.run([*compiler, "-shared", made[0], "-o", made[1], "-lm"], **run)  # type: ignore[call-overload]
         os.replace(made[1], path)
     return path

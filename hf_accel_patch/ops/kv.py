@@ -104,6 +104,13 @@ def value_group(channels: int) -> int:
     return VALUE_GROUP if channels % VALUE_GROUP == 0 else channels
 
 
+def block_bytes(key_size: int, value_size: int, bits: Bits) -> int:
+    """Bytes of a block of one head: codes and scales."""
+    keys, values = key_size + -key_size % 8, value_size + -value_size % 16
+    groups = 1 if bits == 8 else 2 * (values // value_group(values))
+    return (keys + values) * BLOCK * bits // 8 + 2 * (2 * keys + groups * BLOCK)
+
+
 def _affine(x: Tensor, low: Tensor, high: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and minimum. The codes are those for the scale and the minimum as float16 has them."""
     levels = 2**bits - 1

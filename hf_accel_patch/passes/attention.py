@@ -17,7 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
+from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
+from hf_accel_patch.ops.stored import Stored
 from hf_accel_patch.plan import Skip, Step
 
 KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
@@ -107,6 +109,8 @@ def attention_forward(
     `s_aux` [H], or `sinks` [B, H, T, 1] where they depend on the query.
     """
     T, S = query.shape[2], key.shape[2]
+    answer = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
+    stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if causal and S > T:  # the prefill of a static cache: what is behind the queries is not written yet
@@ -115,14 +119,19 @@ def attention_forward(
     else:
         causal = False
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    answer = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
     if s_aux is not None:
         sinks = s_aux.reshape(1, -1, 1, 1)
+    variant = Variant(scale, dropout, softcap, sinks, position_bias)
+    if stored is not None:
+        return attend_stored(query, stored, _mask(attention_mask, T, S, causal, query.device), variant), None
+    if T <= MOST_TOKENS and not causal and not answer and not isinstance(attention_mask, DescribedMask):
+        output = attend_cached(query, key, value, attention_mask, variant)
+        if output is not None:
+            return output, None
     if softcap is None and sinks is None and position_bias is None and not answer:
         described = isinstance(attention_mask, DescribedMask)
         if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= SCORE_ELEMENTS):
             return _direct(query, key, value, attention_mask, dropout, scale, causal), None
-    variant = Variant(scale, dropout, softcap, sinks, position_bias)
     mask = _mask(attention_mask, T, S, causal, query.device)
     if answer:
         output, weights = scored(query, key, value, mask.block(0, T, 0, S), position_bias, variant)

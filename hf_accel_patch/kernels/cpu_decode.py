@@ -1,0 +1,89 @@
+"""Attention of a few new tokens over an exact or quantized cache on x86 processors, in C (decode.c).
+
+`library()` is None where that is not possible, and `why_not()` says why; see cpu.py for how it is compiled and kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_accel_patch.kernels import cpu
+
+SOURCE = Path(__file__).with_name("decode.c")
+BLOCK = 64  # tokens
+FLAGS = {64: (), 32: ("-mno-avx512f",)}  # by the bytes of a vector
+CALL = struct.Struct("@12q3P9qP3q4P8q2P2d")  # `attention` in decode.c
+
+Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # as ops/kv.py has it: key codes and scales, value codes and scales
+
+
+def library(width: int | None = None) -> ctypes.CDLL | None:
+    """The kernels, with vectors of `width` bytes or else of the most that there can be, or None."""
+    return _load(width)[0]
+
+
+def why_not(width: int | None = None) -> str:
+    """Why there are none."""
+    return _load(width)[1]
+
+
+def attend(
+    kernels: ctypes.CDLL,
+    query: Tensor,
+    packed: Packed | None,
+    bits: int,
+    blocks: int,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
+    values [B, K, R, V]: [B, T, H, V], like the query.
+
+    With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True, and if there are none the result
+    is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a value. Keys
+    and values have the dtype of the query; the last dimension of every tensor is contiguous, and in packed ones all from
+    the third on. What is quantized costs less than 1e-3 of the result in further rounding.
+    """
+    (B, H, T, D), (K, R, V) = query.shape, values.shape[1:]
+    out = torch.empty((B, T, H, V), dtype=query.dtype, device="cpu")
+    if packed is None:
+        groups, pointers, strides = 1, (0, 0, 0, 0), (0,) * 8
+    else:
+        groups = packed[3].shape[4]
+        pointers = tuple([tensor.data_ptr() for tensor in packed])
+        strides = tuple([stride for tensor in packed for stride in tensor.stride()[:2]])
+    if mask is None:
+        seen, seen_strides = 0, (0, 0, 0)
+    else:
+        seen, shape = mask.data_ptr(), mask.shape
+        seen_strides = tuple([0 if shape[i] == 1 else mask.stride(i) for i in range(3)])
+    arguments = CALL.pack(
+        B, K, H // K, T, D, V, blocks, R, bits, cpu.DTYPES[query.dtype], torch.get_num_threads(), groups,
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        seen, *seen_strides, *pointers, *strides,
+        0 if sinks is None else sinks.data_ptr(), out.data_ptr(), scale, softcap or 0.0,
+    )  # fmt: skip
+    if kernels.attend(arguments):
+        raise MemoryError("no memory for the parts of an attention")
+    return out
+
+
+@cache
+def _load(width: int | None) -> tuple[ctypes.CDLL | None, str]:
+    if width is None:
+        return _load(64) if _load(64)[0] is not None else _load(32)
+    kernels, reason = cpu.load(SOURCE, width, *FLAGS[width])
+    if kernels is not None:
+        kernels.attend.argtypes = [ctypes.c_char_p]
+    return kernels, reason

@@ -1,0 +1,548 @@
+/* Attention of a few new tokens over a cache, exact or quantized (ops/kv.py has the layout), at the speed of reading it.
+ *
+ * The query heads of a key/value head and the new tokens are rows that share one pass over its keys and values. Tokens
+ * come in units of 64, the size of a quantized block; CHUNK units are a task: scores, softmax, values. Tasks are joined
+ * in order, so the number of threads changes nothing. Sums and probabilities are float32.
+ *
+ * For quantized blocks, what meets the codes (queries times key scales; probabilities times value scales) becomes
+ * integers of two bytes, TERM * high + low, with one scale per row and block, so that dot products of bytes do the work
+ * and are exact. Codes count from the middle of their range (the keys' minima, moved there, are one more constant per
+ * row): then what the rounding costs is relative to how codes differ.
+ *
+ * WIDTH, the bytes in a vector, is 64 where the build has AVX512BW and 32 with AVX2.
+ * Functions return 0, or -1 where there is no memory.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if BLOCK == 64
+#define WIDTH 64
+#define I(name) _mm512_##name
+#define CONVERT_FLOAT16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+typedef __m512i integers;
+#else
+#define WIDTH 32
+#define I(name) _mm256_##name
+#define CONVERT_FLOAT16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+typedef __m256i integers;
+#endif
+#if defined(__AVX512BF16__) && WIDTH == 64
+#define PRODUCTS_OF_BFLOAT16 1
+#else
+#define PRODUCTS_OF_BFLOAT16 0
+#endif
+#if (defined(__AVX512VNNI__) && WIDTH == 64) || (defined(__AVXVNNI__) && WIDTH == 32)
+#define PRODUCTS_OF_BYTES 1
+#else
+#define PRODUCTS_OF_BYTES 0
+#endif
+#define LANES (WIDTH / 4)
+
+typedef float floats __attribute__((vector_size(WIDTH)));
+typedef int32_t ints __attribute__((vector_size(WIDTH)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef floats any_floats __attribute__((aligned(1), may_alias));
+typedef ints any_ints __attribute__((aligned(1), may_alias));
+typedef bytes any_bytes __attribute__((aligned(1), may_alias));
+typedef shorts any_shorts __attribute__((aligned(1), may_alias));
+#define FLOATS(p) (*(any_floats *)(p))
+#define INTS(p) (*(const any_ints *)(p))
+#define BYTES(p) (*(any_bytes *)(p))
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define ROUND_UP(a, b) (((a) + (b) - 1) / (b) * (b))
+/* A loop of few steps, unrolled before the compiler puts arrays into registers. */
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+/* A call with `rows` a constant, for the compiler to unroll. */
+#define BY_ROWS(rows, name, ...) \
+    ((rows) == 1 ? name(1, __VA_ARGS__) : (rows) == 2 ? name(2, __VA_ARGS__) \
+     : (rows) == 3 ? name(3, __VA_ARGS__) : name(4, __VA_ARGS__))
+
+enum {
+    UNIT = 64,                                      /* tokens */
+    CHUNK = 8,                                      /* units in a task */
+    TOKENS = UNIT * CHUNK,
+    MOST = 16,                                      /* rows for which a task reads keys and values once */
+    TERM_BITS = PRODUCTS_OF_BYTES ? 7 : 6,          /* without them, pairs of products must fit into 16 bits */
+    TERM = 1 << TERM_BITS,
+    LARGEST = PRODUCTS_OF_BYTES ? 127 * 128 : 4096, /* of the integers of two bytes */
+    ENOUGH = 1 << 19,                               /* multiplications that are worth a second thread */
+};
+
+enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* Strides count elements: of batch, head and token; of packed tensors batch and head. */
+typedef struct {
+    int64_t B, K, G, T, D, V, blocks, recent, bits, dtype, threads; /* G query heads per key/value head */
+    int64_t groups;                                                 /* of channels of int4 values */
+    const char *query, *keys, *values;
+    int64_t query_strides[3], key_strides[3], value_strides[3];
+    const uint8_t *mask;
+    int64_t mask_strides[3];
+    const uint8_t *key_codes;
+    const uint16_t *key_scales;
+    const uint8_t *value_codes;
+    const uint16_t *value_scales;
+    int64_t packed_strides[4][2];
+    const float *sinks;
+    void *out;
+    double scale, softcap;
+} attention;
+
+INLINE floats load(const void *p, enum dtype dtype) {
+    if (dtype == BFLOAT16) return (floats)(__builtin_convertvector(*(const any_shorts *)p, ints) << 16);
+    if (dtype == FLOAT16) return CONVERT_FLOAT16(p);
+    return FLOATS(p);
+}
+
+/* The first n, then zeros. */
+static floats load_part(const void *p, enum dtype dtype, int64_t n) {
+    char whole[WIDTH] = {0};
+    memcpy(whole, p, n * (dtype == FLOAT32 ? 4 : 2));
+    return load(whole, dtype);
+}
+
+static void widen(const char *x, enum dtype dtype, int64_t n, float *out) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < n; i += LANES)
+        FLOATS(out + i) = i + LANES <= n ? load(x + i * size, dtype) : load_part(x + i * size, dtype, n - i);
+}
+
+static inline void put(void *out, enum dtype dtype, int64_t i, float value) {
+    uint32_t u;
+    memcpy(&u, &value, 4);
+    if (dtype == BFLOAT16) /* to nearest, ties to even */
+        ((uint16_t *)out)[i] = value != value ? 0x7FC0 : (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+    else if (dtype == FLOAT16)
+        ((uint16_t *)out)[i] = _cvtss_sh(value, 0);
+    else
+        ((float *)out)[i] = value;
+}
+
+/* Sums of the 128-bit parts. */
+INLINE __m128 sum_parts(floats a) {
+#if WIDTH == 64
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), (__m256)_mm512_extractf64x4_pd((__m512d)a, 1));
+#else
+    const __m256 half = a;
+#endif
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+INLINE float sum_lanes(floats a) {
+    __m128 sum = sum_parts(a);
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+INLINE float max_lanes(floats a) {
+#if WIDTH == 64
+    return _mm512_reduce_max_ps(a);
+#else
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+#endif
+}
+
+/* The sums of four vectors. */
+INLINE __m128 sum_four(const floats *a) {
+    const floats low = I(unpacklo_ps)(a[0], a[1]) + I(unpackhi_ps)(a[0], a[1]);
+    const floats high = I(unpacklo_ps)(a[2], a[3]) + I(unpackhi_ps)(a[2], a[3]);
+#define DOUBLES(a) I(castps_pd)(a)
+    return sum_parts((floats)I(unpacklo_pd)(DOUBLES(low), DOUBLES(high)) +
+                     (floats)I(unpackhi_pd)(DOUBLES(low), DOUBLES(high)));
+}
+
+/* `a` where the bits of `where` are set, else `b`. */
+INLINE floats choose(ints where, floats a, floats b) { return (floats)(((ints)a & where) | ((ints)b & ~where)); }
+
+/* e^x for x up to 80, 0 below -87. */
+INLINE floats exponential(floats x) {
+    const float magic = 12582912; /* 1.5 * 2^23: its sum with a number is the nearest integer, in the low bits */
+    floats n = x * 1.44269504f + magic;
+    const floats power = (floats)(((ints)n << 23) + 0x3F800000);
+    n -= magic;
+    const floats f = x - n * 0.693359375f - n * -2.12194440e-4f;
+    floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    return choose(x < -87.0f, (floats){0}, (p * f * f + f + 1) * power);
+}
+
+/* Queries as products with exact keys take them: bfloat16 as it came where the processor multiplies it, else floats;
+ * padded with zeros. */
+enum { STEP_BFLOAT16 = PRODUCTS_OF_BFLOAT16 ? 2 * LANES : LANES };
+#define STEP(dtype) ((dtype) == BFLOAT16 ? STEP_BFLOAT16 : LANES)
+
+/* The next STEP products, or only n of them. */
+INLINE void multiply_add(int rows, const char *const *k, int64_t offset, int64_t n, const char *q, int64_t q_stride,
+                         enum dtype dtype, floats (*sum)[4]) {
+    EACH(i, 4) {
+        const char *from = k[i] + offset * (dtype == FLOAT32 ? 4 : 2);
+#if PRODUCTS_OF_BFLOAT16
+        if (dtype == BFLOAT16) {
+            const __mmask32 lanes = (__mmask32)(0xFFFFFFFFu >> (2 * LANES - n));
+            const __m512bh key = (__m512bh)(n == 2 * LANES ? _mm512_loadu_si512(from)
+                                                           : _mm512_maskz_loadu_epi16(lanes, from));
+            EACH(r, rows)
+                sum[r][i] = _mm512_dpbf16_ps(sum[r][i], key, (__m512bh)INTS(q + r * q_stride + 2 * offset));
+            continue;
+        }
+#endif
+        const floats key = n == LANES ? load(from, dtype) : load_part(from, dtype, n);
+        EACH(r, rows) sum[r][i] += key * FLOATS(q + r * q_stride + 4 * offset);
+    }
+}
+
+/* Scores of `rows` queries and `count` exact keys. Up to three more are written. */
+INLINE void scores_exact(int rows, enum dtype dtype, const char *keys, int64_t stride, int64_t count, int64_t D,
+                         const char *q, int64_t q_stride, float *out) {
+    for (int64_t t = 0; t < count; t += 4) {
+        floats sum[4][4] = {0};
+        const char *k[4];
+        EACH(i, 4) k[i] = keys + MIN(t + i, count - 1) * stride;
+        int64_t d = 0;
+        for (; d + STEP(dtype) <= D; d += STEP(dtype)) multiply_add(rows, k, d, STEP(dtype), q, q_stride, dtype, sum);
+        if (d < D) multiply_add(rows, k, d, D - d, q, q_stride, dtype, sum);
+        EACH(r, rows) _mm_storeu_ps(out + r * TOKENS + t, sum_four(sum[r]));
+    }
+}
+
+/* acc [rows, n vectors] + weights [rows, count] times exact values, from channel c on. */
+INLINE void sum_exact(int rows, int n, enum dtype dtype, const char *values, int64_t stride, int64_t count, int64_t part,
+                      const float *weights, float *acc, int64_t acc_stride) {
+    floats sum[4][8];
+    EACH(r, rows)
+        EACH(i, n) sum[r][i] = FLOATS(acc + r * acc_stride + i * LANES);
+    for (int64_t t = 0; t < count; t++)
+        EACH(i, n) {
+            const char *from = values + t * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2);
+            const floats value = part == LANES ? load(from, dtype) : load_part(from, dtype, part);
+            EACH(r, rows) sum[r][i] += weights[r * TOKENS + t] * value;
+        }
+    EACH(r, rows)
+        EACH(i, n) FLOATS(acc + r * acc_stride + i * LANES) = sum[r][i];
+}
+
+INLINE void values_exact(int rows, enum dtype dtype, const char *values, int64_t stride, int64_t count, int64_t V,
+                         const float *weights, float *acc, int64_t acc_stride) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    const int most = WIDTH == 64 ? (rows == 1 ? 8 : 4) : (rows == 1 ? 4 : 2);
+    int64_t c = 0;
+    for (; c + most * LANES <= V; c += most * LANES)
+        sum_exact(rows, most, dtype, values + c * size, stride, count, LANES, weights, acc + c, acc_stride);
+    for (; c + 2 * LANES <= V; c += 2 * LANES)
+        sum_exact(rows, 2, dtype, values + c * size, stride, count, LANES, weights, acc + c, acc_stride);
+    for (; c + LANES <= V; c += LANES)
+        sum_exact(rows, 1, dtype, values + c * size, stride, count, LANES, weights, acc + c, acc_stride);
+    if (c < V) sum_exact(rows, 1, dtype, values + c * size, stride, count, V - c, weights, acc + c, acc_stride);
+}
+
+/* A row of what meets the codes: unit * (TERM * high + low), and a constant that belongs to it. */
+typedef struct {
+    float unit, constant;
+    int32_t sum; /* of the integers */
+} row;
+
+/* x [n], a multiple of LANES, as integers. `high` and `low` are `n` bytes. */
+INLINE row split(const float *x, int64_t n, int8_t *high, int8_t *low) {
+    floats most = {0}, sign = -(floats){0};
+    for (int64_t i = 0; i < n; i += LANES)
+        most = I(max_ps)(most, (floats)((ints)FLOATS((float *)x + i) & ~(ints)sign));
+    const float largest = max_lanes(most), inverse = largest > 1e-30f ? LARGEST / largest : 0;
+    ints total = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const ints v = (ints)I(cvtps_epi32)(FLOATS((float *)x + i) * inverse), h = (v + TERM / 2) >> TERM_BITS;
+        total += v;
+        BYTES(high + i) = __builtin_convertvector(h, bytes);
+        BYTES(low + i) = __builtin_convertvector(v - (h << TERM_BITS), bytes);
+    }
+    return (row){inverse > 0 ? largest / LARGEST : 0, 0, (int32_t)sum_lanes(I(cvtepi32_ps)((integers)total))};
+}
+
+/* acc + the sums of four products of unsigned codes and signed x. */
+INLINE integers dot(integers acc, integers codes, integers x) {
+#if PRODUCTS_OF_BYTES && WIDTH == 64
+    return _mm512_dpbusd_epi32(acc, codes, x);
+#elif PRODUCTS_OF_BYTES
+    return _mm256_dpbusd_avx_epi32(acc, codes, x);
+#else
+    return I(add_epi32)(acc, I(madd_epi16)(I(maddubs_epi16)(codes, x), I(set1_epi16)(1)));
+#endif
+}
+
+/* Codes [steps, stride bytes], n vectors of them, times x: int32 [rows, 2, x_steps] with four bytes in each; int4 codes
+ * hold steps `steps` to 2 * `steps` in their high halves. */
+INLINE void tile(int rows, int n, int bits, const uint8_t *codes, int64_t stride, int64_t steps, const int32_t *x,
+                 int64_t x_steps, const row *of, float *out, int64_t out_stride, int add) {
+    integers sum[4][2][4];
+    EACH(r, 2 * rows)
+        EACH(i, n) sum[r / 2][r % 2][i] = (integers)(ints){0};
+    for (int64_t s = 0; s < steps; s++) {
+        integers c[4], high[4];
+        EACH(i, n) {
+            c[i] = (integers)INTS(codes + s * stride + i * WIDTH);
+            if (bits == 4) high[i] = (integers)(((ints)c[i] >> 4) & 0x0F0F0F0F);
+            if (bits == 4) c[i] = (integers)((ints)c[i] & 0x0F0F0F0F);
+        }
+        EACH(r, 2 * rows) {
+            const integers first = I(set1_epi32)(x[r * x_steps + s]);
+            EACH(i, n) sum[r / 2][r % 2][i] = dot(sum[r / 2][r % 2][i], c[i], first);
+            if (bits == 8) continue;
+            const integers second = I(set1_epi32)(x[r * x_steps + steps + s]);
+            EACH(i, n) sum[r / 2][r % 2][i] = dot(sum[r / 2][r % 2][i], high[i], second);
+        }
+    }
+    EACH(r, rows)
+        EACH(i, n) {
+            float *to = out + r * out_stride + i * LANES;
+            const integers centre = I(set1_epi32)((int32_t)(0u - (uint32_t)of[r].sum * (bits == 8 ? 128u : 8u)));
+            integers whole = I(add_epi32)(I(slli_epi32)(sum[r][0][i], TERM_BITS), sum[r][1][i]); /* may wrap */
+            floats result = I(cvtepi32_ps)(I(add_epi32)(whole, centre)) * of[r].unit + of[r].constant;
+            if (add) result += FLOATS(to);
+            FLOATS(to) = result;
+        }
+}
+
+INLINE void products(int rows, int bits, int64_t vectors, const uint8_t *codes, int64_t stride, int64_t steps,
+                     const int32_t *x, int64_t x_steps, const row *of, float *out, int64_t out_stride, int add) {
+    const int n = WIDTH == 64 ? (rows < 3 ? 4 : 2) : rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    int64_t i = 0;
+    for (; i + n <= vectors; i += n)
+        tile(rows, n, bits, codes + i * WIDTH, stride, steps, x, x_steps, of, out + i * LANES, out_stride, add);
+    for (; n > 1 && i < vectors; i++)
+        tile(rows, 1, bits, codes + i * WIDTH, stride, steps, x, x_steps, of, out + i * LANES, out_stride, add);
+}
+
+/* Scores of `rows` queries, floats [rows, q_stride] padded with zeros, and a block of keys. Scales [2, D_packed]. */
+INLINE void scores_quantized(int rows, int bits, const uint8_t *codes, const uint16_t *scales, int64_t D_packed,
+                             const float *q, int64_t q_stride, float *out) {
+    const int64_t padded = ROUND_UP(D_packed, LANES);
+    float scale[padded], middle[padded], product[padded];
+    int8_t x[rows][2][padded];
+    row of[4];
+    widen((const char *)scales, FLOAT16, D_packed, scale);
+    widen((const char *)(scales + D_packed), FLOAT16, D_packed, middle);
+    for (int64_t i = 0; i < padded; i += LANES) FLOATS(middle + i) += FLOATS(scale + i) * (bits == 8 ? 128.0f : 8.0f);
+    EACH(r, rows) {
+        floats constant = {0};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            const floats query = FLOATS((float *)q + r * q_stride + i);
+            FLOATS(product + i) = query * FLOATS(scale + i);
+            constant += query * FLOATS(middle + i);
+        }
+        of[r] = split(product, padded, x[r][0], x[r][1]);
+        of[r].constant = sum_lanes(constant);
+    }
+    products(rows, bits, UNIT / LANES, codes, UNIT * 4, D_packed / (bits == 8 ? 4 : 8), (const int32_t *)x, padded / 4,
+             of, out, TOKENS, 0);
+}
+
+/* acc [rows, acc_stride] + weights [rows, 64] times a block of values. Scales [1 or 2, groups, 64]. */
+INLINE void values_quantized(int rows, int bits, const uint8_t *codes, const uint16_t *scales, int64_t V_packed,
+                             int64_t groups, const float *weights, float *acc, int64_t acc_stride) {
+    const int64_t channels = V_packed / groups;
+    for (int64_t g = 0; g < groups; g++) {
+        float scale[UNIT], middle[UNIT], product[UNIT];
+        int8_t x[rows][2][UNIT];
+        row of[4];
+        widen((const char *)(scales + g * UNIT), FLOAT16, UNIT, scale);
+        if (bits == 4) widen((const char *)(scales + (groups + g) * UNIT), FLOAT16, UNIT, middle);
+        EACH(r, rows) {
+            floats constant = {0};
+            for (int i = 0; i < UNIT; i += LANES) {
+                const floats weight = FLOATS((float *)weights + r * TOKENS + i);
+                FLOATS(product + i) = weight * FLOATS(scale + i);
+                if (bits == 4) constant += weight * FLOATS(middle + i) + FLOATS(product + i) * 8;
+            }
+            of[r] = split(product, UNIT, x[r][0], x[r][1]);
+            of[r].constant = bits == 4 ? sum_lanes(constant) : 0;
+        }
+        products(rows, bits, channels / LANES, codes + g * channels * 4, V_packed * 4, bits == 8 ? 16 : 8,
+                 (const int32_t *)x, UNIT / 4, of, acc + g * channels, acc_stride, 1);
+    }
+}
+
+/* Products become scores, n of them, and scores e^(score - largest). Returns their sum. */
+static float softmax(float *scores, int64_t n, const uint8_t *mask, float scale, float softcap, float *largest) {
+    floats most = (floats){0} - INFINITY, total = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        floats s = FLOATS(scores + i) * scale;
+        if (softcap != 0) { /* tanh(y) = 1 - 2 / (e^2y + 1) */
+            const floats y = I(min_ps)(s * (2 / softcap), (floats){0} + 80);
+            s = softcap - 2 * softcap / (exponential(y) + 1);
+        }
+        if (mask || i + LANES > n) {
+            char seen[LANES] = {0};
+            if (!mask)
+                memset(seen, 1, n - i);
+            else
+                memcpy(seen, mask + i, MIN(LANES, n - i));
+            s = choose(__builtin_convertvector(BYTES(seen), ints) != 0, s, (floats){0} - INFINITY);
+        }
+        most = I(max_ps)(most, s);
+        FLOATS(scores + i) = s;
+    }
+    *largest = max_lanes(most);
+    const float from = *largest == -INFINITY ? 0 : *largest;
+    for (int64_t i = 0; i < n; i += LANES) total += FLOATS(scores + i) = exponential(FLOATS(scores + i) - from);
+    return sum_lanes(total);
+}
+
+#define BY_DTYPE(dtype, rows, name, ...) \
+    ((dtype) == BFLOAT16  ? BY_ROWS(rows, name, BFLOAT16, __VA_ARGS__) \
+     : (dtype) == FLOAT16 ? BY_ROWS(rows, name, FLOAT16, __VA_ARGS__) \
+                          : BY_ROWS(rows, name, FLOAT32, __VA_ARGS__))
+
+static const uint8_t *mask_of(const attention *a, int64_t b, int64_t k, int64_t r, int64_t token) {
+    return a->mask ? a->mask + b * a->mask_strides[0] + (k * a->G + r % a->G) * a->mask_strides[1] +
+                         r / a->G * a->mask_strides[2] + token
+                   : NULL;
+}
+
+/* Whether any of the rows sees any of the tokens. */
+static int any_seen(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t token, int64_t n) {
+    const uint8_t *before = NULL;
+    for (int64_t r = first; r < first + rows; r++) {
+        const uint8_t *mask = mask_of(a, b, k, r, token);
+        if (!mask || (mask != before && memchr(mask, 1, n))) return 1;
+        before = mask;
+    }
+    return 0;
+}
+
+static void scores_of_unit(const attention *a, int64_t b, int64_t k, int64_t unit, int64_t rows, int64_t D_packed,
+                           const float *q, const char *q_exact, int64_t q_stride, float *out) {
+    if (unit < a->blocks) {
+        const int64_t size = (a->bits == 8 ? 1 : 2);
+        const uint8_t *codes = a->key_codes + b * a->packed_strides[0][0] + k * a->packed_strides[0][1] +
+                               unit * UNIT * D_packed / size;
+        const uint16_t *scales = a->key_scales + b * a->packed_strides[1][0] + k * a->packed_strides[1][1] +
+                                 unit * 2 * D_packed;
+        if (a->bits == 8)
+            BY_ROWS(rows, scores_quantized, 8, codes, scales, D_packed, q, q_stride, out);
+        else
+            BY_ROWS(rows, scores_quantized, 4, codes, scales, D_packed, q, q_stride, out);
+        return;
+    }
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, start = (unit - a->blocks) * UNIT;
+    const char *keys = a->keys + (b * a->key_strides[0] + k * a->key_strides[1] + start * a->key_strides[2]) * size;
+    BY_DTYPE(a->dtype, rows, scores_exact, keys, a->key_strides[2] * size, MIN(UNIT, a->recent - start), a->D, q_exact,
+             q_stride * 4, out);
+}
+
+static void values_of_unit(const attention *a, int64_t b, int64_t k, int64_t unit, int64_t rows, int64_t V_packed,
+                           const float *weights, float *acc, int64_t acc_stride) {
+    if (unit < a->blocks) {
+        const int64_t size = (a->bits == 8 ? 1 : 2), scales_size = a->bits == 8 ? UNIT : 2 * a->groups * UNIT;
+        const uint8_t *codes = a->value_codes + b * a->packed_strides[2][0] + k * a->packed_strides[2][1] +
+                               unit * UNIT * V_packed / size;
+        const uint16_t *scales = a->value_scales + b * a->packed_strides[3][0] + k * a->packed_strides[3][1] +
+                                 unit * scales_size;
+        if (a->bits == 8)
+            BY_ROWS(rows, values_quantized, 8, codes, scales, V_packed, 1, weights, acc, acc_stride);
+        else
+            BY_ROWS(rows, values_quantized, 4, codes, scales, V_packed, a->groups, weights, acc, acc_stride);
+        return;
+    }
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, start = (unit - a->blocks) * UNIT;
+    const char *values =
+        a->values + (b * a->value_strides[0] + k * a->value_strides[1] + start * a->value_strides[2]) * size;
+    BY_DTYPE(a->dtype, rows, values_exact, values, a->value_strides[2] * size, MIN(UNIT, a->recent - start), a->V,
+             weights, acc, acc_stride);
+}
+
+/* Rows `first` on of a head over the units from `start` to `stop`: sums of values, then their weight, then the largest
+ * score, in `out` [rows, V_padded + 2]. */
+static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t start, int64_t stop,
+                 float *out, int64_t V_padded) {
+    const int64_t D_packed = ROUND_UP(a->D, 8), V_packed = ROUND_UP(a->V, 16), D = ROUND_UP(a->D, 2 * LANES);
+    const int64_t token = start * UNIT, tokens = MIN(stop * UNIT, a->blocks * UNIT + a->recent) - token;
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2;
+    float scores[rows][TOKENS] __attribute__((aligned(64))), query[rows][D] __attribute__((aligned(64)));
+    char raw[rows][D * 4] __attribute__((aligned(64)));
+    const int is_raw = a->dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16;
+    int seen[CHUNK];
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t g = (first + r) % a->G, t = (first + r) / a->G;
+        const char *from = a->query + (b * a->query_strides[0] + (k * a->G + g) * a->query_strides[1] +
+                                       t * a->query_strides[2]) * size;
+        memset(query[r], 0, sizeof query[r]);
+        widen(from, a->dtype, a->D, query[r]);
+        memset(raw[r], 0, is_raw ? 2 * D : 0);
+        memcpy(raw[r], from, is_raw ? 2 * a->D : 0);
+        memset(out + r * (V_padded + 2), 0, V_padded * sizeof(float));
+    }
+    for (int64_t u = start; u < stop; u++) {
+        const int64_t n = MIN(UNIT, token + tokens - u * UNIT);
+        seen[u - start] = any_seen(a, b, k, first, rows, u * UNIT, n);
+        for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {
+            few = rows - r > 4 && rows - r < 8 ? (rows - r + 1) / 2 : MIN(4, rows - r);
+            scores_of_unit(a, b, k, u, few, D_packed, query[r], is_raw ? raw[r] : (char *)query[r], D,
+                           scores[r] + (u - start) * UNIT);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float *sums = out + r * (V_padded + 2) + V_padded;
+        sums[0] = softmax(scores[r], tokens, mask_of(a, b, k, first + r, token), (float)a->scale, (float)a->softcap,
+                          sums + 1);
+    }
+    for (int64_t u = start; u < stop; u++)
+        for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {
+            few = rows - r > 4 && rows - r < 8 ? (rows - r + 1) / 2 : MIN(4, rows - r);
+            values_of_unit(a, b, k, u, few, V_packed, scores[r] + (u - start) * UNIT, out + r * (V_padded + 2),
+                           V_padded + 2);
+        }
+}
+
+/* One row of the result from the parts, `apart` floats apart. */
+static void join(const attention *a, int64_t b, int64_t k, int64_t r, const float *parts, int64_t chunks, int64_t apart,
+                 int64_t V_padded) {
+    const int64_t h = k * a->G + r % a->G, t = r / a->G, at = ((b * a->T + t) * a->K * a->G + h) * a->V;
+    float largest = a->sinks ? a->sinks[h] : -INFINITY, weight, total;
+    for (int64_t c = 0; c < chunks; c++) {
+        const float m = parts[c * apart + V_padded + 1];
+        largest = m > largest || m != m ? m : largest;
+    }
+    total = a->sinks ? expf(a->sinks[h] - largest) : 0;
+    float sums[V_padded] __attribute__((aligned(64)));
+    memset(sums, 0, sizeof sums);
+    for (int64_t c = 0; c < chunks; c++) {
+        const float *of = parts + c * apart, m = of[V_padded + 1];
+        if (m == -INFINITY) continue;
+        weight = expf(m - largest);
+        total += weight * of[V_padded];
+        for (int64_t i = 0; i < V_padded; i += LANES) FLOATS(sums + i) += FLOATS((float *)of + i) * weight;
+    }
+    for (int64_t i = 0; i < a->V; i++) put(a->out, a->dtype, at + i, total != 0 ? sums[i] / total : 0);
+}
+
+int attend(const attention *a) {
+    const int64_t units = a->blocks + (a->recent + UNIT - 1) / UNIT, chunks = (units + CHUNK - 1) / CHUNK;
+    const int64_t rows = a->G * a->T, V_padded = ROUND_UP(a->V, 16), apart = rows * (V_padded + 2);
+    const int64_t tasks = a->B * a->K * chunks;
+    const int threads = tasks * rows * MIN(units, CHUNK) * UNIT * (a->D + a->V) < ENOUGH ? 1 : (int)a->threads;
+    float *parts = malloc((tasks * apart + 1) * sizeof(float));
+    if (!parts) return -1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < tasks; i++)
+            for (int64_t r = 0; r < rows; r += MOST)
+                part(a, i / chunks / a->K, i / chunks % a->K, r, MIN(MOST, rows - r), i % chunks * CHUNK,
+                     MIN(units, (i % chunks + 1) * CHUNK), parts + i * apart + r * (V_padded + 2), V_padded);
+#pragma omp for
+        for (int64_t i = 0; i < a->B * a->K * rows; i++)
+            join(a, i / rows / a->K, i / rows % a->K, i % rows,
+                 parts + i / rows * chunks * apart + i % rows * (V_padded + 2), chunks, apart, V_padded);
+    }
+    free(parts);
+    return 0;
+}

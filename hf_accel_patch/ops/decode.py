@@ -1,0 +1,121 @@
+"""Attention of new tokens to a cache: a few tokens to many, exact or quantized, which is read once and never unpacked
+as a whole.
+
+The compiled kernel (kernels/decode.c) reads an exact cache and a quantized one at the speed of the memory, the heads of
+a group together. Where there is none, or many tokens come at once, blocks are unpacked one after another and joined by
+running softmax statistics (arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_accel_patch.kernels import cpu, cpu_decode
+from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant
+from hf_accel_patch.ops.stored import Content
+
+MOST_TOKENS = 16  # new tokens at a time for which one pass over the cache by the kernel is the fastest
+
+Part = tuple[int, int, Tensor, Tensor]  # the first and the last cached token, their keys and values
+
+
+def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor | None:
+    """Attention of T tokens [B, H, T, D] to keys and values [B, K, S, ...] as they are: [B, T, H, V], or None where
+    PyTorch's kernels are the ones to use. `mask`: bool [B or 1, H or 1, T, S], or None if all is seen."""
+    if query.shape[2] > MOST_TOKENS or not _kernel_takes(query, key, value, mask, variant):
+        return None
+    return _kernel(query, None, key, value, mask, variant)
+
+
+def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant) -> Tensor:
+    """Attention of T tokens [B, H, T, D] to a quantized cache: [B, T, H, V]. Nothing of it is recorded for gradients."""
+    T, S = query.shape[2], content.length
+    if T <= MOST_TOKENS:
+        seen = mask.block(0, T, 0, S)
+        if _kernel_takes(query, content.keys, content.values, seen, variant):
+            return _kernel(query, content, content.keys, content.values, _skipping(seen, content), variant)
+    return attend_parts(query, content.parts(), mask, variant).transpose(1, 2).contiguous()
+
+
+def attend_parts(query: Tensor, parts: Iterable[Part], mask: Mask, variant: Variant) -> Tensor:
+    """Attention [B, H, T, V] to keys and values that come part by part."""
+    B, H, T, _ = query.shape
+    highest = query.new_full((B, H, T, 1), -torch.inf, dtype=torch.float32)
+    total, output = torch.zeros_like(highest), None
+    if variant.sinks is not None:
+        highest, total = highest.maximum(variant.sinks.float()), torch.ones_like(total)
+    for first, last, keys, values in parts:
+        if output is None:
+            output = query.new_zeros((B, H, T, values.shape[-1]), dtype=torch.float32)
+        rows = max(1, SCORE_BYTES // (8 * B * H * (last - first)))
+        for start in range(0, T, rows):
+            some = slice(start, min(start + rows, T))
+            bias = None if variant.bias is None else variant.bias[..., some, first:last]
+            seen = mask.block(some.start, some.stop, first, last)
+            scores = _scores(query[:, :, some], keys, seen, bias, variant)
+            top = torch.maximum(highest[:, :, some], scores.amax(-1, keepdim=True))
+            weights, kept = torch.exp(scores - top), torch.exp(highest[:, :, some] - top)
+            highest[:, :, some] = top
+            total[:, :, some] = total[:, :, some] * kept + weights.sum(-1, keepdim=True)
+            output[:, :, some] = output[:, :, some] * kept + _weighted(weights, values)
+    if output is None:
+        raise ValueError("attention to a cache that holds no token")
+    return (output / total).to(query.dtype)
+
+
+def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant) -> Tensor:
+    """[B, H, T, S] in float32."""
+    (B, H, T, D), K = query.shape, keys.shape[1]
+    scores = torch.matmul(query.reshape(B, K, H // K * T, D), keys.transpose(-1, -2)).view(B, H, T, -1)
+    scores = scores.float() * variant.scale
+    if variant.softcap is not None:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    if bias is not None:
+        scores = scores + bias
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else scores + mask
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, H, T, V] in float32."""
+    (B, H, T, S), K = weights.shape, values.shape[1]
+    return torch.matmul(weights.view(B, K, H // K * T, S).to(values.dtype), values).view(B, H, T, -1).float()
+
+
+def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant) -> bool:
+    """Whether the compiled kernel can do this, and is there."""
+    plain = variant.bias is None and not variant.dropout and (variant.sinks is None or variant.sinks.shape[2] == 1)
+    masks = mask is None or (mask.dtype == torch.bool and mask.is_cpu)
+    same = query.dtype == keys.dtype == values.dtype and query.dtype in cpu.DTYPES
+    if not (plain and masks and same and cpu.readable(query) and keys.is_cpu and values.is_cpu):
+        return False
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        return False
+    return type(keys) is Tensor and type(values) is Tensor and cpu_decode.library() is not None
+
+
+def _kernel(
+    query: Tensor, content: Content | None, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant
+) -> Tensor:
+    query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    sinks = None if variant.sinks is None else variant.sinks.detach().float().reshape(-1).contiguous()
+    packed, blocks, bits = (None, 0, 8) if content is None else (content.packed, content.blocks, content.bits)
+    kernels = cpu_decode.library()
+    return cpu_decode.attend(
+        kernels, query, packed, bits, blocks, keys, values, mask, variant.scale, variant.softcap, sinks
+    )
+
+
+def _skipping(mask: Tensor | None, content: Content) -> Tensor | None:
+    """The mask over whole blocks: it hides the tokens of the first block that a window has left behind."""
+    if not content.skip:
+        return mask
+    if mask is None:
+        mask = torch.ones(1, 1, 1, content.length, dtype=torch.bool, device=content.keys.device)
+    return torch.nn.functional.pad(mask, (content.skip, 0), value=False)

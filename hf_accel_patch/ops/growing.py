@@ -1,0 +1,82 @@
+"""A tensor that grows along its third dimension without being copied at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Growing:
+    """[B, K, n, ...], the part start..stop of a longer buffer.
+
+    `append` writes in place where there is room behind `stop`; where there is none, the content moves to the front of
+    the buffer, if what was dropped there left enough room, or to a new one with room for `slack` of its length, at least
+    `least` entries: so an entry is copied about 1 / slack times, however long the tensor gets. What `append` and `view`
+    return stays valid until entries are dropped and others written in their place.
+    """
+
+    def __init__(self, content: Tensor, slack: float, least: int) -> None:
+        self.slack, self.least = slack, least
+        self.adopt(content)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def view(self) -> Tensor:
+        """The content; its strides are those of the buffer."""
+        return self.buffer.narrow(2, self.start, self.stop - self.start)
+
+    def adopt(self, content: Tensor) -> None:
+        """Become this content: a slice of `view()` stays where it is, anything else becomes the buffer."""
+        buffer: Tensor | None = vars(self).get("buffer")
+        if buffer is not None and _is_slice(content, buffer):
+            self.start = (content.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
+        else:
+            self.buffer, self.start = content, 0
+        self.stop = self.start + content.shape[2]
+
+    def append(self, new: Tensor) -> Tensor:
+        """The content with `new` [B, K, m, ...] behind it."""
+        if not self._takes(new):  # what stock does; it also refuses what does not fit
+            self.adopt(torch.cat((self.view(), new), dim=2))
+            return self.view()
+        added = new.shape[2]
+        if self.stop + added > self.buffer.shape[2] or (self.buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            self._make_room(added)
+        self.buffer.narrow(2, self.stop, added).copy_(new)
+        self.stop += added
+        return self.view()
+
+    def drop(self, *, front: int = 0, back: int = 0) -> None:
+        """Forget entries."""
+        self.start = min(self.start + front, self.stop)
+        self.stop = max(self.stop - back, self.start)
+
+    def _takes(self, new: Tensor) -> bool:
+        """Whether `new` can be written into the buffer as it is, with nothing that records or replaces the write."""
+        mine = self.buffer
+        alike = new.dtype == mine.dtype and new.device == mine.device and new.ndim == mine.ndim
+        sizes = alike and new.shape[:2] == mine.shape[:2] and new.shape[3:] == mine.shape[3:]
+        plain = type(new) is Tensor and type(mine) is Tensor and not torch.compiler.is_compiling()
+        return sizes and plain and not (mine.requires_grad or (new.requires_grad and torch.is_grad_enabled()))
+
+    def _make_room(self, added: int) -> None:
+        content, length = self.view(), len(self)
+        spare = max(self.least, int(length * self.slack))
+        fits = length + added <= self.buffer.shape[2] and self.start >= min(spare, length) // 2
+        if fits and not self.buffer.is_inference():
+            self.buffer.narrow(2, 0, length).copy_(content.clone() if self.start < length else content)
+        else:
+            room = (*content.shape[:2], length + added + spare, *content.shape[3:])
+            self.buffer = content.new_empty(room)
+            self.buffer.narrow(2, 0, length).copy_(content)
+        self.start, self.stop = 0, length
+
+
+def _is_slice(content: Tensor, buffer: Tensor) -> bool:
+    """Whether `content` is `buffer` narrowed along the third dimension."""
+    if type(content) is not Tensor or type(buffer) is not Tensor or content.device != buffer.device:
+        return False
+    same = content.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    alike = content.dtype == buffer.dtype and content.stride() == buffer.stride()
+    return same and alike and content.shape[:2] == buffer.shape[:2] and content.shape[3:] == buffer.shape[3:]

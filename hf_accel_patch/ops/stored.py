@@ -1,0 +1,94 @@
+"""Keys and values that lie in a quantized cache, as tensors that become dense only when somebody computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, unpack
+
+UNPACK_BLOCKS = 16  # blocks that are unpacked at a time: 1024 tokens
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a layer of a quantized cache holds: blocks of packed tokens, then the latest ones as they are.
+
+    `packed` has room for more than `blocks`. Of the first block, `skip` tokens have left a sliding window.
+    """
+
+    bits: Bits
+    packed: Packed | None
+    blocks: int
+    skip: int
+    keys: Tensor  # [B, K, R, D]
+    values: Tensor  # [B, K, R, V]
+
+    @property
+    def length(self) -> int:
+        """Tokens that are seen."""
+        return self.blocks * BLOCK - self.skip + self.keys.shape[2]
+
+    def unpacked(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks first..last, skipped tokens included."""
+        assert self.packed is not None
+        part = Packed(*(each[:, :, first:last] for each in self.packed))
+        return unpack(part, self.bits, self.keys.shape[-1], self.values.shape[-1], self.keys.dtype)
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """All that is seen, dense and part by part: the first and last token of each, its keys and values."""
+        for block in range(0, self.blocks, UNPACK_BLOCKS):
+            last = min(block + UNPACK_BLOCKS, self.blocks)
+            keys, values = self.unpacked(block, last)
+            hidden = self.skip if block == 0 else 0
+            start = block * BLOCK - (0 if block == 0 else self.skip)
+            yield start, last * BLOCK - self.skip, keys[:, :, hidden:], values[:, :, hidden:]
+        if self.keys.shape[2]:
+            yield self.length - self.keys.shape[2], self.length, self.keys, self.values
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, K, S, D] and values [B, K, S, V]."""
+        if not self.blocks:
+            return self.keys, self.values
+        keys, values = self.unpacked(0, self.blocks)
+        return tuple(  # type: ignore[return-value]
+            torch.cat((old[:, :, self.skip :], new), dim=2)
+            for old, new in ((keys, self.keys), (values, self.values))
+        )
+
+
+class Stored(Tensor):
+    """The keys [B, K, S, D] or the values [B, K, S, V] of a `Content`, without memory of their own.
+
+    Any operation on them unpacks all of them first, so code that computes with a cache stays right; the package's
+    attention reads `content` instead.
+    """
+
+    content: Content
+    part: int  # 0 keys, 1 values
+
+    @staticmethod
+    def __new__(cls, content: Content, part: int) -> Stored:
+        like = content.values if part else content.keys
+        shape = (*like.shape[:2], content.length, like.shape[-1])
+        stored = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        stored.content, stored.part = content, part
+        return stored
+
+    def dense(self) -> Tensor:
+        return self.content.dense()[self.part]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Stored(shape={tuple(self.shape)}, bits={self.content.bits})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dense = lambda stored: stored.dense()  # noqa: E731
+        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))

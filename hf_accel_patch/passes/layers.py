@@ -1,0 +1,129 @@
+"""The layers of an exact cache: transformers' own, but keys and values are written in place.
+
+A layer of a `DynamicCache` becomes one of these by a change of its class (see passes/cache.py), so whatever made the
+cache, and whatever it was told, stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+from hf_accel_patch.ops.growing import Growing
+
+SLACK, LEAST = 1 / 8, 64  # at most an eighth of a buffer, or 64 tokens, is empty; a token is copied about eight times
+WINDOW_SLACK, WINDOW_LEAST = 1 / 32, 16  # of a window; in order, not as a ring: masks and biases are in order
+
+
+class _InPlace(DynamicLayer):
+    """`keys` and `values` are views of buffers with room for more. What is assigned to them stays where it is if it is a
+    slice of the view, as in `crop`, and becomes the buffer otherwise; all but `update` is inherited."""
+
+    _slack, _least = SLACK, LEAST
+    _keys: Growing | None = None
+    _values: Growing | None = None
+
+    def _get(self, name: str) -> Tensor | None:
+        held: Growing | None = getattr(self, name)
+        return None if held is None else held.view()
+
+    def _set(self, name: str, content: Tensor | None) -> None:
+        held: Growing | None = getattr(self, name)
+        if content is None or content.ndim < 4:  # the empty tensor of a layer that has just been initialized
+            setattr(self, name, None)
+        elif held is None:
+            setattr(self, name, Growing(content, self._slack, self._least))
+        else:
+            held.adopt(content)
+
+    keys = property(lambda self: self._get("_keys"), lambda self, value: self._set("_keys", value))
+    values = property(lambda self: self._get("_values"), lambda self, value: self._set("_values", value))
+
+    def tell(self, options: Any) -> None:
+        """Nothing to be told."""
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Start with what another layer has held."""
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self) -> int:
+        return 0 if self._keys is None else len(self._keys)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._append(key_states, value_states)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams that stay where they are need no copy."""
+        if beam_idx.device.type != "cpu" or not torch.equal(beam_idx, torch.arange(len(beam_idx))):
+            super().reorder_cache(beam_idx)
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._values is None:
+            self._keys, self._values = (Growing(x[:, :, :0], self._slack, self._least) for x in (keys, values))
+        return self._keys.append(keys), self._values.append(values)
+
+
+class InPlaceLayer(_InPlace):
+    """Full attention."""
+
+
+class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
+    """Sliding windows and chunks: what has left the window makes room for what comes."""
+
+    _slack, _least = WINDOW_SLACK, WINDOW_LEAST
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, kept = key_states.shape[2], self.sliding_window - 1
+        self.cumulative_length += new
+        if self.record_past:
+            keys, values = self._append(key_states, value_states)
+            return keys[:, :, -kept - new :], values[:, :, -kept - new :]
+        held = 0 if self._keys is None else len(self._keys)
+        if held + new > kept and new > max(WINDOW_LEAST, int(kept * WINDOW_SLACK)):  # a prompt: keep its end only
+            keys, values = key_states, value_states
+            if held:
+                keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+            self._keys = self._values = None
+            self._append(*(each[:, :, each.shape[2] - kept :] for each in (keys, values)))
+            return keys, values
+        keys, values = self._append(key_states, value_states)
+        for each in (self._keys, self._values):
+            each.drop(front=max(0, len(each) - kept))
+        return keys, values
+
+
+class InPlaceIndexedLayer(_InPlace, DynamicIndexedLayer):
+    """Full attention, with the keys of an indexer beside it, which stay as they are."""
+
+
+class InPlaceHybridLayer(_InPlace, LinearAttentionAndFullAttentionLayer):
+    """Full attention and a recurrent state in one layer."""
+
+
+class InPlaceHybridSlidingWindowLayer(InPlaceSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+    """A sliding window and a recurrent state in one layer."""
+
+
+IN_PLACE: dict[type, type] = {
+    DynamicLayer: InPlaceLayer,
+    DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
+    DynamicIndexedLayer: InPlaceIndexedLayer,
+    LinearAttentionAndFullAttentionLayer: InPlaceHybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: InPlaceHybridSlidingWindowLayer,
+}

@@ -1,0 +1,234 @@
+"""The layers of a quantized cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_accel_patch.ops.growing import Growing
+from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, pack
+from hf_accel_patch.ops.stored import Content, Stored
+
+PACK_BLOCKS = 16  # packed at a time: more would hold more of a prompt in float32
+SLACK = 1 / 64  # of the packed blocks: what is empty counts, and a block is copied 64 times for 64 tokens
+
+
+class QuantizedLayer(DynamicLayer):
+    """Tokens in blocks of 8 or 4 bits, the latest of them in full precision.
+
+    `recent` tokens stay as they are; when a whole block beyond them is there, the oldest block is packed, before the
+    next tokens come. A prompt attends to itself in full precision. After that `update` returns `Stored` tensors, which
+    attention reads block by block. `keys` and `values` unpack everything.
+    """
+
+    bits: Bits = 8
+    recent = 0
+    _packed: list[Growing] | None = None  # as in `Packed`
+    _latest: tuple[Growing, Growing] | None = None  # keys and values
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._latest is None else self._content(self._held()).dense()[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._clear(value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._latest is None else self._content(self._held()).dense()[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._clear(value)
+
+    def tell(self, options: Any) -> None:
+        """The options of the pass."""
+        self.bits, self.recent = options.bits, options.latest
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Start with what another layer has held."""
+        self._start(keys.detach(), values.detach())
+
+    def get_seq_length(self) -> int:
+        return self._held()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (key_states.detach(), value_states.detach())
+        if self._latest is None:
+            self._start(*new)
+            return key_states, value_states
+        self._pack_oldest()
+        for latest, each in zip(self._latest, new, strict=True):
+            latest.append(each)
+        content = self._content(self._visible(key_states.shape[2]))
+        return Stored(content, 0), Stored(content, 1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove, as a negative number")
+        if self._latest is not None:
+            self._drop_last(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self._packed = self._latest = None
+        self.is_initialized = False
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if beam_idx.device.type != "cpu" or not torch.equal(beam_idx, torch.arange(len(beam_idx))):
+            self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda tensor: tensor[indices, ...])
+
+    def offload(self) -> None:
+        self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._each(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _visible(self, new: int) -> int:
+        """How many of the tokens held, the `new` ones included, are seen by the new ones."""
+        return self._held()
+
+    def _held(self) -> int:
+        return 0 if self._latest is None else self._blocks() * BLOCK + len(self._latest[0])
+
+    def _blocks(self) -> int:
+        return 0 if self._packed is None else len(self._packed[0])
+
+    def _start(self, keys: Tensor, values: Tensor) -> None:
+        """Take the first tokens: whole blocks are packed, but for the latest `recent` tokens."""
+        blocks = max(0, keys.shape[2] - self.recent) // BLOCK
+        self._pack(keys[:, :, : blocks * BLOCK], values[:, :, : blocks * BLOCK])
+        self._latest = (self._room(keys[:, :, blocks * BLOCK :]), self._room(values[:, :, blocks * BLOCK :]))
+
+    def _room(self, latest: Tensor) -> Growing:
+        """A buffer for the latest tokens, as long as one new token at a time needs."""
+        length = latest.shape[2]
+        size = (*latest.shape[:2], max(length, self.recent + BLOCK), *latest.shape[3:])
+        buffer = latest.new_empty(size)
+        buffer[:, :, :length].copy_(latest)
+        room = Growing(buffer, 0.0, 16)
+        room.adopt(buffer[:, :, :length])
+        return room
+
+    def _pack_oldest(self) -> None:
+        assert self._latest is not None
+        blocks = max(0, len(self._latest[0]) - self.recent) // BLOCK
+        if blocks:
+            keys, values = (latest.view() for latest in self._latest)
+            self._pack(keys[:, :, : blocks * BLOCK], values[:, :, : blocks * BLOCK])
+            self._latest = (self._room(keys[:, :, blocks * BLOCK :]), self._room(values[:, :, blocks * BLOCK :]))
+
+    def _pack(self, keys: Tensor, values: Tensor) -> None:
+        for start in range(0, keys.shape[2], PACK_BLOCKS * BLOCK):
+            span = slice(start, start + PACK_BLOCKS * BLOCK)
+            packed = pack(keys[:, :, span], values[:, :, span], self.bits)
+            if self._packed is None:
+                whole = keys.shape[2] // BLOCK
+                self._packed = [_with_room(each, whole + int(whole * SLACK)) for each in packed]
+            else:
+                for held, each in zip(self._packed, packed, strict=True):
+                    held.append(each)
+
+    def _content(self, visible: int) -> Content:
+        """The last `visible` tokens."""
+        assert self._latest is not None
+        keys, values = (latest.view() for latest in self._latest)
+        old = visible - keys.shape[2]
+        if old <= 0:
+            start = -old
+            return Content(self.bits, None, 0, 0, keys[:, :, start:], values[:, :, start:])
+        blocks = -(-old // BLOCK)
+        assert self._packed is not None
+        first = self._blocks() - blocks
+        packed = Packed(*(held.view()[:, :, first:] for held in self._packed))
+        return Content(self.bits, packed, blocks, blocks * BLOCK - old, keys, values)
+
+    def _drop_last(self, count: int) -> None:
+        """Forget the last tokens. A block that loses a part of its tokens is unpacked."""
+        assert self._latest is not None
+        latest = len(self._latest[0])
+        if count > latest and self._packed is not None:
+            gone = min(-(-(count - latest) // BLOCK), self._blocks())
+            content = self._content(gone * BLOCK + latest)
+            keys, values = (each[:, :, : max(0, content.length - count)] for each in content.dense())
+            for held in self._packed:
+                held.drop(back=gone)
+            self._latest = (self._room(keys), self._room(values))
+        else:
+            for each in self._latest:
+                each.drop(back=count)
+
+    def _drop_first(self, count: int) -> None:
+        """Forget the first tokens, as far as they fill blocks."""
+        assert self._latest is not None
+        blocks = min(count // BLOCK, self._blocks())
+        for held in self._packed or ():
+            held.drop(front=blocks)
+        if not self._blocks():
+            for each in self._latest:
+                each.drop(front=count - blocks * BLOCK)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for held in (*(self._packed or ()), *(self._latest or ())):
+            held.adopt(change(held.view()))
+
+    def _clear(self, value: Tensor | None) -> None:
+        if value is not None and value.numel():
+            raise AttributeError("keys and values of a quantized cache come through update()")
+        self._packed = self._latest = None
+
+
+class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):
+    """Blocks that have left the window are dropped; tokens of the first block that have left it are not seen."""
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._latest is not None and not self.record_past:
+            self._drop_first(max(0, self._held() - self.sliding_window + 1))
+        self.cumulative_length += key_states.shape[2]
+        return super().update(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cumulative_length >= self.sliding_window and not self.record_past:
+            DynamicSlidingWindowLayer.crop(self, tokens_to_remove)  # says why not
+        super().crop(tokens_to_remove)
+        self.cumulative_length += tokens_to_remove
+
+    def _visible(self, new: int) -> int:
+        return min(self._held(), self.sliding_window - 1 + new)
+
+    def _start(self, keys: Tensor, values: Tensor) -> None:
+        kept = slice(None) if self.record_past else slice(max(0, keys.shape[2] - self.sliding_window + 1), None)
+        super()._start(keys[:, :, kept], values[:, :, kept])
+
+
+QUANTIZED: dict[type, type] = {
+    DynamicLayer: QuantizedLayer,
+    DynamicSlidingWindowLayer: QuantizedSlidingWindowLayer,
+}
+
+
+def _with_room(content: Tensor, capacity: int) -> Growing:
+    """Its own buffer, with room for `capacity` blocks."""
+    blocks = content.shape[2]
+    buffer = content.new_empty((*content.shape[:2], max(blocks, capacity), *content.shape[3:]))
+    buffer[:, :, :blocks].copy_(content)
+    held = Growing(buffer, SLACK, 1)
+    held.adopt(buffer[:, :, :blocks])
+    return held
