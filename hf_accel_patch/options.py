@@ -9,6 +9,7 @@ from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear
 from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
+CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 LATER = {  # keyword: what stays as it is while this version has no such pass
     "gqa": "key/value heads stay as they are: no conversion in this version",
     "speculative": "no draft tokens: no speculative decoding in this version",
@@ -74,7 +75,10 @@ def _cache(value: Any) -> Pass:
         return Later("cache", "switched off: cache=False")
     chosen = KVCache() if value in (True, None) else value
     if isinstance(chosen, str):
-        chosen = KVCache(cast(Any, chosen))
+        kind, _, window = chosen.partition(":")
+        if (kind == "sinks") != window.isdecimal() or (window and kind != "sinks"):
+            raise ValueError(f"cache={value!r}; allowed: {CACHES}")
+        chosen = KVCache(cast(Any, kind), window=int(window) if window else None)
     if not isinstance(chosen, KVCache):
-        raise ValueError(f"cache={value!r}; allowed: True, False, 'int8', 'int4', or a KVCache")
+        raise ValueError(f"cache={value!r}; allowed: {CACHES}")
     return chosen

@@ -69,6 +69,13 @@ enum {
     MOST = 16,                                      /* rows for which a task reads keys and values once */
     TERM_BITS = PRODUCTS_OF_BYTES ? 7 : 6,          /* without them, pairs of products must fit into 16 bits */
     TERM = 1 << TERM_BITS,
+#ifndef AHEAD
+ AHEAD=4096,
+#endif
+#ifndef TOKENS_AHEAD
+TOKENS_AHEAD=32,
+#endif
+    PAD = 16,                                       /* floats after sums of values, of which two are used */
     LARGEST = PRODUCTS_OF_BYTES ? 127 * 128 : 4096, /* of the integers of two bytes */
     ENOUGH = 1 << 19,                               /* multiplications that are worth a second thread */
 };
@@ -139,23 +146,27 @@ INLINE float sum_lanes(floats a) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-INLINE float max_lanes(floats a) {
-#if WIDTH == 64
-    return _mm512_reduce_max_ps(a);
-#else
-    __m128 most = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-#endif
-}
+#define DOUBLES(a) I(castps_pd)(a)
+#define UNPACK_PAIRS(low_or_high, a, b) (floats)I(unpack##low_or_high##_pd)(DOUBLES(a), DOUBLES(b))
 
 /* The sums of four vectors. */
 INLINE __m128 sum_four(const floats *a) {
     const floats low = I(unpacklo_ps)(a[0], a[1]) + I(unpackhi_ps)(a[0], a[1]);
     const floats high = I(unpacklo_ps)(a[2], a[3]) + I(unpackhi_ps)(a[2], a[3]);
-#define DOUBLES(a) I(castps_pd)(a)
-    return sum_parts((floats)I(unpacklo_pd)(DOUBLES(low), DOUBLES(high)) +
-                     (floats)I(unpackhi_pd)(DOUBLES(low), DOUBLES(high)));
+    return sum_parts(UNPACK_PAIRS(lo, low, high) + UNPACK_PAIRS(hi, low, high));
+}
+
+/* The largest numbers of four vectors. */
+INLINE __m128 max_four(const floats *a) {
+    const floats low = I(max_ps)(I(unpacklo_ps)(a[0], a[1]), I(unpackhi_ps)(a[0], a[1]));
+    const floats high = I(max_ps)(I(unpacklo_ps)(a[2], a[3]), I(unpackhi_ps)(a[2], a[3]));
+    const floats all = I(max_ps)(UNPACK_PAIRS(lo, low, high), UNPACK_PAIRS(hi, low, high));
+#if WIDTH == 64
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), (__m256)_mm512_extractf64x4_pd(DOUBLES(all), 1));
+#else
+    const __m256 half = all;
+#endif
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 /* `a` where the bits of `where` are set, else `b`. */
@@ -208,6 +219,8 @@ INLINE void scores_exact(int rows, enum dtype dtype, const char *keys, int64_t s
         floats sum[4][4] = {0};
         const char *k[4];
         EACH(i, 4) k[i] = keys + MIN(t + i, count - 1) * stride;
+        for (int64_t o = 0; TOKENS_AHEAD && rows >= MINROWS && o < D * (dtype == FLOAT32 ? 4 : 2); o += 64)
+            EACH(i, 4) __builtin_prefetch(k[i] + TOKENS_AHEAD * stride + o, 0, LOC);
         int64_t d = 0;
         for (; d + STEP(dtype) <= D; d += STEP(dtype)) multiply_add(rows, k, d, STEP(dtype), q, q_stride, dtype, sum);
         if (d < D) multiply_add(rows, k, d, D - d, q, q_stride, dtype, sum);
@@ -221,12 +234,15 @@ INLINE void sum_exact(int rows, int n, enum dtype dtype, const char *values, int
     floats sum[4][8];
     EACH(r, rows)
         EACH(i, n) sum[r][i] = FLOATS(acc + r * acc_stride + i * LANES);
-    for (int64_t t = 0; t < count; t++)
+    for (int64_t t = 0; t < count; t++) {
+        for (int i = 0; TOKENS_AHEAD && rows >= MINROWS && i < n; i += dtype == FLOAT32 ? 64 / WIDTH : 128 / WIDTH)
+            __builtin_prefetch(values + (t + TOKENS_AHEAD) * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2), 0, LOC);
         EACH(i, n) {
             const char *from = values + t * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2);
             const floats value = part == LANES ? load(from, dtype) : load_part(from, dtype, part);
             EACH(r, rows) sum[r][i] += weights[r * TOKENS + t] * value;
         }
+    }
     EACH(r, rows)
         EACH(i, n) FLOATS(acc + r * acc_stride + i * LANES) = sum[r][i];
 }
@@ -245,26 +261,44 @@ INLINE void values_exact(int rows, enum dtype dtype, const char *values, int64_t
     if (c < V) sum_exact(rows, 1, dtype, values + c * size, stride, count, V - c, weights, acc + c, acc_stride);
 }
 
-/* A row of what meets the codes: unit * (TERM * high + low), and a constant that belongs to it. */
+/* What meets the codes, of up to four rows: unit * (TERM * high + low), a constant, and the sums of the integers. */
 typedef struct {
-    float unit, constant;
-    int32_t sum; /* of the integers */
-} row;
+    float unit[4], constant[4];
+    int32_t sum[4];
+} terms;
 
-/* x [n], a multiple of LANES, as integers. `high` and `low` are `n` bytes. */
-INLINE row split(const float *x, int64_t n, int8_t *high, int8_t *low) {
-    floats most = {0}, sign = -(floats){0};
-    for (int64_t i = 0; i < n; i += LANES)
-        most = I(max_ps)(most, (floats)((ints)FLOATS((float *)x + i) & ~(ints)sign));
-    const float largest = max_lanes(most), inverse = largest > 1e-30f ? LARGEST / largest : 0;
-    ints total = {0};
+/* x [rows, x_stride] times scales [n] as integers: bytes [rows, high or low, padded], zeros from n on. The constants
+ * are sums of x * (minima + centre * scales), without minima zero. */
+INLINE void split(int rows, int64_t n, int64_t padded, const uint16_t *scales, const uint16_t *minima, float centre,
+                  const float *x, int64_t x_stride, int8_t *out, terms *of) {
+    float product[4][padded] __attribute__((aligned(64))), inverse[4];
+    floats most[4] = {0}, constant[4] = {0}, total[4] = {0};
     for (int64_t i = 0; i < n; i += LANES) {
-        const ints v = (ints)I(cvtps_epi32)(FLOATS((float *)x + i) * inverse), h = (v + TERM / 2) >> TERM_BITS;
-        total += v;
-        BYTES(high + i) = __builtin_convertvector(h, bytes);
-        BYTES(low + i) = __builtin_convertvector(v - (h << TERM_BITS), bytes);
+        const int64_t part = n - i;
+        const floats scale = part < LANES ? load_part(scales + i, FLOAT16, part) : load(scales + i, FLOAT16);
+        floats middle = {0};
+        if (minima)
+            middle = scale * centre + (part < LANES ? load_part(minima + i, FLOAT16, part) : load(minima + i, FLOAT16));
+        EACH(r, rows) {
+            const floats value = FLOATS((float *)x + r * x_stride + i), p = value * scale;
+            FLOATS(product[r] + i) = p;
+            most[r] = I(max_ps)(most[r], (floats)((ints)p & 0x7FFFFFFF));
+            if (minima) constant[r] += value * middle;
+        }
     }
-    return (row){inverse > 0 ? largest / LARGEST : 0, 0, (int32_t)sum_lanes(I(cvtepi32_ps)((integers)total))};
+    const __m128 largest = max_four(most), usable = _mm_cmpgt_ps(largest, _mm_set1_ps(1e-30f));
+    _mm_storeu_ps(inverse, _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(LARGEST), largest)));
+    _mm_storeu_ps(of->unit, _mm_and_ps(usable, _mm_mul_ps(largest, _mm_set1_ps(1.0f / LARGEST))));
+    for (int64_t i = 0; i < n; i += LANES)
+        EACH(r, rows) {
+            const floats scaled = FLOATS(product[r] + i) * inverse[r];
+            const ints v = (ints)I(cvtps_epi32)(scaled), high = (v + TERM / 2) >> TERM_BITS;
+            total[r] += I(cvtepi32_ps)((integers)v);
+            BYTES(out + 2 * r * padded + i) = __builtin_convertvector(high, bytes);
+            BYTES(out + (2 * r + 1) * padded + i) = __builtin_convertvector(v - (high << TERM_BITS), bytes);
+        }
+    _mm_storeu_si128((__m128i *)of->sum, _mm_cvtps_epi32(sum_four(total)));
+    _mm_storeu_ps(of->constant, minima ? sum_four(constant) : _mm_setzero_ps());
 }
 
 /* acc + the sums of four products of unsigned codes and signed x. */
@@ -281,7 +315,7 @@ INLINE integers dot(integers acc, integers codes, integers x) {
 /* Codes [steps, stride bytes], n vectors of them, times x: int32 [rows, 2, x_steps] with four bytes in each; int4 codes
  * hold steps `steps` to 2 * `steps` in their high halves. */
 INLINE void tile(int rows, int n, int bits, const uint8_t *codes, int64_t stride, int64_t steps, const int32_t *x,
-                 int64_t x_steps, const row *of, float *out, int64_t out_stride, int add) {
+                 int64_t x_steps, const terms *of, float *out, int64_t out_stride, int add) {
     integers sum[4][2][4];
     EACH(r, 2 * rows)
         EACH(i, n) sum[r / 2][r % 2][i] = (integers)(ints){0};
@@ -289,6 +323,7 @@ INLINE void tile(int rows, int n, int bits, const uint8_t *codes, int64_t stride
         integers c[4], high[4];
         EACH(i, n) {
             c[i] = (integers)INTS(codes + s * stride + i * WIDTH);
+            if (i % (64 / WIDTH) == 0) __builtin_prefetch(codes + s * stride + i * WIDTH + AHEAD, 0, LOC);
             if (bits == 4) high[i] = (integers)(((ints)c[i] >> 4) & 0x0F0F0F0F);
             if (bits == 4) c[i] = (integers)((ints)c[i] & 0x0F0F0F0F);
         }
@@ -303,16 +338,16 @@ INLINE void tile(int rows, int n, int bits, const uint8_t *codes, int64_t stride
     EACH(r, rows)
         EACH(i, n) {
             float *to = out + r * out_stride + i * LANES;
-            const integers centre = I(set1_epi32)((int32_t)(0u - (uint32_t)of[r].sum * (bits == 8 ? 128u : 8u)));
+            const integers centre = I(set1_epi32)((int32_t)(0u - (uint32_t)of->sum[r] * (bits == 8 ? 128u : 8u)));
             integers whole = I(add_epi32)(I(slli_epi32)(sum[r][0][i], TERM_BITS), sum[r][1][i]); /* may wrap */
-            floats result = I(cvtepi32_ps)(I(add_epi32)(whole, centre)) * of[r].unit + of[r].constant;
+            floats result = I(cvtepi32_ps)(I(add_epi32)(whole, centre)) * of->unit[r] + of->constant[r];
             if (add) result += FLOATS(to);
             FLOATS(to) = result;
         }
 }
 
 INLINE void products(int rows, int bits, int64_t vectors, const uint8_t *codes, int64_t stride, int64_t steps,
-                     const int32_t *x, int64_t x_steps, const row *of, float *out, int64_t out_stride, int add) {
+                     const int32_t *x, int64_t x_steps, const terms *of, float *out, int64_t out_stride, int add) {
     const int n = WIDTH == 64 ? (rows < 3 ? 4 : 2) : rows == 1 ? 4 : rows == 2 ? 2 : 1;
     int64_t i = 0;
     for (; i + n <= vectors; i += n)
@@ -325,48 +360,23 @@ INLINE void products(int rows, int bits, int64_t vectors, const uint8_t *codes, 
 INLINE void scores_quantized(int rows, int bits, const uint8_t *codes, const uint16_t *scales, int64_t D_packed,
                              const float *q, int64_t q_stride, float *out) {
     const int64_t padded = ROUND_UP(D_packed, LANES);
-    float scale[padded], middle[padded], product[padded];
-    int8_t x[rows][2][padded];
-    row of[4];
-    widen((const char *)scales, FLOAT16, D_packed, scale);
-    widen((const char *)(scales + D_packed), FLOAT16, D_packed, middle);
-    for (int64_t i = 0; i < padded; i += LANES) FLOATS(middle + i) += FLOATS(scale + i) * (bits == 8 ? 128.0f : 8.0f);
-    EACH(r, rows) {
-        floats constant = {0};
-        for (int64_t i = 0; i < padded; i += LANES) {
-            const floats query = FLOATS((float *)q + r * q_stride + i);
-            FLOATS(product + i) = query * FLOATS(scale + i);
-            constant += query * FLOATS(middle + i);
-        }
-        of[r] = split(product, padded, x[r][0], x[r][1]);
-        of[r].constant = sum_lanes(constant);
-    }
+    int8_t x[rows][2][padded] __attribute__((aligned(64)));
+    terms of;
+    split(rows, D_packed, padded, scales, scales + D_packed, bits == 8 ? 128 : 8, q, q_stride, x[0][0], &of);
     products(rows, bits, UNIT / LANES, codes, UNIT * 4, D_packed / (bits == 8 ? 4 : 8), (const int32_t *)x, padded / 4,
-             of, out, TOKENS, 0);
+             &of, out, TOKENS, 0);
 }
 
 /* acc [rows, acc_stride] + weights [rows, 64] times a block of values. Scales [1 or 2, groups, 64]. */
 INLINE void values_quantized(int rows, int bits, const uint8_t *codes, const uint16_t *scales, int64_t V_packed,
                              int64_t groups, const float *weights, float *acc, int64_t acc_stride) {
     const int64_t channels = V_packed / groups;
-    for (int64_t g = 0; g < groups; g++) {
-        float scale[UNIT], middle[UNIT], product[UNIT];
-        int8_t x[rows][2][UNIT];
-        row of[4];
-        widen((const char *)(scales + g * UNIT), FLOAT16, UNIT, scale);
-        if (bits == 4) widen((const char *)(scales + (groups + g) * UNIT), FLOAT16, UNIT, middle);
-        EACH(r, rows) {
-            floats constant = {0};
-            for (int i = 0; i < UNIT; i += LANES) {
-                const floats weight = FLOATS((float *)weights + r * TOKENS + i);
-                FLOATS(product + i) = weight * FLOATS(scale + i);
-                if (bits == 4) constant += weight * FLOATS(middle + i) + FLOATS(product + i) * 8;
-            }
-            of[r] = split(product, UNIT, x[r][0], x[r][1]);
-            of[r].constant = bits == 4 ? sum_lanes(constant) : 0;
-        }
+    for (int64_t g = 0; g < groups; g++, scales += UNIT) {
+        int8_t x[rows][2][UNIT] __attribute__((aligned(64)));
+        terms of;
+        split(rows, UNIT, UNIT, scales, bits == 8 ? NULL : scales + groups * UNIT, 8, weights, TOKENS, x[0][0], &of);
         products(rows, bits, channels / LANES, codes + g * channels * 4, V_packed * 4, bits == 8 ? 16 : 8,
-                 (const int32_t *)x, UNIT / 4, of, acc + g * channels, acc_stride, 1);
+                 (const int32_t *)x, UNIT / 4, &of, acc + g * channels, acc_stride, 1);
     }
 }
 
@@ -390,7 +400,7 @@ static float softmax(float *scores, int64_t n, const uint8_t *mask, float scale,
         most = I(max_ps)(most, s);
         FLOATS(scores + i) = s;
     }
-    *largest = max_lanes(most);
+    *largest = _mm_cvtss_f32(max_four((floats[4]){most, most, most, most}));
     const float from = *largest == -INFINITY ? 0 : *largest;
     for (int64_t i = 0; i < n; i += LANES) total += FLOATS(scores + i) = exponential(FLOATS(scores + i) - from);
     return sum_lanes(total);
@@ -460,7 +470,7 @@ static void values_of_unit(const attention *a, int64_t b, int64_t k, int64_t uni
 }
 
 /* Rows `first` on of a head over the units from `start` to `stop`: sums of values, then their weight, then the largest
- * score, in `out` [rows, V_padded + 2]. */
+ * score, in `out` [rows, V_padded + PAD]. */
 static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t start, int64_t stop,
                  float *out, int64_t V_padded) {
     const int64_t D_packed = ROUND_UP(a->D, 8), V_packed = ROUND_UP(a->V, 16), D = ROUND_UP(a->D, 2 * LANES);
@@ -478,7 +488,7 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
         widen(from, a->dtype, a->D, query[r]);
         memset(raw[r], 0, is_raw ? 2 * D : 0);
         memcpy(raw[r], from, is_raw ? 2 * a->D : 0);
-        memset(out + r * (V_padded + 2), 0, V_padded * sizeof(float));
+        memset(out + r * (V_padded + PAD), 0, V_padded * sizeof(float));
     }
     for (int64_t u = start; u < stop; u++) {
         const int64_t n = MIN(UNIT, token + tokens - u * UNIT);
@@ -490,15 +500,15 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        float *sums = out + r * (V_padded + 2) + V_padded;
+        float *sums = out + r * (V_padded + PAD) + V_padded;
         sums[0] = softmax(scores[r], tokens, mask_of(a, b, k, first + r, token), (float)a->scale, (float)a->softcap,
                           sums + 1);
     }
     for (int64_t u = start; u < stop; u++)
         for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {
             few = rows - r > 4 && rows - r < 8 ? (rows - r + 1) / 2 : MIN(4, rows - r);
-            values_of_unit(a, b, k, u, few, V_packed, scores[r] + (u - start) * UNIT, out + r * (V_padded + 2),
-                           V_padded + 2);
+            values_of_unit(a, b, k, u, few, V_packed, scores[r] + (u - start) * UNIT, out + r * (V_padded + PAD),
+                           V_padded + PAD);
         }
 }
 
@@ -526,10 +536,10 @@ static void join(const attention *a, int64_t b, int64_t k, int64_t r, const floa
 
 int attend(const attention *a) {
     const int64_t units = a->blocks + (a->recent + UNIT - 1) / UNIT, chunks = (units + CHUNK - 1) / CHUNK;
-    const int64_t rows = a->G * a->T, V_padded = ROUND_UP(a->V, 16), apart = rows * (V_padded + 2);
+    const int64_t rows = a->G * a->T, V_padded = ROUND_UP(a->V, 16), apart = rows * (V_padded + PAD);
     const int64_t tasks = a->B * a->K * chunks;
     const int threads = tasks * rows * MIN(units, CHUNK) * UNIT * (a->D + a->V) < ENOUGH ? 1 : (int)a->threads;
-    float *parts = malloc((tasks * apart + 1) * sizeof(float));
+    float *parts = aligned_alloc(64, (tasks * apart + PAD) * sizeof(float));
     if (!parts) return -1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -537,11 +547,11 @@ int attend(const attention *a) {
         for (int64_t i = 0; i < tasks; i++)
             for (int64_t r = 0; r < rows; r += MOST)
                 part(a, i / chunks / a->K, i / chunks % a->K, r, MIN(MOST, rows - r), i % chunks * CHUNK,
-                     MIN(units, (i % chunks + 1) * CHUNK), parts + i * apart + r * (V_padded + 2), V_padded);
+                     MIN(units, (i % chunks + 1) * CHUNK), parts + i * apart + r * (V_padded + PAD), V_padded);
 #pragma omp for
         for (int64_t i = 0; i < a->B * a->K * rows; i++)
             join(a, i / rows / a->K, i / rows % a->K, i % rows,
-                 parts + i / rows * chunks * apart + i % rows * (V_padded + 2), chunks, apart, V_padded);
+                 parts + i / rows * chunks * apart + i % rows * (V_padded + PAD), chunks, apart, V_padded);
     }
     free(parts);
     return 0;

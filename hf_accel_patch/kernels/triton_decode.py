@@ -45,39 +45,113 @@ def _folded(x, PIECES: tl.constexpr, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _digits(x, most, PIECES: tl.constexpr, DIGITS: tl.constexpr):
-    """x [W, ROWS, N] in units of most [W, ROWS] / _levels as signed digits of base 256, int8 [W, PIECES * ROWS, N]."""
-    bits = (x * (_levels(DIGITS) / most)[:, :, None] + ROUND).to(tl.int32, bitcast=True) + 0x408080
+def _digits(x, PIECES: tl.constexpr, DIGITS: tl.constexpr):
+    """x [W, ROWS, N] as signed digits of base 256, int8 [W, PIECES * ROWS, N], and the unit of a row, [W, ROWS]."""
+    LEVELS: tl.constexpr = 4194303.0 if DIGITS == 3 else 32639.0
+    most = tl.maximum(tl.max(tl.abs(x), axis=2), 1e-30)
+    bits = (x * (LEVELS / most)[:, :, None] + ROUND).to(tl.int32, bitcast=True) + 0x408080
     shift = tl.minimum(8 * tl.arange(0, PIECES), 16)[None, :, None, None]
     digit = (bits[:, None, :, :] >> shift ^ 0x80).to(tl.int8)
-    return tl.reshape(digit, [x.shape[0], PIECES * x.shape[1], x.shape[2]])
+    return tl.reshape(digit, [x.shape[0], PIECES * x.shape[1], x.shape[2]]), most / LEVELS
 
 
 @triton.jit
-def _levels(DIGITS: tl.constexpr):
-    return 4194303.0 if DIGITS == 3 else 32639.0
+def _times(digits, codes, BITS: tl.constexpr):
+    """digits [W, M, N] times codes less their offset, int32. Of int4, digits [.., : N / 2] meet the low halves, and the
+    products are 16 times too large: `codes & 0xF0` are high halves, and 16 times what they stand for."""
+    if BITS == 8:
+        y = tl.dot(digits, (codes ^ 0x80).to(tl.int8, bitcast=True), out_dtype=tl.int32)
+    else:
+        halves = tl.reshape(digits, [digits.shape[0], digits.shape[1], 2, digits.shape[2] // 2])
+        low, high = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        y = tl.dot(low, (codes & 15).to(tl.int8, bitcast=True), out_dtype=tl.int32) * 16
+        y += tl.dot(high, (codes & 0xF0 ^ 0x80).to(tl.int8, bitcast=True), out_dtype=tl.int32)
+    return y
 
 
 @triton.jit
-def _largest(x):
-    """Of x [W, ROWS, N] per row, not zero."""
-    return tl.maximum(tl.max(tl.abs(x), axis=2), 1e-30)
+def _codes(
+    codes, block, word, inner,
+    WORDS: tl.constexpr, words: tl.constexpr, INNERS: tl.constexpr, inners: tl.constexpr,
+):  # fmt: skip
+    """Of blocks [W, words, inners, 4] the tile [W, 4 WORDS, INNERS] that begins at word, inner."""
+    word += tl.arange(0, WORDS)[None, :, None, None]
+    inner += tl.arange(0, INNERS)[None, None, :, None]
+    at = (block[:, :, :, None] * words + word) * (4 * inners) + inner * 4 + tl.arange(0, 4)[None, None, None, :]
+    if words % WORDS != 0:
+        x = tl.load(codes + at, mask=word < words, other=0)
+    elif inners % INNERS != 0:
+        x = tl.load(codes + at, mask=inner < inners, other=0)
+    else:
+        x = tl.load(codes + at)
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2)), [block.shape[0], 4 * WORDS, INNERS])
 
 
 @triton.jit
-def _signed(codes):
-    return (codes ^ 0x80).to(tl.int8, bitcast=True)
+def _channels(c, KEY: tl.constexpr, KC: tl.constexpr, BITS: tl.constexpr):
+    """The channels [1, 1, KC] of chunk c of the key codes, and which exist."""
+    i = tl.arange(0, KC)[None, None, :]
+    if BITS == 8:
+        d = c * KC + i
+        live = d < KEY
+    else:
+        d = c * (KC // 2) + i % (KC // 2)
+        live = d < KEY // 2
+        d += i // (KC // 2) * (KEY // 2)
+    return d, live
 
 
 @triton.jit
-def _low(codes):
-    return (codes & 15).to(tl.int8, bitcast=True)
+def _products(
+    qs, key_codes, key_scales, block,
+    BITS: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr,
+):  # fmt: skip
+    """Queries times the keys of W blocks, [W, ROWS, 64]."""
+    y = tl.zeros([block.shape[0], qs[0].shape[1], 64], tl.float32)
+    C: tl.constexpr = KC * BITS // 32
+    for c in tl.static_range(len(qs)):
+        codes = _codes(key_codes, block, c * C, 0, C, KEY * BITS // 32, 64, 64)
+        d, live = _channels(c, KEY, KC, BITS)
+        at = key_scales + block * (2 * KEY) + d
+        scale = tl.load(at, mask=live, other=0).to(tl.float32)
+        minimum = tl.load(at + KEY, mask=live, other=0).to(tl.float32)
+        if BITS == 8:
+            minimum += 128 * scale
+        else:
+            minimum += tl.where(tl.arange(0, KC)[None, None, :] < KC // 2, 0.0, 8.0) * scale
+        digits, unit = _digits(qs[c] * scale, PIECES, DIGITS)
+        dot = _folded(_times(digits, codes, BITS), PIECES, DIGITS)
+        y += dot * (unit * (1.0 if BITS == 8 else 0.0625))[:, :, None]
+        y += tl.sum(qs[c] * minimum, axis=2)[:, :, None]
+    return y
 
 
 @triton.jit
-def _high(codes):
-    """16 (code - 8): to shift it down would take more instructions."""
-    return (codes & 0xF0 ^ 0x80).to(tl.int8, bitcast=True)
+def _summed(
+    sums, alpha, p, codes, scales, block,
+    BITS: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
+    DIGITS: tl.constexpr,
+):  # fmt: skip
+    """sums * alpha plus p [W, ROWS, 64] times the values of W blocks."""
+    token = tl.arange(0, 64)[None, None, :]
+    new = ()
+    for c in tl.static_range(len(sums)):
+        if c < groups:
+            if BITS == 8:
+                digits, unit = _digits(p * tl.load(scales + block * 64 + token).to(tl.float32), PIECES, DIGITS)
+            else:
+                at = scales + (block * (2 * groups) + c) * 64 + token
+                scale = tl.load(at).to(tl.float32)
+                minimum = tl.load(at + groups * 64).to(tl.float32) + tl.where(token < 32, 0.0, 8.0) * scale
+                rest = tl.sum(p * minimum, axis=2)[:, :, None]
+                digits, unit = _digits(p * scale, PIECES, DIGITS)
+                unit *= 0.0625
+        w = _codes(codes, block, 0, c * C, 2 * BITS, 2 * BITS, C, VALUE)
+        y = sums[c] * alpha[:, :, None] + _folded(_times(digits, w, BITS), PIECES, DIGITS) * unit[:, :, None]
+        if BITS == 4:
+            y += rest
+        new = new + (y,)
+    return new
 
 
 @triton.jit
@@ -105,9 +179,9 @@ def _weights(logits, m, l):
 @triton.jit(do_not_specialize=["blocks", "R", "steps"])
 def _attend(
     q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, stats, out,
-    K, G, T, D, V, KEY, VALUE, groups, blocks, R, steps, scale, cap,
+    K, G, T, D, V, blocks, R, steps, scale, cap,
     q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t,
-    BITS: tl.constexpr, SPLIT: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
     DIGITS: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr,
     STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -139,106 +213,30 @@ def _attend(
         key_scales += batch * ks_b + head * ks_k
         value_codes += batch * vc_b + head * vc_k
         value_scales += batch * vs_b + head * vs_k
-        q_row = q + (row // T) * q_h + (row % T) * q_t
-        H: tl.constexpr = KC if BITS == 8 else KC // 2  # channels per half
         qs = ()
         for c in tl.static_range(KCS):
-            channel = c * H + tl.arange(0, H)[None, None, :]
-            if BITS == 8:
-                qs = qs + (tl.load(q_row + channel, mask=(row < G * T) & (channel < D), other=0).to(tl.float32),)
-            else:
-                high = channel + KEY // 2
-                live = (row < G * T) & (channel < KEY // 2)
-                qs = qs + (
-                    tl.load(q_row + channel, mask=live & (channel < D), other=0).to(tl.float32),
-                    tl.load(q_row + high, mask=live & (high < D), other=0).to(tl.float32),
-                )
-        four = tl.arange(0, 4)[None, None, None, :]
-        w4 = w[:, :, :, None]
-        each = tl.arange(0, 64)[None, None, :]
+            key_channel, key_live = _channels(c, KEY, KC, BITS)
+            q_at = q + (row // T) * q_h + (row % T) * q_t + key_channel
+            qs = qs + (tl.load(q_at, mask=(row < G * T) & key_live & (key_channel < D), other=0).to(tl.float32),)
         for step in tl.range(first, tl.minimum(first + steps, quantized), num_stages=STAGES):
             block = step * W + w.to(tl.int64)
-            live = block < blocks
-            block4 = block[:, :, :, None]
-            live4 = live[:, :, :, None]
-            products = tl.zeros([W, ROWS, 64], tl.float32)
-            for c in tl.static_range(KCS):
-                word = c * (H // 4) + tl.arange(0, H // 4)[None, :, None, None]
-                words = KEY // 4 if BITS == 8 else KEY // 8
-                at = block4 * (words * 256) + word * 256 + each[:, :, :, None] * 4 + four
-                codes = tl.load(key_codes + at, mask=live4 & (word < words), other=0)
-                codes = tl.reshape(tl.permute(codes, (0, 1, 3, 2)), [W, H, 64])
-                d = c * H + tl.arange(0, H)[None, None, :]
-                scales = key_scales + block * (2 * KEY) + d
-                if BITS == 8:
-                    some = live & (d < KEY)
-                    key_scale = tl.load(scales, mask=some, other=0).to(tl.float32)
-                    key_min = tl.load(scales + KEY, mask=some, other=0).to(tl.float32)
-                    x = qs[c] * key_scale
-                    rest = tl.sum(qs[c] * (key_min + 128 * key_scale), axis=2)
-                    most = _largest(x)
-                    dot = tl.dot(_digits(x, most, PIECES, DIGITS), _signed(codes), out_dtype=tl.int32)
-                    unit = most / _levels(DIGITS)
-                else:
-                    some = live & (d < KEY // 2)
-                    low_scale = tl.load(scales, mask=some, other=0).to(tl.float32)
-                    low_min = tl.load(scales + KEY, mask=some, other=0).to(tl.float32)
-                    high_scale = tl.load(scales + KEY // 2, mask=some, other=0).to(tl.float32)
-                    high_min = tl.load(scales + KEY // 2 + KEY, mask=some, other=0).to(tl.float32)
-                    low = qs[2 * c] * low_scale
-                    high = qs[2 * c + 1] * high_scale
-                    rest = tl.sum(qs[2 * c] * low_min + qs[2 * c + 1] * (high_min + 8 * high_scale), axis=2)
-                    most = tl.maximum(_largest(low), _largest(high))
-                    dot = 16 * tl.dot(_digits(low, most, PIECES, DIGITS), _low(codes), out_dtype=tl.int32)
-                    dot += tl.dot(_digits(high, most, PIECES, DIGITS), _high(codes), out_dtype=tl.int32)
-                    unit = most / (16 * _levels(DIGITS))
-                products += _folded(dot, PIECES, DIGITS) * unit[:, :, None] + rest[:, :, None]
-            logits = _logits(products, scale, cap)
-            some = live
+            readable = tl.minimum(block, blocks - 1)
+            products = _products(qs, key_codes, key_scales, readable, BITS, KEY, KC, PIECES, DIGITS)
+            some = block < blocks
             if mask is not None:
-                some = some & (tl.load(mask + block * 64 + each, mask=live & (row < G * T), other=0) != 0)
-            p, alpha, m, l = _weights(tl.where(some, logits, float("-inf")), m, l)
-            new = ()
-            if BITS == 8:
-                scales = value_scales + block * 64 + each
-                x = p * tl.load(scales, mask=live, other=0).to(tl.float32)
-                most = _largest(x)
-                x = _digits(x, most, PIECES, DIGITS)
-                unit = (most / _levels(DIGITS))[:, :, None]
-            else:
-                p_low, p_high = tl.split(tl.permute(tl.reshape(p, [W, ROWS, 2, 32]), (0, 1, 3, 2)))
-            word = tl.arange(0, 2 * BITS)[None, :, None, None]
-            for c in tl.static_range(VCS):
-                channel = c * VC + tl.arange(0, VC)[None, None, :, None]
-                at = block4 * (2 * BITS * 4 * VALUE) + (word * VALUE + channel) * 4 + four
-                codes = tl.load(value_codes + at, mask=live4 & (channel < VALUE), other=0)
-                codes = tl.reshape(tl.permute(codes, (0, 1, 3, 2)), [W, 8 * BITS, VC])
-                if BITS == 8:
-                    y = _folded(tl.dot(x, _signed(codes), out_dtype=tl.int32), PIECES, DIGITS) * unit
-                else:
-                    group = c if groups > 1 else 0
-                    half = tl.arange(0, 32)[None, None, :]
-                    scales = value_scales + (block * 2 * groups + group) * 64 + half
-                    low_scale = tl.load(scales, mask=live, other=0).to(tl.float32)
-                    high_scale = tl.load(scales + 32, mask=live, other=0).to(tl.float32)
-                    low_min = tl.load(scales + groups * 64, mask=live, other=0).to(tl.float32)
-                    high_min = tl.load(scales + groups * 64 + 32, mask=live, other=0).to(tl.float32)
-                    low = p_low * low_scale
-                    high = p_high * high_scale
-                    rest = tl.sum(p_low * low_min + p_high * (high_min + 8 * high_scale), axis=2)
-                    most = tl.maximum(_largest(low), _largest(high))
-                    dot = 16 * tl.dot(_digits(low, most, PIECES, DIGITS), _low(codes), out_dtype=tl.int32)
-                    dot += tl.dot(_digits(high, most, PIECES, DIGITS), _high(codes), out_dtype=tl.int32)
-                    unit = (most / (16 * _levels(DIGITS)))[:, :, None]
-                    y = _folded(dot, PIECES, DIGITS) * unit + rest[:, :, None]
-                new = new + (sums[c] * alpha[:, :, None] + y,)
-            sums = new
+                seen = tl.load(mask + readable * 64 + tl.arange(0, 64)[None, None, :], mask=row < G * T, other=0)
+                some = some & (seen != 0)
+            logits = tl.where(some, _logits(products, scale, cap), float("-inf"))
+            p, alpha, m, l = _weights(logits, m, l)
+            sums = _summed(
+                sums, alpha, p, value_codes, value_scales, readable, BITS, VALUE, groups, VC, PIECES, DIGITS
+            )
 
     stack = tl.arange(0, M)[None, :, None]
-    q_at = tile * ROWS + stack
+    q_row = tile * ROWS + stack
     d = tl.arange(0, DP)[None, None, :]
-    q_at = q + (q_at // T) * q_h + (q_at % T) * q_t + d + 0 * w
-    q_all = tl.load(q_at, mask=(stack < ROWS) & (tile * ROWS + stack < G * T) & (d < D) & (w >= 0), other=0)
+    q_row = q + (q_row // T) * q_h + (q_row % T) * q_t
+    q_all = tl.load(q_row + d + 0 * w, mask=(stack < ROWS) & (tile * ROWS + stack < G * T) & (d < D), other=0)
     n = tl.arange(0, 16)[None, :, None]
     for step in tl.range(tl.maximum(first, quantized), tl.minimum(first + steps, quantized + tl.cdiv(R, 16 * W)),
                          num_stages=TAIL_STAGES):  # fmt: skip
@@ -374,11 +372,11 @@ def attend(
         _attend[(B * K * tiles, splits)](
             query, keys, values, key_codes, key_scales, value_codes, value_scales, mask, sinks,
             stats, out if parts is None else parts,
-            K, G, T, D, V, KEY, VALUE, groups, blocks, R, per_split, scale, softcap,
+            K, G, T, D, V, blocks, R, per_split, scale, softcap,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *_strides(key_codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
             *_mask_strides(mask),
-            bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, t.keys, t.key_chunk,
+            KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, t.keys, t.key_chunk,
             triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk), t.stages, t.tail_stages,
             num_warps=t.warps,
         )  # fmt: skip

@@ -47,6 +47,12 @@ class Growing:
         self.stop += added
         return self.view()
 
+    def writable(self) -> Tensor:
+        """The content, to be changed in place."""
+        if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
+            self._make_room(0)
+        return self.view()
+
     def drop(self, *, front: int = 0, back: int = 0) -> None:
         """Forget entries."""
         self.start = min(self.start + front, self.stop)

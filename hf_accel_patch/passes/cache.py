@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import CacheRow, View, cache_rows, context_tokens, dtype_of, first_cached_module
+from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.quantized_layers import QUANTIZED
+from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step
 
-Kind = Literal["exact", "int8", "int4"]
+Kind = Literal["exact", "int8", "int4", "sinks"]
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 RECENT = {"int8": 0, "int4": 64}  # tokens
 MARK = "_hf_accel_patch"  # on a cache whose layers are ours
@@ -34,20 +36,30 @@ class KVCache:
     2402.02750); the latest `recent` tokens, and the block that is not full, stay as they are. Attention reads the
     blocks directly. A prompt attends to itself in full precision, so only what is read from the cache is changed.
 
+    "sinks": the first `sinks` tokens and the latest ones, at most `window` tokens with the new ones, at positions
+    counted in the window (StreamingLLM, arXiv 2309.17453): `generate` without end in constant memory. Layers that have
+    a sliding window keep their own.
+
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
     """
 
     kind: Kind = "exact"
     recent: int | None = None  # tokens; None: 0 for int8, 64 for int4
+    window: int | None = None  # tokens, for "sinks"
+    sinks: int = 4  # tokens
 
     name = "cache"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"cache: unknown kind {self.kind!r}; allowed: {', '.join(map(repr, get_args(Kind)))}")
-        if self.recent is not None and (self.kind == "exact" or self.recent < 0):
+        if self.recent is not None and (self.kind not in BITS or self.recent < 0):
             raise ValueError(f"cache: recent={self.recent}; a number of tokens, for int8 and int4 only")
+        if (self.window is None) == (self.kind == "sinks"):
+            raise ValueError(f"cache: window={self.window} for {self.kind!r}; 'sinks' needs one, the others have none")
+        if self.sinks < 1 or (self.window is not None and self.window < 2 * self.sinks):
+            raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window} tokens; at least one, at most half")
 
     def inspect(self, view: View) -> Step | Skip:
         reason = self._why_not(view)
@@ -57,15 +69,41 @@ class KVCache:
             if self.kind != "exact":
                 raise UnsupportedModel(f"cache={self.kind!r}: {reason}", "leave the keyword out")
             return Skip(self, reason)
-        return Step(self, {"exact": self.kind == "exact", **self._facts(view)}, (module,), of_weights=False)
+        found = self._moves(view) if self.kind == "sinks" else ()
+        facts = {"exact": self.kind == "exact", **self._facts(view)}
+        return Step(self, facts, (view.model, module, found, context_tokens(view.config)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        (module,) = step.work
-        journal.add_forward_pre_hook(module, Converting(self))
+        model, module, found, context = step.work
+        stream = None
+        if self.window is not None:
+            stream = Stream(self.window, self.sinks, max(2 * self.window, context or 0))
+            journal.add_forward_pre_hook(model.get_decoder(), Advancing(found))
+            chunks = PrefillInChunks(max(1, (self.window - self.sinks) // 2), context or self.window)
+            journal.bind_method(model, "_prefill", chunks)
+        journal.add_forward_pre_hook(module, Converting(self, stream))
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""
+        if self.kind == "sinks":
+            return STREAMING
         return IN_PLACE if self.kind == "exact" else {**IN_PLACE, **QUANTIZED}
+
+    def _moves(self, view: View) -> tuple[Moves, ...]:
+        """How what is cached moves to other positions."""
+        kinds = {type(layer) for layer in DynamicCache(config=view.config).layers if isinstance(layer, DynamicLayer)}
+        if other := kinds - STREAMING.keys():
+            reason = f"layers of kind {', '.join(sorted(kind.__name__ for kind in other))} have states that cannot move"
+            raise UnsupportedModel(f"cache='sinks': {reason}", "leave the keyword out")
+        if next(view.model.parameters()).is_meta:  # only planned
+            return ()
+        found = moves(view)
+        if not found or all(move.rotation is None for move in found):
+            raise UnsupportedModel(
+                "cache='sinks': its positions are not rotations of the cached keys, which could be moved",
+                "leave the keyword out",
+            )
+        return tuple(found)
 
     def _why_not(self, view: View) -> str:
         if view.config.is_encoder_decoder:
@@ -89,7 +127,9 @@ class KVCache:
             tokens = min(context, row.window - 1) if row.window else context
             exact = tokens * row.heads * (row.key_size + row.value_size) * width
             before += exact
-            after += exact if self.kind == "exact" else self._packed_bytes(tokens, row, width)
+            after += self._packed_bytes(tokens, row, width) if self.kind in BITS else exact
+            if self.window is not None and row.window is None:
+                after -= exact - exact * min(self.window, context) // context
         facts = {"bytes_before": before, "bytes_after": after, "kind": self.kind, "layers": len(rows)}
         return facts | {"context": context} if context else facts
 
@@ -115,6 +155,7 @@ class Converting:
     """The hook on the first layer that meets a cache: whatever made it, its layers become ours, once."""
 
     options: KVCache
+    stream: Stream | None = None  # as it starts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
@@ -127,6 +168,8 @@ class Converting:
         if cache.layer_class_to_replicate in classes:
             cache.layer_class_to_replicate = partial(self._new, classes[cache.layer_class_to_replicate])
         vars(cache)[MARK] = self.options
+        if self.stream is not None:
+            vars(cache)[STREAM] = replace(self.stream)
 
     def _convert(self, layer: Any, kind: type) -> None:
         keys, values = (vars(layer).pop(name, None) for name in ("keys", "values"))
