@@ -19,6 +19,7 @@ SOURCE = Path(__file__).with_name("decode.c")
 BLOCK = 64  # tokens
 FLAGS = {64: (), 32: ("-mno-avx512f",)}  # by the bytes of a vector
 CALL = struct.Struct("@12q3P9qP3q4P8q2P2d")  # `attention` in decode.c
+PACKING = struct.Struct("@9q2P6q4P")  # `packing`
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # as ops/kv.py has it: key codes and scales, value codes and scales
 
@@ -79,11 +80,39 @@ def attend(
     return out
 
 
+def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packed:
+    """What ops.kv.pack makes of keys [B, K, 64 N, D] and values [B, K, 64 N, V], float32 or float16 or bfloat16 with the
+    last dimension contiguous."""
+    (B, K, S, D), V = keys.shape, values.shape[3]
+    N, D_packed, V_packed = S // BLOCK, -(-D // 8) * 8, -(-V // 16) * 16
+    groups = V_packed // 64 if bits == 4 and V_packed % 64 == 0 else 1
+    ways = 1 if bits == 8 else 2
+    shapes = (
+        (D_packed // ways // 4, BLOCK, 4),
+        (2, D_packed),
+        (BLOCK // ways // 4, V_packed, 4),
+        (ways, groups, BLOCK),
+    )
+    packed = [
+        torch.empty((B, K, N, *shape), dtype=(torch.uint8, torch.float16)[i % 2], device="cpu")
+        for i, shape in enumerate(shapes)
+    ]
+    kernels.pack(
+        PACKING.pack(
+            B, K, N, D, V, bits, cpu.DTYPES[keys.dtype], torch.get_num_threads(), groups,
+            keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3],
+            *[tensor.data_ptr() for tensor in packed],
+        )
+    )  # fmt: skip
+    return packed[0], packed[1], packed[2], packed[3]
+
+
 @cache
 def _load(width: int | None) -> tuple[ctypes.CDLL | None, str]:
     if width is None:
         return _load(64) if _load(64)[0] is not None else _load(32)
     kernels, reason = cpu.load(SOURCE, width, *FLAGS[width])
     if kernels is not None:
-        kernels.attend.argtypes = [ctypes.c_char_p]
+        kernels.attend.argtypes = kernels.pack.argtypes = [ctypes.c_char_p]
+        kernels.pack.restype = None
     return kernels, reason

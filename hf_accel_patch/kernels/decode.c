@@ -57,6 +57,8 @@ typedef shorts any_shorts __attribute__((aligned(1), may_alias));
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b) * (b))
 /* A loop of few steps, unrolled before the compiler puts arrays into registers. */
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+/* Into the second level: the first is small, and has queries and scores to keep. */
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 /* A call with `rows` a constant, for the compiler to unroll. */
 #define BY_ROWS(rows, name, ...) \
     ((rows) == 1 ? name(1, __VA_ARGS__) : (rows) == 2 ? name(2, __VA_ARGS__) \
@@ -69,12 +71,8 @@ enum {
     MOST = 16,                                      /* rows for which a task reads keys and values once */
     TERM_BITS = PRODUCTS_OF_BYTES ? 7 : 6,          /* without them, pairs of products must fit into 16 bits */
     TERM = 1 << TERM_BITS,
-#ifndef AHEAD
- AHEAD=4096,
-#endif
-#ifndef TOKENS_AHEAD
-TOKENS_AHEAD=32,
-#endif
+    AHEAD = 8192,                                   /* bytes of codes to prefetch, further than the processor does */
+    TOKENS_AHEAD = UNIT,                            /* exact ones to prefetch */
     PAD = 16,                                       /* floats after sums of values, of which two are used */
     LARGEST = PRODUCTS_OF_BYTES ? 127 * 128 : 4096, /* of the integers of two bytes */
     ENOUGH = 1 << 19,                               /* multiplications that are worth a second thread */
@@ -219,8 +217,8 @@ INLINE void scores_exact(int rows, enum dtype dtype, const char *keys, int64_t s
         floats sum[4][4] = {0};
         const char *k[4];
         EACH(i, 4) k[i] = keys + MIN(t + i, count - 1) * stride;
-        for (int64_t o = 0; TOKENS_AHEAD && rows >= MINROWS && o < D * (dtype == FLOAT32 ? 4 : 2); o += 64)
-            EACH(i, 4) __builtin_prefetch(k[i] + TOKENS_AHEAD * stride + o, 0, LOC);
+        for (int64_t o = 0; o < D * (dtype == FLOAT32 ? 4 : 2); o += 64)
+            EACH(i, 4) PREFETCH(k[i] + TOKENS_AHEAD * stride + o);
         int64_t d = 0;
         for (; d + STEP(dtype) <= D; d += STEP(dtype)) multiply_add(rows, k, d, STEP(dtype), q, q_stride, dtype, sum);
         if (d < D) multiply_add(rows, k, d, D - d, q, q_stride, dtype, sum);
@@ -235,8 +233,8 @@ INLINE void sum_exact(int rows, int n, enum dtype dtype, const char *values, int
     EACH(r, rows)
         EACH(i, n) sum[r][i] = FLOATS(acc + r * acc_stride + i * LANES);
     for (int64_t t = 0; t < count; t++) {
-        for (int i = 0; TOKENS_AHEAD && rows >= MINROWS && i < n; i += dtype == FLOAT32 ? 64 / WIDTH : 128 / WIDTH)
-            __builtin_prefetch(values + (t + TOKENS_AHEAD) * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2), 0, LOC);
+        for (int i = 0; i < n; i += dtype == FLOAT32 ? 64 / WIDTH : 128 / WIDTH)
+            PREFETCH(values + (t + TOKENS_AHEAD) * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2));
         EACH(i, n) {
             const char *from = values + t * stride + i * LANES * (dtype == FLOAT32 ? 4 : 2);
             const floats value = part == LANES ? load(from, dtype) : load_part(from, dtype, part);
@@ -304,7 +302,8 @@ INLINE void split(int rows, int64_t n, int64_t padded, const uint16_t *scales, c
 /* acc + the sums of four products of unsigned codes and signed x. */
 INLINE integers dot(integers acc, integers codes, integers x) {
 #if PRODUCTS_OF_BYTES && WIDTH == 64
-    return _mm512_dpbusd_epi32(acc, codes, x);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x)); /* of the intrinsic, GCC makes copies and spills */
+    return acc;
 #elif PRODUCTS_OF_BYTES
     return _mm256_dpbusd_avx_epi32(acc, codes, x);
 #else
@@ -323,7 +322,7 @@ INLINE void tile(int rows, int n, int bits, const uint8_t *codes, int64_t stride
         integers c[4], high[4];
         EACH(i, n) {
             c[i] = (integers)INTS(codes + s * stride + i * WIDTH);
-            if (i % (64 / WIDTH) == 0) __builtin_prefetch(codes + s * stride + i * WIDTH + AHEAD, 0, LOC);
+            if (i % (64 / WIDTH) == 0) PREFETCH(codes + s * stride + i * WIDTH + AHEAD);
             if (bits == 4) high[i] = (integers)(((ints)c[i] >> 4) & 0x0F0F0F0F);
             if (bits == 4) c[i] = (integers)((ints)c[i] & 0x0F0F0F0F);
         }
@@ -531,7 +530,8 @@ static void join(const attention *a, int64_t b, int64_t k, int64_t r, const floa
         total += weight * of[V_padded];
         for (int64_t i = 0; i < V_padded; i += LANES) FLOATS(sums + i) += FLOATS((float *)of + i) * weight;
     }
-    for (int64_t i = 0; i < a->V; i++) put(a->out, a->dtype, at + i, total != 0 ? sums[i] / total : 0);
+    const float inverse = total != 0 ? 1 / total : 0;
+    for (int64_t i = 0; i < a->V; i++) put(a->out, a->dtype, at + i, sums[i] * inverse);
 }
 
 int attend(const attention *a) {
@@ -555,4 +555,129 @@ int attend(const attention *a) {
     }
     free(parts);
     return 0;
+}
+
+/* Keys [B, K, 64 N, D] and values [B, K, 64 N, V], strides as above, and contiguous room for the blocks. */
+typedef struct {
+    int64_t B, K, N, D, V, bits, dtype, threads, groups;
+    const char *keys, *values;
+    int64_t key_strides[3], value_strides[3];
+    uint8_t *key_codes;
+    uint16_t *key_scales;
+    uint8_t *value_codes;
+    uint16_t *value_scales;
+} packing;
+
+#define SMALLEST 0x1p-24f /* and largest of a positive float16 */
+#define BIGGEST 65504.0f
+
+INLINE floats limit(floats x, float low, float high) {
+    return I(min_ps)(I(max_ps)(x, (floats){0} + low), (floats){0} + high);
+}
+
+/* As float16: the first n of them are kept in `out`. */
+INLINE floats half(floats x, float low, uint16_t *out, int64_t n) {
+    uint16_t bits[LANES];
+    x = limit(x, low, BIGGEST);
+#if WIDTH == 64
+    _mm256_storeu_si256((__m256i *)bits, _mm512_cvtps_ph(x, 0));
+#else
+    _mm_storeu_si128((__m128i *)bits, _mm256_cvtps_ph(x, 0));
+#endif
+    memcpy(out, bits, sizeof(uint16_t) * MIN(n, LANES));
+    return load(bits, FLOAT16);
+}
+
+INLINE void put_codes(uint8_t *out, floats x, floats minimum, floats scale, int64_t levels) {
+    const floats codes = limit((x - minimum) / scale, 0, (float)levels);
+    BYTES(out) = __builtin_convertvector((ints)I(cvtps_epi32)(codes), bytes);
+}
+
+static void pack_keys(const float *x, int64_t padded, int64_t D_packed, int64_t bits, uint8_t *out, uint16_t *scales) {
+    uint8_t codes[UNIT][padded];
+    const int64_t levels = (1 << bits) - 1;
+    for (int64_t i = 0; i < D_packed; i += LANES) {
+        floats low = FLOATS((float *)x + i), high = low;
+        for (int t = 1; t < UNIT; t++) {
+            low = I(min_ps)(low, FLOATS((float *)x + t * padded + i));
+            high = I(max_ps)(high, FLOATS((float *)x + t * padded + i));
+        }
+        const floats minimum = half(low, -BIGGEST, scales + D_packed + i, D_packed - i);
+        const floats scale = half((high - minimum) / (float)levels, SMALLEST, scales + i, D_packed - i);
+        for (int t = 0; t < UNIT; t++) put_codes(codes[t] + i, FLOATS((float *)x + t * padded + i), minimum, scale, levels);
+    }
+    for (int64_t i = 0; i < D_packed / (bits == 8 ? 4 : 8); i++)
+        for (int t = 0; t < UNIT; t++) {
+            uint32_t four, above = 0;
+            memcpy(&four, codes[t] + 4 * i, 4);
+            if (bits == 4) memcpy(&above, codes[t] + D_packed / 2 + 4 * i, 4);
+            four |= above << 4;
+            memcpy(out + (i * UNIT + t) * 4, &four, 4);
+        }
+}
+
+static void pack_values(const float *x, int64_t V_packed, int64_t groups, int64_t bits, uint8_t *out,
+                        uint16_t *scales) {
+    uint8_t codes[UNIT][V_packed];
+    const int64_t channels = V_packed / groups, levels = (1 << bits) - 1;
+    for (int t = 0; t < UNIT; t++)
+        for (int64_t g = 0; g < groups; g++) {
+            const float *from = x + t * V_packed + g * channels;
+            floats ends[4] = {FLOATS((float *)from), -FLOATS((float *)from)}; /* the largest, and minus the smallest */
+            for (int64_t i = LANES; i < channels; i += LANES) {
+                ends[0] = I(max_ps)(ends[0], FLOATS((float *)from + i));
+                ends[1] = I(max_ps)(ends[1], -FLOATS((float *)from + i));
+            }
+            float end[4];
+            _mm_storeu_ps(end, max_four(ends));
+            floats minimum, scale;
+            if (bits == 8) {
+                scale = half((floats){0} + (end[0] > end[1] ? end[0] : end[1]) / 127, SMALLEST, scales + t, 1);
+                minimum = (floats){0};
+            } else {
+                minimum = half((floats){0} - end[1], -BIGGEST, scales + (groups + g) * UNIT + t, 1);
+                scale = half((end[0] - minimum) / (float)levels, SMALLEST, scales + g * UNIT + t, 1);
+            }
+            for (int64_t i = 0; i < channels; i += LANES) {
+                const floats value = FLOATS((float *)from + i);
+                uint8_t *to = codes[t] + g * channels + i;
+                if (bits == 4) {
+                    put_codes(to, value, minimum, scale, levels);
+                    continue;
+                }
+                const ints code = (ints)I(cvtps_epi32)(limit(value / scale, -127, 127)) + 128;
+                BYTES(to) = __builtin_convertvector(code, bytes);
+            }
+        }
+    for (int64_t i = 0; i < (bits == 8 ? 16 : 8); i++)
+        for (int64_t c = 0; c < V_packed; c++)
+            for (int j = 0; j < 4; j++)
+                out[(i * V_packed + c) * 4 + j] =
+                    bits == 8 ? codes[4 * i + j][c] : (uint8_t)(codes[4 * i + j][c] | codes[32 + 4 * i + j][c] << 4);
+}
+
+void pack(const packing *p) {
+    const int64_t D_packed = ROUND_UP(p->D, 8), V_packed = ROUND_UP(p->V, 16), padded = ROUND_UP(D_packed, LANES);
+    const int64_t size = p->dtype == FLOAT32 ? 4 : 2, most = padded > V_packed ? padded : V_packed;
+    const int64_t key_bytes = UNIT * D_packed * p->bits / 8, value_bytes = UNIT * V_packed * p->bits / 8;
+    const int64_t value_scales = p->bits == 8 ? UNIT : 2 * p->groups * UNIT, blocks = p->B * p->K * p->N;
+#pragma omp parallel for num_threads((int)p->threads) if (blocks > 7)
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t b = i / p->N / p->K, k = i / p->N % p->K, n = i % p->N;
+        float x[UNIT * most] __attribute__((aligned(64)));
+        for (int side = 0; side < 2; side++) {
+            const int64_t *strides = side ? p->value_strides : p->key_strides, D = side ? p->V : p->D;
+            const int64_t room = side ? V_packed : padded;
+            const char *from = (side ? p->values : p->keys) +
+                               (b * strides[0] + k * strides[1] + n * UNIT * strides[2]) * size;
+            memset(x, 0, sizeof x);
+            for (int t = 0; t < UNIT; t++) widen(from + t * strides[2] * size, p->dtype, D, x + t * room);
+            if (side)
+                pack_values(x, V_packed, p->groups, p->bits, p->value_codes + i * value_bytes,
+                            p->value_scales + i * value_scales);
+            else
+                pack_keys(x, padded, D_packed, p->bits, p->key_codes + i * key_bytes,
+                          p->key_scales + i * 2 * D_packed);
+        }
+    }
 }

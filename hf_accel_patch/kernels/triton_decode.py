@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
+TAIL = 16  # exact tokens that a warp takes at a time
+LOADED_BYTES = 65536
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
@@ -31,15 +32,18 @@ def _stacked(x, dtype: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _folded(x, PIECES: tl.constexpr, DIGITS: tl.constexpr):
+def _folded(x, seen, PIECES: tl.constexpr, DIGITS: tl.constexpr):
     """The sum of the pieces of x [W, PIECES * ROWS, N] in float32, [W, ROWS, N]; of DIGITS digits of base 256."""
     x = x.to(tl.float32)
+    if seen is not None:  # in the layout of a product: a softmax in the layout of a mask takes twice as long
+        x = tl.where(seen, x, float("-inf"))
     if PIECES > 1:
         x = tl.reshape(x, [x.shape[0], PIECES, x.shape[1] // PIECES, x.shape[2]])
         if DIGITS > 0:
             piece = tl.arange(0, PIECES)[None, :, None, None]
-            third: tl.constexpr = 65536.0 if DIGITS == 3 else 0.0
-            x *= tl.where(piece == 0, 1.0, tl.where(piece == 1, 256.0, tl.where(piece == 2, third, 0.0)))
+            x *= tl.where(piece == 0, 1.0, tl.where(piece == 1, 256.0, 65536.0))
+            if PIECES > DIGITS:
+                x = tl.where(piece < DIGITS, x, 0.0)
         x = tl.sum(x, axis=1)
     return x
 
@@ -74,17 +78,19 @@ def _codes(
     codes, block, word, inner,
     WORDS: tl.constexpr, words: tl.constexpr, INNERS: tl.constexpr, inners: tl.constexpr,
 ):  # fmt: skip
-    """Of blocks [W, words, inners, 4] the tile [W, 4 WORDS, INNERS] that begins at word, inner."""
-    word += tl.arange(0, WORDS)[None, :, None, None]
-    inner += tl.arange(0, INNERS)[None, None, :, None]
-    at = (block[:, :, :, None] * words + word) * (4 * inners) + inner * 4 + tl.arange(0, 4)[None, None, None, :]
+    """Of blocks [words, inners, 4] the tile [W, 4 WORDS, INNERS] that begins at word, inner. It is read in runs of
+    4 INNERS bytes: of a tile with a dimension of four bytes Triton would read only four at a time."""
+    word += tl.arange(0, WORDS)[None, :, None]
+    byte = inner * 4 + tl.arange(0, 4 * INNERS)[None, None, :]
+    at = codes + (block * words + word) * (4 * inners) + byte
     if words % WORDS != 0:
-        x = tl.load(codes + at, mask=word < words, other=0)
+        x = tl.load(at, mask=word < words, other=0)
     elif inners % INNERS != 0:
-        x = tl.load(codes + at, mask=inner < inners, other=0)
+        x = tl.load(at, mask=byte < 4 * inners, other=0)
     else:
-        x = tl.load(codes + at)
-    return tl.reshape(tl.permute(x, (0, 1, 3, 2)), [block.shape[0], 4 * WORDS, INNERS])
+        x = tl.load(at)
+    x = tl.permute(tl.reshape(x, [block.shape[0], WORDS, INNERS, 4]), (0, 1, 3, 2))
+    return tl.reshape(x, [block.shape[0], 4 * WORDS, INNERS])
 
 
 @triton.jit
@@ -103,7 +109,7 @@ def _channels(c, KEY: tl.constexpr, KC: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _products(
-    qs, key_codes, key_scales, block,
+    qs, key_codes, key_scales, block, seen,
     BITS: tl.constexpr, KEY: tl.constexpr, KC: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """Queries times the keys of W blocks, [W, ROWS, 64]."""
@@ -120,7 +126,10 @@ def _products(
         else:
             minimum += tl.where(tl.arange(0, KC)[None, None, :] < KC // 2, 0.0, 8.0) * scale
         digits, unit = _digits(qs[c] * scale, PIECES, DIGITS)
-        dot = _folded(_times(digits, codes, BITS), PIECES, DIGITS)
+        if c == 0:
+            dot = _folded(_times(digits, codes, BITS), seen, PIECES, DIGITS)
+        else:
+            dot = _folded(_times(digits, codes, BITS), None, PIECES, DIGITS)
         y += dot * (unit * (1.0 if BITS == 8 else 0.0625))[:, :, None]
         y += tl.sum(qs[c] * minimum, axis=2)[:, :, None]
     return y
@@ -147,7 +156,7 @@ def _summed(
                 digits, unit = _digits(p * scale, PIECES, DIGITS)
                 unit *= 0.0625
         w = _codes(codes, block, 0, c * C, 2 * BITS, 2 * BITS, C, VALUE)
-        y = sums[c] * alpha[:, :, None] + _folded(_times(digits, w, BITS), PIECES, DIGITS) * unit[:, :, None]
+        y = sums[c] * alpha[:, :, None] + _folded(_times(digits, w, BITS), None, PIECES, DIGITS) * unit[:, :, None]
         if BITS == 4:
             y += rest
         new = new + (y,)
@@ -163,6 +172,7 @@ def _logits(products, scale, cap):
         e = tl.exp2(tl.abs(products) * (-2 * LOG2E * scale / cap))
         tanh = (1 - e) / (1 + e)
         y = tl.where(products < 0, -tanh, tanh) * (cap * LOG2E)
+        y = tl.where(products == float("-inf"), products, y)
     return y
 
 
@@ -201,7 +211,8 @@ def _attend(
     k += batch * k_b + head * k_k
     v += batch * v_b + head * v_k
     if mask is not None:
-        mask += batch * m_b + (head * G + row // T) * m_h + (row % T) * m_t
+        stacked = tl.minimum(tile * ROWS + tl.arange(0, M)[None, :, None] % ROWS, G * T - 1)
+        mask += batch * m_b + (head * G + stacked // T) * m_h + (stacked % T) * m_t
     m = tl.full([W, ROWS], float("-inf"), tl.float32)
     l = tl.zeros([W, ROWS], tl.float32)
     sums = ()
@@ -221,12 +232,11 @@ def _attend(
         for step in tl.range(first, tl.minimum(first + steps, quantized), num_stages=STAGES):
             block = step * W + w.to(tl.int64)
             readable = tl.minimum(block, blocks - 1)
-            products = _products(qs, key_codes, key_scales, readable, BITS, KEY, KC, PIECES, DIGITS)
-            some = block < blocks
+            seen = None
             if mask is not None:
-                seen = tl.load(mask + readable * 64 + tl.arange(0, 64)[None, None, :], mask=row < G * T, other=0)
-                some = some & (seen != 0)
-            logits = tl.where(some, _logits(products, scale, cap), float("-inf"))
+                seen = tl.load(mask + readable * 64 + tl.arange(0, 64)[None, None, :]) != 0
+            products = _products(qs, key_codes, key_scales, readable, seen, BITS, KEY, KC, PIECES, DIGITS)
+            logits = tl.where(block < blocks, _logits(products, scale, cap), float("-inf"))
             p, alpha, m, l = _weights(logits, m, l)
             sums = _summed(
                 sums, alpha, p, value_codes, value_scales, readable, BITS, VALUE, groups, VC, PIECES, DIGITS
@@ -245,18 +255,18 @@ def _attend(
         at = token.to(tl.int64)
         keys = tl.load(k + at * k_r + d, mask=(token < R) & (d < D), other=0)
         dot = tl.dot(q_all, tl.permute(keys, (0, 2, 1)), input_precision="tf32x3")
-        logits = _logits(_folded(dot, PIECES, 0), scale, cap)
         column = start + w * 16 + tl.arange(0, 16)[None, None, :]
-        some = column < R
+        unmasked = None
         if mask is not None:
-            some = some & (tl.load(mask + blocks * 64 + column, mask=some & (row < G * T), other=0) != 0)
-        p, alpha, m, l = _weights(tl.where(some, logits, float("-inf")), m, l)
+            unmasked = tl.load(mask + blocks * 64 + tl.minimum(column, R - 1)) != 0
+        logits = _logits(_folded(dot, unmasked, PIECES, 0), scale, cap)
+        p, alpha, m, l = _weights(tl.where(column < R, logits, float("-inf")), m, l)
         x = _stacked(p, dtype, PIECES)
         new = ()
         for c in tl.static_range(VCS):
             channel = c * VC + tl.arange(0, VC)[None, None, :]
             values = tl.load(v + at * v_r + channel, mask=(token < R) & (channel < V), other=0)
-            y = _folded(tl.dot(x, values, input_precision="tf32x3"), PIECES, 0)
+            y = _folded(tl.dot(x, values, input_precision="tf32x3"), None, PIECES, 0)
             new = new + (sums[c] * alpha[:, :, None] + y,)
         sums = new
 
@@ -338,107 +348,112 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """query [B, H, T, D] over `blocks` blocks of `packed` (ops.kv says how they lie), then over keys [B, K, R, D] and
-    values [B, K, R, V]: [B, T, H, V] in the dtype of query. Of query, keys, values and mask the last stride is 1, of
-    `packed` all but those of B and K are a contiguous tensor's.
+    """Attention of query [B, H, T, D] to `blocks` blocks of 64 tokens of `packed` (key codes and scales, value codes
+    and scales as in ops.kv, with room for C >= blocks), then to keys [B, K, R, D] and values [B, K, R, V] in the dtype
+    of query: [B, T, H, V] in that dtype. The last stride of query, keys, values and mask is 1; a head of `packed` is
+    contiguous.
 
-    mask: bool [B or 1, H or 1, T or 1, 64 blocks + R], True where seen; who sees nothing gets zeros. softcap: scores
-    become softcap * tanh(scale * scores / softcap). sinks: float32 [H], one more score per head, without a value.
+    mask: bool [B or 1, H or 1, T or 1, 64 blocks + R], True where seen; a row that sees nothing gives zeros. softcap:
+    scores become softcap * tanh(scale * scores / softcap). sinks: float32 [H], one more score per head, without a value.
     """
     B, H, T, D = query.shape
     K, R, V = values.shape[1:]
-    G = H // K
+    _check(query, keys, values, mask, 64 * blocks + R)
     out = query.new_empty(B, T, H, V)
     if not out.numel():
         return out
     if packed is None or not blocks:
-        packed, blocks = None, 0
-    key_codes, key_scales, value_codes, value_scales = packed or (None,) * 4
-    bits = 0 if packed is None else bits
+        packed, blocks, bits = None, 0, 0
+    codes, key_scales, value_codes, value_scales = packed or (None,) * 4
     KEY = 0 if key_scales is None else key_scales.shape[-1]
     VALUE = V if value_codes is None else value_codes.shape[4]
     groups = 0 if value_scales is None else value_scales.shape[4]
-    t = tiling(bits, G * T, max(D, KEY), max(V, VALUE), query.dtype is torch.float32)
+    G = H // K
+    t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
     tiles = triton.cdiv(G * T, t.rows)
-    steps = triton.cdiv(blocks, t.warps) + triton.cdiv(R, 16 * t.warps)
-    splits, per_split = split(B * K * tiles, steps)
-    parts = stats = None
+    splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL * t.warps))
+    parts, stats = out, None
     if splits > 1:
         parts = torch.empty(B * K, splits, G * T, V, dtype=torch.float32, device=query.device)
         stats = torch.empty(B * K, splits, G * T, 2, dtype=torch.float32, device=query.device)
-    if mask is not None:
-        mask = mask.view(torch.uint8)
     with torch.cuda.device_of(query):
         _attend[(B * K * tiles, splits)](
-            query, keys, values, key_codes, key_scales, value_codes, value_scales, mask, sinks,
-            stats, out if parts is None else parts,
-            K, G, T, D, V, blocks, R, per_split, scale, softcap,
+            query, keys, values, codes, key_scales, value_codes, value_scales,
+            None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
+            K, G, T, D, V, blocks, R, steps, scale, softcap,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            *_strides(key_codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
+            *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
             *_mask_strides(mask),
-            KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, t.keys, t.key_chunk,
-            triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk), t.stages, t.tail_stages,
-            num_warps=t.warps,
+            KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
+            t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
+            t.stages, 1 if bits else t.stages, num_warps=t.warps,
         )  # fmt: skip
-        if parts is not None:
-            _combine[(B * H * T,)](parts, stats, sinks, out, H, T, G, V, splits, 16, _next_power(V), num_warps=4)
+        if stats is not None:
+            _combine[(B * H * T,)](parts, stats, sinks, out, H, T, G, V, splits, 16, _power_of_2(V), num_warps=4)
     return out
 
 
 class Tiling(NamedTuple):
-    """Sizes of a program."""
+    """The sizes of a program."""
 
-    warps: int  # each takes a block of 64 tokens at a time, or 16 exact ones
+    warps: int
     rows: int
-    pieces: int
-    digits: int
-    keys: int  # channels of an exact key
-    key_chunk: int  # channels of a quantized key
+    pieces: int  # rows of a tensor core's operand per row
+    digits: int  # of base 256, of what meets codes
+    key_chunk: int  # channels of quantized keys at a time
     value_chunk: int
     stages: int
-    tail_stages: int
 
 
 @lru_cache(maxsize=1024)
 def tiling(bits: int, rows: int, key_size: int, value_size: int, float32: bool) -> Tiling:
-    """Two programs on a processor should find room for what they load ahead, on GPUs with 99 KB for a program one."""
+    """For `rows` query rows per key/value head. What is loaded ahead stays below 64 KB, for two programs to fit on an
+    H100's processor and one on GPUs that let a program have 99 KB."""
     if bits:
-        pieces, digits = (4, 3) if float32 else (2, 2)
         tile = 8 if rows <= 8 or float32 else 16
-        exact = 0
+        pieces, digits = (4, 3) if float32 else (2, 2)
+    elif rows <= 8 and not float32:
+        tile, pieces, digits = 8, 2, 0
     else:
-        pieces, digits = (2, 2) if rows <= 8 and not float32 else (1, 0)
-        tile = 8 if pieces == 2 else 16 if rows <= 16 or float32 or value_size > 128 else 32
-        exact = 16 * (4 if float32 else 2)
-    block = (key_size + value_size) * (8 * bits if bits else exact)  # bytes of a warp's step
+        tile, pieces, digits = 16 if rows <= 16 or float32 or value_size > 128 else 32, 1, 0
+    key_chunk = max(64 if bits == 4 else 32, min(128, _power_of_2(key_size)))
+    value_chunk = max(16, min(64 if bits else 128, _power_of_2(value_size)))
+    channels = triton.cdiv(key_size, key_chunk) * key_chunk + triton.cdiv(value_size, value_chunk) * value_chunk
+    warp_bytes = channels * max(8 * bits, TAIL * (8 if float32 else 0 if bits else 2))
     warps = 4
-    while warps > 1 and warps * block > 65536:
+    while warps > 1 and warps * warp_bytes > LOADED_BYTES:
         warps //= 2
-    stages = min(4, max(2, 1 + 65536 // (warps * block)))
-    least = 64 if bits == 4 else 32
-    return Tiling(
-        warps, tile, pieces, digits,
-        keys=max(16, _next_power(key_size)),
-        key_chunk=max(least, min(128, _next_power(key_size))),
-        value_chunk=max(16, min(64 if bits else 128, _next_power(value_size))),
-        stages=stages, tail_stages=1 if bits else stages,
-    )  # fmt: skip
+    stages = min(3, max(2, 1 + LOADED_BYTES // (warps * warp_bytes)))
+    return Tiling(warps, tile, pieces, digits, key_chunk, value_chunk, stages)
 
 
 @lru_cache(maxsize=4096)
 def split(programs: int, steps: int) -> tuple[int, int]:
-    """How many programs share the steps of one of `programs`, and how many steps each of them takes: what is over first
-    where two programs fit on a processor and starting one takes as long as a step."""
-    choices = []
+    """How many programs share the steps of each of `programs`, and how many steps each takes: what is over first where
+    two programs fit on a processor and to start one takes as long as a step; then, what has the fewest."""
+    steps, choices = max(steps, 1), []
     for splits in range(1, max(1, min(steps, 8 * PROCESSORS // programs)) + 1):
-        each = triton.cdiv(max(steps, 1), splits)
-        splits = triton.cdiv(max(steps, 1), each)
-        choices.append((triton.cdiv(programs * splits, 2 * PROCESSORS) * (each + 1), splits, each))
-    return min(choices)[1:]
+        each = triton.cdiv(steps, splits)
+        waves = triton.cdiv(programs * triton.cdiv(steps, each), 2 * PROCESSORS)
+        choices.append((waves * (each + 1), triton.cdiv(steps, each), each))
+    _, splits, each = min(choices)
+    return splits, each
 
 
-def _next_power(n: int) -> int:
-    """The smallest power of two that is not less than n."""
+def _check(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, length: int) -> None:
+    """The kernels trust what they are given."""
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"queries are {query.dtype}; the kernels take float32, bfloat16 or float16")
+    if not query.dtype == keys.dtype == values.dtype:
+        raise TypeError(f"queries are {query.dtype}, keys {keys.dtype}, values {values.dtype}; they must be the same")
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape[-1] != length):
+        raise TypeError(f"the mask is {mask.dtype} for {mask.shape[-1]} tokens; it must be torch.bool for {length}")
+    if any(x.shape[-1] > 1 and x.stride(-1) != 1 for x in (query, keys, values, *([] if mask is None else [mask]))):
+        raise ValueError("the last stride of queries, keys, values and mask must be 1")
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is not less than n."""
     return 1 << (n - 1).bit_length()
 
 

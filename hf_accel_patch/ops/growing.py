@@ -15,9 +15,10 @@ class Growing:
     return stays valid until entries are dropped and others written in their place.
     """
 
-    def __init__(self, content: Tensor, slack: float, least: int) -> None:
+    def __init__(self, content: Tensor, slack: float, least: int, *, shared: bool = False) -> None:
         self.slack, self.least = slack, least
         self.adopt(content)
+        self.shared = shared  # others hold the buffer: it is read, and left for a new one before a write
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -32,7 +33,7 @@ class Growing:
         if buffer is not None and _is_slice(content, buffer):
             self.start = (content.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
         else:
-            self.buffer, self.start = content, 0
+            self.buffer, self.start, self.shared = content, 0, False
         self.stop = self.start + content.shape[2]
 
     def append(self, new: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Growing:
             self.adopt(torch.cat((self.view(), new), dim=2))
             return self.view()
         added = new.shape[2]
-        if self.stop + added > self.buffer.shape[2] or (self.buffer.is_inference() and not torch.is_inference_mode_enabled()):
+        if self.stop + added > self.buffer.shape[2] or self._read_only():
             self._make_room(added)
         self.buffer.narrow(2, self.stop, added).copy_(new)
         self.stop += added
@@ -49,7 +50,7 @@ class Growing:
 
     def writable(self) -> Tensor:
         """The content, to be changed in place."""
-        if self.buffer.is_inference() and not torch.is_inference_mode_enabled():
+        if self._read_only():
             self._make_room(0)
         return self.view()
 
@@ -66,15 +67,18 @@ class Growing:
         plain = type(new) is Tensor and type(mine) is Tensor and not torch.compiler.is_compiling()
         return sizes and plain and not (mine.requires_grad or (new.requires_grad and torch.is_grad_enabled()))
 
+    def _read_only(self) -> bool:
+        return self.shared or (self.buffer.is_inference() and not torch.is_inference_mode_enabled())
+
     def _make_room(self, added: int) -> None:
         content, length = self.view(), len(self)
         spare = max(self.least, int(length * self.slack))
         fits = length + added <= self.buffer.shape[2] and self.start >= min(spare, length) // 2
-        if fits and not self.buffer.is_inference():
+        if fits and not self._read_only():
             self.buffer.narrow(2, 0, length).copy_(content.clone() if self.start < length else content)
         else:
             room = (*content.shape[:2], length + added + spare, *content.shape[3:])
-            self.buffer = content.new_empty(room)
+            self.buffer, self.shared = content.new_empty(room), False
             self.buffer.narrow(2, 0, length).copy_(content)
         self.start, self.stop = 0, length
 

@@ -5,7 +5,8 @@ from hf_accel_patch.passes.cache import KVCache
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
+from hf_accel_patch.passes.prefixes import PrefixCache
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
 
-__all__ = ["Attention", "Frequencies", "KVCache", "Later", "Linear", "Prefill", "Quantize"]
+__all__ = ["Attention", "Frequencies", "KVCache", "Later", "Linear", "Prefill", "PrefixCache", "Quantize"]

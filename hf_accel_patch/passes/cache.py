@@ -18,6 +18,7 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
 from hf_accel_patch.passes.layers import IN_PLACE
+from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache, size_in_bytes
 from hf_accel_patch.passes.quantized_layers import QUANTIZED
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step
@@ -48,6 +49,7 @@ class KVCache:
     recent: int | None = None  # tokens; None: 0 for int8, 64 for int4
     window: int | None = None  # tokens, for "sinks"
     sinks: int = 4  # tokens
+    prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
 
     name = "cache"
 
@@ -61,6 +63,11 @@ class KVCache:
         if self.sinks < 1 or (self.window is not None and self.window < 2 * self.sinks):
             raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window} tokens; at least one, at most half")
 
+        if self.prefixes is not None and self.kind == "sinks":
+            raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")
+        if isinstance(self.prefixes, int | str):
+            size_in_bytes(self.prefixes)
+
     def inspect(self, view: View) -> Step | Skip:
         reason = self._why_not(view)
         module = first_cached_module(view)
@@ -70,24 +77,41 @@ class KVCache:
                 raise UnsupportedModel(f"cache={self.kind!r}: {reason}", "leave the keyword out")
             return Skip(self, reason)
         found = self._moves(view) if self.kind == "sinks" else ()
+        if self.prefixes is not None:
+            self._check_prefixes(view)
         facts = {"exact": self.kind == "exact", **self._facts(view)}
-        return Step(self, facts, (view.model, module, found, context_tokens(view.config)), of_weights=False)
+        return Step(self, facts, (view, module, found, context_tokens(view.config)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        model, module, found, context = step.work
+        view, module, found, context = step.work
+        model = view.model
         stream = None
         if self.window is not None:
             stream = Stream(self.window, self.sinks, max(2 * self.window, context or 0))
             journal.add_forward_pre_hook(model.get_decoder(), Advancing(found))
             chunks = PrefillInChunks(max(1, (self.window - self.sinks) // 2), context or self.window)
             journal.bind_method(model, "_prefill", chunks)
-        journal.add_forward_pre_hook(module, Converting(self, stream))
+        converting = Converting(self, stream)
+        journal.add_forward_pre_hook(module, converting)
+        if self.prefixes is not None:
+            prefixes = PrefixCache(self.prefixes) if isinstance(self.prefixes, int | str) else self.prefixes
+            prefixes.open(view)
+            prefill = PrefillWithPrefixes(prefixes, converting, vars(model).get("_prefill"))
+            journal.bind_method(model, "_prefill", prefill)
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""
         if self.kind == "sinks":
             return STREAMING
         return IN_PLACE if self.kind == "exact" else {**IN_PLACE, **QUANTIZED}
+
+    def _check_prefixes(self, view: View) -> None:
+        kept = {kind for kind, ours in self.layer_classes().items() if ours.restores}
+        layers = DynamicCache(config=view.config).layers
+        if other := sorted({type(layer).__name__ for layer in layers if type(layer) not in kept}):
+            raise UnsupportedModel(f"cache: prefixes of layers of kind {', '.join(other)}", "leave prefixes out")
+        if isinstance(self.prefixes, PrefixCache):
+            self.prefixes.check(view)
 
     def _moves(self, view: View) -> tuple[Moves, ...]:
         """How what is cached moves to other positions."""
@@ -159,7 +183,12 @@ class Converting:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
-        if cache is None or torch.compiler.is_compiling() or vars(cache).get(MARK) == self.options:
+        if cache is not None and not torch.compiler.is_compiling():
+            self.convert(cache)
+
+    def convert(self, cache: Cache) -> None:
+        """Make the layers of a cache ours, with what they hold. A second time changes nothing."""
+        if vars(cache).get(MARK) == self.options:
             return
         classes = self.options.layer_classes()
         for layer in cache.layers:

@@ -28,6 +28,7 @@ class _InPlace(DynamicLayer):
     """`keys` and `values` are views of buffers with room for more. What is assigned to them stays where it is if it is a
     slice of the view, as in `crop`, and becomes the buffer otherwise; all but `update` is inherited."""
 
+    restores = True  # whether `state` is all that it holds
     _slack, _least = SLACK, LEAST
     _keys: Growing | None = None
     _values: Growing | None = None
@@ -54,6 +55,20 @@ class _InPlace(DynamicLayer):
     def take(self, keys: Tensor, values: Tensor) -> None:
         """Start with what another layer has held."""
         self.keys, self.values = keys, values
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds, as tensors of their own."""
+        return {name: getattr(self, name).contiguous().clone() for name in ("keys", "values")}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold what `state` said. Its tensors are read, and never written."""
+        keys, values = state["keys"], state["values"]
+        self.lazy_initialization(keys, values)
+        self._keys, self._values = (Growing(x, self._slack, self._least, shared=True) for x in (keys, values))
+
+    def whole(self) -> bool:
+        """Whether it holds all tokens that it has seen."""
+        return True
 
     def get_seq_length(self) -> int:
         return 0 if self._keys is None else len(self._keys)
@@ -83,6 +98,16 @@ class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
 
     _slack, _least = WINDOW_SLACK, WINDOW_LEAST
 
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"seen": torch.tensor(self.cumulative_length)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.cumulative_length = int(state["seen"])
+
+    def whole(self) -> bool:
+        return self.cumulative_length < self.sliding_window
+
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
@@ -111,13 +136,19 @@ class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
 class InPlaceIndexedLayer(_InPlace, DynamicIndexedLayer):
     """Full attention, with the keys of an indexer beside it, which stay as they are."""
 
+    restores = False
+
 
 class InPlaceHybridLayer(_InPlace, LinearAttentionAndFullAttentionLayer):
     """Full attention and a recurrent state in one layer."""
 
+    restores = False
+
 
 class InPlaceHybridSlidingWindowLayer(InPlaceSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
     """A sliding window and a recurrent state in one layer."""
+
+    restores = False
 
 
 IN_PLACE: dict[type, type] = {

@@ -25,6 +25,7 @@ class QuantizedLayer(DynamicLayer):
     attention reads block by block. `keys` and `values` unpack everything.
     """
 
+    restores = True  # whether `state` is all that it holds
     bits: Bits = 8
     recent = 0
     _packed: list[Growing] | None = None  # as in `Packed`
@@ -53,6 +54,23 @@ class QuantizedLayer(DynamicLayer):
     def take(self, keys: Tensor, values: Tensor) -> None:
         """Start with what another layer has held."""
         self._start(keys.detach(), values.detach())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds, as tensors of their own."""
+        assert self._latest is not None
+        held = dict(zip(("keys", "values"), self._latest, strict=True)) | dict(zip(Packed._fields, self._packed or ()))
+        return {name: each.view().contiguous().clone() for name, each in held.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold what `state` said. Its tensors are read, and never written."""
+        self.lazy_initialization(state["keys"], state["values"])
+        self._latest = (self._room(state["keys"]), self._room(state["values"]))
+        packed = [state[name] for name in Packed._fields if name in state]
+        self._packed = [Growing(each, SLACK, 1, shared=True) for each in packed] or None
+
+    def whole(self) -> bool:
+        """Whether it holds all tokens that it has seen."""
+        return True
 
     def get_seq_length(self) -> int:
         return self._held()
@@ -194,6 +212,16 @@ class QuantizedLayer(DynamicLayer):
 
 class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):
     """Blocks that have left the window are dropped; tokens of the first block that have left it are not seen."""
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"seen": torch.tensor(self.cumulative_length)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.cumulative_length = int(state["seen"])
+
+    def whole(self) -> bool:
+        return self.cumulative_length < self.sliding_window
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

@@ -41,3 +41,224 @@ def interpreter():
 
             patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS = ((2, 2), (8, 2), (5, 1), (12, 1))  # query and key/value heads
+
+# Of the largest value. Weights that meet exact values of 16 bits are rounded once or twice (the interpreter cuts off
+# instead), what meets codes to 16 bits, of float32 to 23; then the result is rounded.
+BOUNDS = {torch.float32: 2**-17, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed))
+
+
+class Case:
+    """A cache of `blocks` quantized blocks in a larger room and `recent` tokens that are a view, and its queries."""
+
+    def __init__(self, dtype, bits, *, heads=(4, 2), B=1, T=1, D=32, V=32, blocks=2, recent=5, room=1):
+        (self.H, self.K), self.bits, self.blocks = heads, bits, blocks if bits else 0
+        channels = 4 * normal(self.K, 1, D, seed=9).exp() * normal(self.K, 1, D, seed=8)  # keys have some large ones
+        self.query = normal(B, T, self.H, D, seed=1).to(DEVICE, dtype).transpose(1, 2)
+        length = 64 * self.blocks
+        keys, values = normal(B, self.K, length + recent, D, seed=2) + channels, normal(
+            B, self.K, length + recent, V, seed=3
+        )
+        self.packed = None
+        parts = keys[:, :, :0].double(), values[:, :, :0].double()
+        if bits:
+            live = kv.pack(keys[:, :, :length], values[:, :, :length], bits)
+            parts = kv.unpack(live, bits, D, V, torch.float64)
+            self.packed = tuple(self.roomy(x, room) for x in live)
+        self.keys, self.values = (
+            torch.cat((x[:, :, length:], normal(B, self.K, 3, x.shape[-1])), 2).to(DEVICE, dtype)[:, :, :recent]
+            for x in (keys, values)
+        )
+        if not bits:  # [B, R, K, D], as some caches lie
+            self.keys, self.values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (self.keys, self.values))
+        self.all = [
+            torch.cat((a, b.double().cpu()), 2).repeat_interleave(self.H // self.K, 1)
+            for a, b in zip(parts, (self.keys, self.values), strict=True)
+        ]
+        self.scale, self.length = D**-0.5, length + recent
+
+    @staticmethod
+    def roomy(x, room):
+        """A view into room for more blocks, heads and sequences, which hold what must not be read."""
+        B, K, N = x.shape[:3]
+        whole = torch.full((B + 1, K + 1, N + room, *x.shape[3:]), 255 if x.dtype is torch.uint8 else float("nan"))
+        whole = whole.to(DEVICE, x.dtype)
+        whole[:B, :K, :N] = x
+        return whole[:B, :K]
+
+    def attend(self, mask=None, softcap=None, sinks=None):
+        mask, sinks = (None if x is None else x.to(DEVICE) for x in (mask, sinks))
+        return kernels.attend(
+            self.query, self.packed, self.bits, self.blocks, self.keys, self.values, mask, self.scale, softcap, sinks
+        )
+
+    def exact(self, mask=None, softcap=None, sinks=None):
+        keys, values = self.all
+        scores = self.query.double().cpu() @ keys.mT * self.scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            sinks = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1).nan_to_num(0)[..., : self.length]
+        return (weights @ values).transpose(1, 2)
+
+    def check(self, **options):
+        ours, exact = self.attend(**options), self.exact(**options)
+        assert ours.dtype == self.query.dtype and ours.shape == exact.shape and ours.is_contiguous()
+        largest = self.all[1].abs().max() if self.length else 1
+        assert (ours.double().cpu() - exact).abs().max() <= BOUNDS[ours.dtype] * largest
+        return ours
+
+
+def mask(*shape, seed=4):
+    return torch.rand(*shape, generator=generator(seed)) < 0.6
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_and_queries(dtype, bits, heads):
+    for T in (1, 3):
+        Case(dtype, bits, heads=heads, T=T, recent=5 if bits else 70).check()
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 24), (80, 80), (128, 64), (136, 144)], ids=str)
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_sizes(bits, sizes):
+    D, V = sizes
+    Case(torch.float32, bits, D=D, V=V, recent=21).check()
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("recent", [0, 1, 16, 67])
+@pytest.mark.parametrize("blocks", [0, 1, 5])
+def test_lengths(blocks, recent, bits):
+    Case(torch.float32, bits, B=2, blocks=blocks, recent=recent, room=0 if recent == 1 else 3).check()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 3), (1, 4, 1), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks(dtype, bits, shape):
+    case = Case(dtype, bits, B=2, T=3, recent=9 if bits else 90)
+    seen = mask(*shape, case.length)
+    seen[0, 0, -1] = False
+    assert not case.check(mask=seen)[0, -1, 0].any()
+    case.check(mask=mask(*shape, case.length + 7)[..., 3:-4], softcap=2.0, sinks=normal(case.H))
+    case.check(mask=seen & False, sinks=normal(case.H))
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap_and_sinks(dtype, bits):
+    for T in (1, 6):
+        case, sinks = Case(dtype, bits, T=T), normal(4, seed=5)
+        case.check(softcap=3.0)
+        case.check(sinks=sinks)
+        case.check(softcap=20.0, sinks=sinks.index_fill(0, torch.tensor([1]), float("-inf")))
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_splits_agree(monkeypatch, bits):
+    case = Case(torch.float32, bits, heads=(8, 2), T=2, B=2, blocks=10, recent=40 if bits else 300)
+    options = {"mask": mask(2, 1, 2, case.length), "sinks": normal(8)}
+    options["mask"][..., : case.length // 2] = False  # splits that see nothing
+    seen = set()
+    for splits in (1, 2, 3):
+
+        def choose(programs, steps, splits=splits):
+            each = triton.cdiv(steps, splits)
+            seen.add(triton.cdiv(steps, each))
+            return triton.cdiv(steps, each), each
+
+        monkeypatch.setattr(kernels, "split", choose)
+        assert torch.equal(case.check(**options), case.attend(**options))
+    assert len(seen) > 1
+    monkeypatch.undo()
+    case.check(**options)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_code_is_its_own(bits):
+    """One-hot queries of great weight read single tokens: a code in the wrong place or half shows."""
+    N = 2
+    keys = torch.zeros(1, 1, 64 * N, 64 * N)
+    keys[0, 0] = torch.eye(64 * N)
+    values = torch.arange(64.0 * N)[:, None] + torch.arange(32.0)[None, :] * 4
+    packed = kv.pack(keys, values[None, None], bits)
+    unpacked = kv.unpack(packed, bits, 64 * N, 32, torch.float32)[1][0, 0]
+    query = (1e4 * torch.eye(64 * N))[None, None].to(DEVICE)
+    none = torch.zeros(1, 1, 0, 64 * N, device=DEVICE), torch.zeros(1, 1, 0, 32, device=DEVICE)
+    ours = kernels.attend(query, tuple(x.to(DEVICE) for x in packed), bits, N, *none, None, 1.0, None, None)
+    assert torch.allclose(ours[0, :, 0].cpu(), unpacked, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, which interprets
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_row_alone(value, bits):
+    for dtype in DTYPES:
+        case = Case(dtype, bits, T=3)
+        case.query[0, 2, 1, 7] = value
+        ours = case.attend()
+        assert not ours[0, 1, 2].isfinite().any()
+        ours[0, 1, 2] = 0
+        assert ours.isfinite().all()
+
+
+def test_small_and_large_weights_of_a_quantized_block():
+    """Digits are relative to the largest weight of a block: others of the same row keep 16 bits beside it."""
+    case = Case(torch.float32, 8, blocks=3, recent=0)
+    case.query *= 8
+    case.check()
+
+
+@pytest.mark.parametrize(
+    "programs, steps, expected",
+    [(8, 512, (32, 16)), (8, 16, (16, 1)), (1, 4, (4, 1)), (300, 10, (3, 4)), (2000, 10, (1, 10)), (8, 0, (1, 1))],
+)
+def test_split(programs, steps, expected):
+    assert kernels.split(programs, steps) == expected
+
+
+def test_what_the_kernels_cannot_read():
+    q, k = torch.zeros(1, 2, 1, 16, device=DEVICE), torch.zeros(1, 1, 3, 16, device=DEVICE)
+
+    def attend(q, k, mask=None):
+        return kernels.attend(q, None, 0, 0, k, k, mask, 1.0, None, None)
+
+    with pytest.raises(TypeError, match=r"queries are torch.float64; the kernels take float32, bfloat16 or float16"):
+        attend(q.double(), k)
+    with pytest.raises(TypeError, match=r"queries are torch.float32, keys torch.float16, values torch.float16; they "):
+        attend(q, k.half())
+    with pytest.raises(TypeError, match=r"the mask is torch.bool for 4 tokens; it must be torch.bool for 3"):
+        attend(q, k, torch.ones(1, 1, 1, 4, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="the last stride of queries, keys, values and mask must be 1"):
+        attend(q, torch.zeros(1, 1, 16, 3, device=DEVICE).mT)
+    assert attend(q[:0], k[:0]).shape == (0, 1, 2, 16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_cuda_graphs_record_it(bits):
+    case = Case(torch.bfloat16, bits, D=128, V=128, blocks=20, recent=40 if bits else 2000)
+    expected = case.check()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = case.attend()
+    graph.replay()
+    assert torch.equal(ours, expected)
