@@ -75,8 +75,7 @@ class Journal:
             self.set_attribute(target, "_old_forward", types.MethodType(new.forward, target))
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """`hook(module, args, kwargs)` before each forward. A deep copy of the model copies the hook, so it refers to no
-        part of the model. Hooks that others add later stay when this one goes."""
+        """`hook(module, args, kwargs)` before each forward. Hooks that others add later stay when this one goes."""
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._note("hook", module, str(handle.id), None)
 

@@ -174,7 +174,7 @@ class CacheRow:
 def first_cached_module(view: View) -> nn.Module | None:
     """The first module below the model itself that is handed the cache in its forward."""
     for _, module in view.named_modules():
-        if not isinstance(module, PreTrainedModel) and takes_cache(type(module)):
+        if not isinstance(module, PreTrainedModel) and takes_cache(type(module)):  # type: ignore[arg-type]
             return module
     return None
 

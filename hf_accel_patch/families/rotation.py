@@ -1,7 +1,7 @@
 """Rotary positions: how a cached key moves to another position.
 
-A key at position p is its unrotated self times R(p), so R(d) takes it to p + d. Which function of a model's file rotates,
-which channels, and by which frequencies, differs from model to model and from layer to layer. It is tried out, not
+A key at position p is its unrotated self times R(p), so R(d) takes it to p + d. Which function of a model's file does
+that, on which channels, by which frequencies, differs from model to model and from layer to layer. It is tried out, not
 listed: the keys of a sequence of one token do not depend on its position but for their rotation.
 """
 
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from hf_accel_patch.families import View
 
+APPLY = ("apply_rotary_pos_emb", "apply_rotary_emb")  # function(query, key, cos, sin) in the files of models
 NEAR, FAR = 3, 40  # the positions that are compared
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # in 16 bits 2e-2: two roundings of 2^-8
 
@@ -99,12 +100,12 @@ def _cached(view: View, position: int) -> list[tuple[Tensor, Tensor]]:
 
 def _candidates(view: View) -> Iterator[Rotation]:
     files = {sys.modules.get(type(module).__module__) for _, module in view.named_modules()}
-    applies = {vars(file).get(name) for file in files if file for name in ("apply_rotary_pos_emb", "apply_rotary_emb")}
+    found: set[Any] = {vars(file).get(name) for file in files if file for name in APPLY}
     for _, rotary in view.rotary_modules():
         kinds: list[str | None] = [None]
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             kinds = sorted(set(view.config.layer_types))
-        for apply in applies - {None}:
+        for apply in found - {None}:
             for kind in kinds:
                 for partly in (False, True):
                     yield Rotation(rotary, apply, kind, partly)

@@ -50,10 +50,10 @@ def attend(
     """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
     values [B, K, R, V]: [B, T, H, V], like the query.
 
-    With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True, and if there are none the result
+    With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True; where there are none, the result
     is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a value. Keys
-    and values have the dtype of the query; the last dimension of every tensor is contiguous, and in packed ones all from
-    the third on. What is quantized costs less than 1e-3 of the result in further rounding.
+    and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed ones all from the
+    third on. Sums are float32; rounding queries and weights where they meet codes costs less than 1e-3 of the result.
     """
     (B, H, T, D), (K, R, V) = query.shape, values.shape[1:]
     out = torch.empty((B, T, H, V), dtype=query.dtype, device="cpu")
@@ -81,8 +81,8 @@ def attend(
 
 
 def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packed:
-    """What ops.kv.pack makes of keys [B, K, 64 N, D] and values [B, K, 64 N, V], float32 or float16 or bfloat16 with the
-    last dimension contiguous."""
+    """What ops.kv.pack makes, to the bit, of keys [B, K, 64 N, D] and values [B, K, 64 N, V] of one dtype, with the last
+    dimension contiguous."""
     (B, K, S, D), V = keys.shape, values.shape[3]
     N, D_packed, V_packed = S // BLOCK, -(-D // 8) * 8, -(-V // 16) * 16
     groups = V_packed // 64 if bits == 4 and V_packed % 64 == 0 else 1

@@ -402,7 +402,9 @@ static float softmax(float *scores, int64_t n, const uint8_t *mask, float scale,
     *largest = _mm_cvtss_f32(max_four((floats[4]){most, most, most, most}));
     const float from = *largest == -INFINITY ? 0 : *largest;
     for (int64_t i = 0; i < n; i += LANES) total += FLOATS(scores + i) = exponential(FLOATS(scores + i) - from);
-    return sum_lanes(total);
+    const float sum = sum_lanes(total);
+    if (sum != sum) *largest = NAN; /* of numbers that are none, there may have been no largest */
+    return sum;
 }
 
 #define BY_DTYPE(dtype, rows, name, ...) \

@@ -1,5 +1,31 @@
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator"
-"""HEADER"""
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator, assignment"
+"""Attention of a few queries to exact or quantized keys and values on NVIDIA GPUs, in Triton, after arXiv 2311.01282
+("Flash-Decoding"). Needs triton; imported only when used.
+
+Programs split the tokens of a key/value head. Every warp of a program is on its own: it takes a whole block of 64
+quantized tokens (16 exact ones) at a time, with a softmax and sums of its own, which a program adds at its end and a
+second kernel adds up over the programs. So a loop has seven barriers per 256 tokens. Sums are float32 and always in the
+same order; how tokens are split follows from shapes. Nothing waits for the device or depends on the data, so CUDA graphs
+can record it. All query rows of a key/value head, H / K * T, share one pass up to 8, or 16 with codes and 32 with exact
+16-bit keys and values; more are passes that meet in the L2 cache.
+
+Codes are never dequantized. Tensor cores multiply them as the bytes they are, four of a word being what an operand has
+side by side: of int8 less 128, of int4 the low halves, and 16 times the high halves less 8. What they meet is query *
+scale per block, or weight * scale, as an integer of 16 bits (of float32 queries, 23) relative to the row's largest in
+the block, in base 256: the digits lie in rows of the operand that would be padding, as tensor cores multiply 16 at
+least. Offsets and minima are float32. What 16-bit queries lose is 2^-16 per product, where a dequantized bfloat16 loses
+2^-9. With up to 8 rows, weights of exact 16-bit values are two terms likewise; more are rounded once, as in
+FlashAttention. Exact float32 is three products of tf32.
+
+An H100 can read 3.3e12 bytes and issue 29e12 instructions a second: 17 per exact 16-bit number, 8.5 per int8 code and 5
+per int4 code with its scales. As Triton 3.9 compiles it for sm_90, keys and values of 128 in groups of 4 heads, they are
+3.4, 2.9 and 3.7 (with a mask, 4.4 for int4), in 104, 220 and 229 registers, so two programs of four warps fit on a
+processor. Words come from shared memory with four lanes on a bank, 2,000 cycles per 256 tokens of int8 where reading
+takes 4,600. That leaves exact and int8 to memory and int4 close to both limits: expected are 80, 75 and 60 % of the
+bandwidth at 32k tokens. NOT MEASURED: there was no GPU.
+
+Fast where D and V are multiples of 16 (other strides cannot be read 16 bytes at a time) and heads are aligned to them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +37,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TAIL = 16  # exact tokens that a warp takes at a time
-LOADED_BYTES = 65536
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
+LOADED_BYTES = 65536  # ahead
+TAIL = tl.constexpr(16)  # exact tokens that a warp takes at a time
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
 
@@ -159,7 +185,7 @@ def _summed(
         y = sums[c] * alpha[:, :, None] + _folded(_times(digits, w, BITS), None, PIECES, DIGITS) * unit[:, :, None]
         if BITS == 4:
             y += rest
-        new = new + (y,)
+        new += (y,)
     return new
 
 
@@ -177,13 +203,13 @@ def _logits(products, scale, cap):
 
 
 @triton.jit
-def _weights(logits, m, l):
+def _weights(logits, m, total):
     """One step of a softmax: weights, the factor for what was summed before, and the new maximum and sum."""
     most = tl.maximum(m, tl.max(logits, axis=2))
     shift = tl.where(most == float("-inf"), 0.0, most)
     p = tl.exp2(logits - shift[:, :, None])
     alpha = tl.exp2(m - shift)
-    return p, alpha, most, l * alpha + tl.sum(p, axis=2)
+    return p, alpha, most, total * alpha + tl.sum(p, axis=2)
 
 
 @triton.jit(do_not_specialize=["blocks", "R", "steps"])
@@ -191,11 +217,11 @@ def _attend(
     q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, stats, out,
     K, G, T, D, V, blocks, R, steps, scale, cap,
     q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t,
-    KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
-    DIGITS: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr,
-    STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
+    W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr, DP: tl.constexpr,
+    KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a key/value head over `steps` steps: of W blocks, then of 16 W recent tokens."""
+    """ROWS rows of a key/value head over `steps` steps: of W blocks, then of TAIL * W recent tokens."""
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = PIECES * ROWS
     tiles = tl.cdiv(G * T, ROWS)
@@ -214,10 +240,10 @@ def _attend(
         stacked = tl.minimum(tile * ROWS + tl.arange(0, M)[None, :, None] % ROWS, G * T - 1)
         mask += batch * m_b + (head * G + stacked // T) * m_h + (stacked % T) * m_t
     m = tl.full([W, ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([W, ROWS], tl.float32)
+    total = tl.zeros([W, ROWS], tl.float32)
     sums = ()
     for _ in tl.static_range(VCS):
-        sums = sums + (tl.zeros([W, ROWS, VC], tl.float32),)
+        sums += (tl.zeros([W, ROWS, VC], tl.float32),)
 
     if BITS > 0:
         key_codes += batch * kc_b + head * kc_k
@@ -228,7 +254,7 @@ def _attend(
         for c in tl.static_range(KCS):
             key_channel, key_live = _channels(c, KEY, KC, BITS)
             q_at = q + (row // T) * q_h + (row % T) * q_t + key_channel
-            qs = qs + (tl.load(q_at, mask=(row < G * T) & key_live & (key_channel < D), other=0).to(tl.float32),)
+            qs += (tl.load(q_at, mask=(row < G * T) & key_live & (key_channel < D), other=0).to(tl.float32),)
         for step in tl.range(first, tl.minimum(first + steps, quantized), num_stages=STAGES):
             block = step * W + w.to(tl.int64)
             readable = tl.minimum(block, blocks - 1)
@@ -237,43 +263,41 @@ def _attend(
                 seen = tl.load(mask + readable * 64 + tl.arange(0, 64)[None, None, :]) != 0
             products = _products(qs, key_codes, key_scales, readable, seen, BITS, KEY, KC, PIECES, DIGITS)
             logits = tl.where(block < blocks, _logits(products, scale, cap), float("-inf"))
-            p, alpha, m, l = _weights(logits, m, l)
-            sums = _summed(
-                sums, alpha, p, value_codes, value_scales, readable, BITS, VALUE, groups, VC, PIECES, DIGITS
-            )
+            p, alpha, m, total = _weights(logits, m, total)
+            sums = _summed(sums, alpha, p, value_codes, value_scales, readable, BITS, VALUE, groups, VC, PIECES, DIGITS)
 
     stack = tl.arange(0, M)[None, :, None]
     q_row = tile * ROWS + stack
     d = tl.arange(0, DP)[None, None, :]
     q_row = q + (q_row // T) * q_h + (q_row % T) * q_t
     q_all = tl.load(q_row + d + 0 * w, mask=(stack < ROWS) & (tile * ROWS + stack < G * T) & (d < D), other=0)
-    n = tl.arange(0, 16)[None, :, None]
-    for step in tl.range(tl.maximum(first, quantized), tl.minimum(first + steps, quantized + tl.cdiv(R, 16 * W)),
+    n = tl.arange(0, TAIL)[None, :, None]
+    for step in tl.range(tl.maximum(first, quantized), tl.minimum(first + steps, quantized + tl.cdiv(R, TAIL * W)),
                          num_stages=TAIL_STAGES):  # fmt: skip
-        start = (step - quantized) * (16 * W)
-        token = start + w * 16 + n
+        start = (step - quantized) * (TAIL * W)
+        token = start + w * TAIL + n
         at = token.to(tl.int64)
         keys = tl.load(k + at * k_r + d, mask=(token < R) & (d < D), other=0)
         dot = tl.dot(q_all, tl.permute(keys, (0, 2, 1)), input_precision="tf32x3")
-        column = start + w * 16 + tl.arange(0, 16)[None, None, :]
+        column = start + w * TAIL + tl.arange(0, TAIL)[None, None, :]
         unmasked = None
         if mask is not None:
             unmasked = tl.load(mask + blocks * 64 + tl.minimum(column, R - 1)) != 0
         logits = _logits(_folded(dot, unmasked, PIECES, 0), scale, cap)
-        p, alpha, m, l = _weights(tl.where(column < R, logits, float("-inf")), m, l)
+        p, alpha, m, total = _weights(tl.where(column < R, logits, float("-inf")), m, total)
         x = _stacked(p, dtype, PIECES)
         new = ()
         for c in tl.static_range(VCS):
             channel = c * VC + tl.arange(0, VC)[None, None, :]
             values = tl.load(v + at * v_r + channel, mask=(token < R) & (channel < V), other=0)
             y = _folded(tl.dot(x, values, input_precision="tf32x3"), None, PIECES, 0)
-            new = new + (sums[c] * alpha[:, :, None] + y,)
+            new += (sums[c] * alpha[:, :, None] + y,)
         sums = new
 
     most = tl.max(m, axis=0)
     shift = tl.where(most == float("-inf"), 0.0, most)
     factor = tl.exp2(m - shift[None, :])
-    total = tl.sum(l * factor, axis=0)
+    total = tl.sum(total * factor, axis=0)
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = G * T
     if SPLIT:
@@ -353,8 +377,9 @@ def attend(
     of query: [B, T, H, V] in that dtype. The last stride of query, keys, values and mask is 1; a head of `packed` is
     contiguous.
 
-    mask: bool [B or 1, H or 1, T or 1, 64 blocks + R], True where seen; a row that sees nothing gives zeros. softcap:
-    scores become softcap * tanh(scale * scores / softcap). sinks: float32 [H], one more score per head, without a value.
+    mask: bool [B or 1, H or 1, T or 1, 64 blocks + R], True where seen; a row that sees nothing gives zeros. scale is
+    positive. softcap: scores become softcap * tanh(scale * scores / softcap). sinks: float32 [H], one more score per
+    head, without a value.
     """
     B, H, T, D = query.shape
     K, R, V = values.shape[1:]
@@ -371,7 +396,7 @@ def attend(
     G = H // K
     t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
     tiles = triton.cdiv(G * T, t.rows)
-    splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL * t.warps))
+    splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL.value * t.warps))
     parts, stats = out, None
     if splits > 1:
         parts = torch.empty(B * K, splits, G * T, V, dtype=torch.float32, device=query.device)
@@ -419,7 +444,7 @@ def tiling(bits: int, rows: int, key_size: int, value_size: int, float32: bool) 
     key_chunk = max(64 if bits == 4 else 32, min(128, _power_of_2(key_size)))
     value_chunk = max(16, min(64 if bits else 128, _power_of_2(value_size)))
     channels = triton.cdiv(key_size, key_chunk) * key_chunk + triton.cdiv(value_size, value_chunk) * value_chunk
-    warp_bytes = channels * max(8 * bits, TAIL * (8 if float32 else 0 if bits else 2))
+    warp_bytes = channels * max(8 * bits, TAIL.value * (8 if float32 else 0 if bits else 2))
     warps = 4
     while warps > 1 and warps * warp_bytes > LOADED_BYTES:
         warps //= 2

@@ -1,14 +1,16 @@
 """Attention of new tokens to a cache: a few tokens to many, exact or quantized, which is read once and never unpacked
 as a whole.
 
-The compiled kernel (kernels/decode.c) reads an exact cache and a quantized one at the speed of the memory, the heads of
-a group together. Where there is none, or many tokens come at once, blocks are unpacked one after another and joined by
-running softmax statistics (arXiv 1805.02867).
+On a CPU the compiled kernel (kernels/decode.c) reads an exact cache and a quantized one at the speed of the memory, the
+heads of a group together; on CUDA that of kernels/triton_decode.py reads a quantized one. Where there is none, or many
+tokens come at once, blocks are unpacked one after another and joined by running softmax statistics (arXiv 1805.02867).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +27,13 @@ Part = tuple[int, int, Tensor, Tensor]  # the first and the last cached token, t
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor | None:
     """Attention of T tokens [B, H, T, D] to keys and values [B, K, S, ...] as they are: [B, T, H, V], or None where
     PyTorch's kernels are the ones to use. `mask`: bool [B or 1, H or 1, T, S], or None if all is seen."""
-    if query.shape[2] > MOST_TOKENS or not _kernel_takes(query, key, value, mask, variant):
+    if query.shape[2] > MOST_TOKENS or not query.is_cpu or not _kernel_takes(query, key, value, mask, variant):
         return None
     return _kernel(query, None, key, value, mask, variant)
 
 
 def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant) -> Tensor:
-    """Attention of T tokens [B, H, T, D] to a quantized cache: [B, T, H, V]. Nothing of it is recorded for gradients."""
+    """Attention of T tokens [B, H, T, D] to a quantized cache: [B, T, H, V]. No gradients flow into the cache."""
     T, S = query.shape[2], content.length
     if T <= MOST_TOKENS:
         seen = mask.block(0, T, 0, S)
@@ -87,15 +89,19 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant) -> bool:
-    """Whether the compiled kernel can do this, and is there."""
+    """Whether a kernel can do this, and is there."""
     plain = variant.bias is None and not variant.dropout and (variant.sinks is None or variant.sinks.shape[2] == 1)
-    masks = mask is None or (mask.dtype == torch.bool and mask.is_cpu)
+    masks = mask is None or (mask.dtype == torch.bool and mask.device == query.device)
     same = query.dtype == keys.dtype == values.dtype and query.dtype in cpu.DTYPES
-    if not (plain and masks and same and cpu.readable(query) and keys.is_cpu and values.is_cpu):
+    if not (plain and masks and same and query.device == keys.device == values.device):
         return False
-    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, keys, values)):
         return False
-    return type(keys) is Tensor and type(values) is Tensor and cpu_decode.library() is not None
+    if type(query) is not Tensor or type(keys) is not Tensor or type(values) is not Tensor:
+        return False
+    if query.is_cpu:
+        return cpu.readable(query) and cpu_decode.library() is not None
+    return query.is_cuda and not torch.compiler.is_compiling() and _triton() is not None
 
 
 def _kernel(
@@ -106,10 +112,19 @@ def _kernel(
         mask = mask.contiguous()
     sinks = None if variant.sinks is None else variant.sinks.detach().float().reshape(-1).contiguous()
     packed, blocks, bits = (None, 0, 8) if content is None else (content.packed, content.blocks, content.bits)
-    kernels = cpu_decode.library()
-    return cpu_decode.attend(
-        kernels, query, packed, bits, blocks, keys, values, mask, variant.scale, variant.softcap, sinks
-    )
+    what = (query, packed, bits, blocks, keys, values, mask, variant.scale, variant.softcap, sinks)
+    kernels = cpu_decode.library() if query.is_cpu else None
+    return cpu_decode.attend(kernels, *what) if kernels is not None else _triton().attend(*what)
+
+
+@cache
+def _triton() -> Any:
+    """The kernels for CUDA, if triton is there."""
+    try:
+        from hf_accel_patch.kernels import triton_decode
+    except ImportError:
+        return None
+    return triton_decode
 
 
 def _skipping(mask: Tensor | None, content: Content) -> Tensor | None:

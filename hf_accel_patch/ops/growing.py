@@ -10,7 +10,7 @@ class Growing:
     """[B, K, n, ...], the part start..stop of a longer buffer.
 
     `append` writes in place where there is room behind `stop`; where there is none, the content moves to the front of
-    the buffer, if what was dropped there left enough room, or to a new one with room for `slack` of its length, at least
+    the buffer, if what was dropped there left enough room, or to a new one with room for `slack` of its length, or for
     `least` entries: so an entry is copied about 1 / slack times, however long the tensor gets. What `append` and `view`
     return stays valid until entries are dropped and others written in their place.
     """

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Keys and values in 8 or 4 bits: how they lie in memory.
 
 Keys have channels of very different size, so they share a scale per channel, over a block of 64 tokens; values have
@@ -8,13 +9,13 @@ product adds up side by side, as the instructions and shaders that multiply byte
 * key codes, uint8 [B, K, N, D' / 4, 64, 4] in int8: a token's channels 4i to 4i + 3; in int4 [B, K, N, D' / 8, 64, 4]:
   channels 4i to 4i + 3 in the low half of a byte, D' / 2 + 4i to D' / 2 + 4i + 3 in the high half;
 * key scales, float16 [B, K, N, 2, D']: scales, then minima;
-* value codes, uint8 [B, K, N, 16, V', 4] in int8: a channel of tokens 4i to 4i + 3; in int4 [B, K, N, 8, V', 4]: tokens
-  4i to 4i + 3 in the low half, 32 + 4i to 32 + 4i + 3 in the high half;
-* value scales, float16 [B, K, N, 1, 1, 64] in int8; in int4 [B, K, N, 2, groups, 64]: scales, then minima, for groups of
-  64 channels where they divide V', else for all of them.
+* value codes, uint8 [B, K, N, 16, V', 4] in int8: a channel of tokens 4i to 4i + 3; in int4 [B, K, N, 8, V', 4]: of
+  tokens 4i to 4i + 3 in the low half, of 32 + 4i to 32 + 4i + 3 in the high half;
+* value scales, float16 [B, K, N, 1, 1, 64] in int8; in int4 [B, K, N, 2, groups, 64]: scales, then minima, for groups
+  of 64 channels where they divide V', else for all of them.
 
-B batch, K key/value heads, N blocks of 64 tokens, D' the size of a key rounded up to a multiple of 8, V' that of a value
-rounded up to a multiple of 16, with zeros.
+B batch, K key/value heads, N blocks of 64 tokens, D' the size of a key rounded up to a multiple of 8, V' that of a
+value rounded up to a multiple of 16, with zeros.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def pack_values(values: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     if bits == 8:
         scale = _half(blocks.abs().amax(-1, keepdim=True) / 127, up=True)
         codes = ((blocks / scale.float()).round().clamp(-127, 127) + 128).to(torch.uint8)
-        return codes.unflatten(3, (-1, 4)).transpose(4, 5).contiguous(), scale.transpose(3, 4)[..., None, :].contiguous()
+        codes = codes.unflatten(3, (-1, 4)).transpose(4, 5).contiguous()
+        return codes, scale.transpose(3, 4)[..., None, :].contiguous()
     groups = blocks.unflatten(4, (-1, value_group(blocks.shape[-1])))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     codes, scale, minimum = _affine(groups, low, high, bits)

@@ -57,8 +57,7 @@ class Content:
             return self.keys, self.values
         keys, values = self.unpacked(0, self.blocks)
         return tuple(  # type: ignore[return-value]
-            torch.cat((old[:, :, self.skip :], new), dim=2)
-            for old, new in ((keys, self.keys), (values, self.values))
+            torch.cat((old[:, :, self.skip :], new), dim=2) for old, new in ((keys, self.keys), (values, self.values))
         )
 
 

@@ -61,8 +61,7 @@ class KVCache:
         if (self.window is None) == (self.kind == "sinks"):
             raise ValueError(f"cache: window={self.window} for {self.kind!r}; 'sinks' needs one, the others have none")
         if self.sinks < 1 or (self.window is not None and self.window < 2 * self.sinks):
-            raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window} tokens; at least one, at most half")
-
+            raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window}; allowed: 1 to half of it")
         if self.prefixes is not None and self.kind == "sinks":
             raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")
         if isinstance(self.prefixes, int | str):
@@ -106,7 +105,7 @@ class KVCache:
         return IN_PLACE if self.kind == "exact" else {**IN_PLACE, **QUANTIZED}
 
     def _check_prefixes(self, view: View) -> None:
-        kept = {kind for kind, ours in self.layer_classes().items() if ours.restores}
+        kept = {kind for kind, ours in self.layer_classes().items() if vars(ours).get("restores", True)}
         layers = DynamicCache(config=view.config).layers
         if other := sorted({type(layer).__name__ for layer in layers if type(layer) not in kept}):
             raise UnsupportedModel(f"cache: prefixes of layers of kind {', '.join(other)}", "leave prefixes out")
@@ -144,16 +143,16 @@ class KVCache:
 
     def _facts(self, view: View) -> dict[str, Any]:
         """Bytes of the cache of one sequence of the model's full context, without and with this pass."""
-        context, rows = context_tokens(view.config), cache_rows(view)
+        context, rows = context_tokens(view.config) or 0, cache_rows(view)
         width = dtype_of(view.model).itemsize
         before = after = 0
-        for row in rows if context else ():
+        for row in rows:
             tokens = min(context, row.window - 1) if row.window else context
             exact = tokens * row.heads * (row.key_size + row.value_size) * width
             before += exact
             after += self._packed_bytes(tokens, row, width) if self.kind in BITS else exact
             if self.window is not None and row.window is None:
-                after -= exact - exact * min(self.window, context) // context
+                after -= exact - exact * min(self.window, tokens) // max(tokens, 1)
         facts = {"bytes_before": before, "bytes_after": after, "kind": self.kind, "layers": len(rows)}
         return facts | {"context": context} if context else facts
 
@@ -188,7 +187,8 @@ class Converting:
 
     def convert(self, cache: Cache) -> None:
         """Make the layers of a cache ours, with what they hold. A second time changes nothing."""
-        if vars(cache).get(MARK) == self.options:
+        mark = vars(cache).get(MARK)
+        if mark is self.options or mark == self.options:
             return
         classes = self.options.layer_classes()
         for layer in cache.layers:

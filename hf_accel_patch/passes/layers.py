@@ -25,8 +25,8 @@ WINDOW_SLACK, WINDOW_LEAST = 1 / 32, 16  # of a window; in order, not as a ring:
 
 
 class _InPlace(DynamicLayer):
-    """`keys` and `values` are views of buffers with room for more. What is assigned to them stays where it is if it is a
-    slice of the view, as in `crop`, and becomes the buffer otherwise; all but `update` is inherited."""
+    """`keys` and `values` are views of buffers with room for more. What is assigned to them stays where it is if it is
+    a slice of the view, as in `crop`, and becomes the buffer otherwise; all but `update` is inherited."""
 
     restores = True  # whether `state` is all that it holds
     _slack, _least = SLACK, LEAST
@@ -129,7 +129,8 @@ class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
             return keys, values
         keys, values = self._append(key_states, value_states)
         for each in (self._keys, self._values):
-            each.drop(front=max(0, len(each) - kept))
+            if each is not None:
+                each.drop(front=max(0, len(each) - kept))
         return keys, values
 
 

@@ -33,6 +33,7 @@ PLAIN = frozenset(  # arguments of a forward under which a prompt is nothing but
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
 )
 
+Key = bytes  # the tokens
 State = list[dict[str, Tensor]]  # what each layer of a cache holds
 
 
@@ -48,8 +49,8 @@ class Entry:
 
 
 class PrefixCache:
-    """Caches of prompts, for `KVCache(prefixes=...)`: `generate` takes the longest known beginning of a prompt from here
-    and reads the rest; what it has read is kept here.
+    """Caches of prompts, for `KVCache(prefixes=...)`: `generate` takes the longest known beginning of a prompt from
+    here and reads the rest; what it has read is kept here.
 
     `limit`: bytes in memory, and again in `folder`, a number or like "2GiB"; the least recently used goes first. With
     `folder`, prefixes are written as safetensors, and are there for the next process with the same model; patching
@@ -62,7 +63,7 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder)
         self.tokenizer = "" if tokenizer is None else _digest(sorted(tokenizer.get_vocab().items()))
         self.hits = self.misses = self.reused_tokens = 0
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._weights: tuple[int, ...] | None = None
         self._made_by = ""
         self._lock = threading.Lock()
@@ -110,10 +111,11 @@ class PrefixCache:
             _write(self.folder / OWNER, lambda path: path.write_text(json.dumps(self._owner(view), indent=1)))
 
     def restore(self, tokens: Tensor, cache: DynamicCache, device: torch.device) -> int:
-        """Fill an empty cache on `device` with the longest known beginning of `tokens` [T], all but the last at most. Returns how
-        many tokens that are."""
+        """Fill an empty cache on `device` with the longest known beginning of `tokens` [T], all but the last at most.
+        Returns how many tokens that are."""
         with self._lock:
-            length, key = max(((self._common(entry, tokens), key) for key, entry in self._entries.items()), default=(0, b""))
+            known = ((self._common(entry, tokens), key) for key, entry in self._entries.items())
+            length, key = max(known, default=(0, b""))
             if length < LEAST_TOKENS:
                 self.misses += 1
                 return 0
@@ -192,7 +194,7 @@ class PrefixCache:
             used -= path.stat().st_size
             path.unlink(missing_ok=True)
 
-    def _forget(self, key: bytes) -> None:
+    def _forget(self, key: Key) -> None:
         entry = self._entries.pop(key)
         if entry.path is not None:
             entry.path.unlink(missing_ok=True)
@@ -236,7 +238,7 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class PrefillWithPrefixes:
-    """A `_prefill` that reads only what follows the longest known beginning of a prompt. `inner`: what the model had."""
+    """A `_prefill` that reads what follows the longest known beginning of a prompt. `inner`: what the model had."""
 
     prefixes: PrefixCache
     converting: Any = field(repr=False)
@@ -255,7 +257,8 @@ class PrefillWithPrefixes:
         cache = model_kwargs.get("past_key_values")
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         given = {name for name, value in model_kwargs.items() if value is not None}
-        fresh = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading and cache.get_seq_length() == 0
+        ours = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading
+        fresh = ours and cache.get_seq_length() == 0
         plain = model_kwargs.get("attention_mask") is None and given <= PLAIN and not whole
         if not (fresh and plain and input_ids.shape[1] > LEAST_TOKENS and bool((input_ids == input_ids[:1]).all())):
             return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
@@ -276,7 +279,7 @@ def size_in_bytes(size: int | str) -> int:
     if isinstance(size, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", size)
         if found is None or found[2].upper() not in UNITS:
-            raise ValueError(f"a size of {size!r}; give a number of bytes, or one with a unit such as '2GiB' or '500MB'")
+            raise ValueError(f"a size of {size!r}; give a number of bytes, or a text such as '2GiB' or '500MB'")
         size = int(float(found[1]) * UNITS[found[2].upper()])
     if size <= 0:
         raise ValueError(f"a size of {size} bytes; give a positive one")

@@ -32,7 +32,7 @@ class QuantizedLayer(DynamicLayer):
     _latest: tuple[Growing, Growing] | None = None  # keys and values
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         return None if self._latest is None else self._content(self._held()).dense()[0]
 
     @keys.setter
@@ -40,7 +40,7 @@ class QuantizedLayer(DynamicLayer):
         self._clear(value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return None if self._latest is None else self._content(self._held()).dense()[1]
 
     @values.setter
@@ -58,8 +58,9 @@ class QuantizedLayer(DynamicLayer):
     def state(self) -> dict[str, Tensor]:
         """All that it holds, as tensors of their own."""
         assert self._latest is not None
-        held = dict(zip(("keys", "values"), self._latest, strict=True)) | dict(zip(Packed._fields, self._packed or ()))
-        return {name: each.view().contiguous().clone() for name, each in held.items()}
+        held = [*self._latest, *(self._packed or ())]
+        names = ("keys", "values", *Packed._fields)[: len(held)]
+        return {name: each.view().contiguous().clone() for name, each in zip(names, held, strict=True)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Hold what `state` said. Its tensors are read, and never written."""

@@ -44,7 +44,7 @@ class SinksLayer(_InPlace):
     def crop(self, tokens_to_remove: int) -> None:
         count, held = -tokens_to_remove, self.held()
         if self.sinks is not None and count > held - self.sinks[0].shape[2]:
-            raise RuntimeError(f"crop({tokens_to_remove}): only the last {held} tokens of {self.seen} are in the window")
+            raise RuntimeError(f"crop({tokens_to_remove}): the window has the last {held} of {self.seen} tokens")
         super().crop(tokens_to_remove)
         self.seen -= min(count, self.seen)
 
@@ -84,14 +84,17 @@ class SinksLayer(_InPlace):
 
     def evict(self, count: int) -> None:
         for each in (self._keys, self._values):
-            each.drop(front=count)
+            if each is not None:
+                each.drop(front=count)
 
     def place_sinks(self, first: int, move: Moves) -> None:
         """Write the sinks before the oldest other token, whose place, in the positions of now, is `first`."""
+        assert self.sinks is not None and self.padding is not None
         length = self.sinks[0].shape[2]
         for part, (held, sinks) in enumerate(zip((self._keys, self._values), self.sinks, strict=True)):
             if move.rotation is not None and move.part == part:
                 sinks = move.rotation(sinks, first - length - self.padding)
+            assert held is not None
             held.writable()[:, :, :length].copy_(sinks)
 
     def move(self, distance: int, move: Moves) -> None:
@@ -125,6 +128,8 @@ class Stream:
         if not full:
             return
         seen, held = full[0][0].seen, full[0][0].held()
+        if not seen:  # a cache that was reset
+            self.first = self.offset = 0
         moved = evicted = 0
         if held + new > self.window and held > self.count:
             step = max(1, min(MOST_EVICTED, self.window // 16))
@@ -174,12 +179,13 @@ class Advancing:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         names = list(inspect.signature(module.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         stream: Stream | None = vars(cache).get(STREAM) if isinstance(cache, Cache) else None
         if stream is None or torch.compiler.is_compiling():
             return None
         layers = streaming_layers(cache)
-        inputs = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        inputs: Any = given.get("input_ids")
+        inputs = given["inputs_embeds"] if inputs is None else inputs
         new, seen, mask = inputs.shape[1], cache.get_seq_length(), given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         with torch.no_grad():

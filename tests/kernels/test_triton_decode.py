@@ -1,6 +1,9 @@
 """Attention over caches in Triton against float64: on the GPU, or interpreted where there is none."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,11 +47,11 @@ def interpreter():
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEADS = ((2, 2), (8, 2), (5, 1), (12, 1))  # query and key/value heads
+HEADS = ((2, 2), (8, 2), (5, 1), (40, 1))  # query and key/value heads
 
-# Of the largest value. Weights that meet exact values of 16 bits are rounded once or twice (the interpreter cuts off
-# instead), what meets codes to 16 bits, of float32 to 23; then the result is rounded.
-BOUNDS = {torch.float32: 2**-17, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Of the largest value, beside the rounding of the result. What meets codes has 16 bits, of float32 23; weights that
+# meet 16-bit values have at least twice the bits of these, but for more than eight rows.
+BOUNDS = {torch.float32: 2**-17, torch.bfloat16: 2**-12, torch.float16: 2**-12}
 
 
 def generator(seed):
@@ -67,8 +70,9 @@ class Case:
         channels = 4 * normal(self.K, 1, D, seed=9).exp() * normal(self.K, 1, D, seed=8)  # keys have some large ones
         self.query = normal(B, T, self.H, D, seed=1).to(DEVICE, dtype).transpose(1, 2)
         length = 64 * self.blocks
-        keys, values = normal(B, self.K, length + recent, D, seed=2) + channels, normal(
-            B, self.K, length + recent, V, seed=3
+        keys, values = (
+            normal(B, self.K, length + recent, D, seed=2) + channels,
+            normal(B, self.K, length + recent, V, seed=3),
         )
         self.packed = None
         parts = keys[:, :, :0].double(), values[:, :, :0].double()
@@ -119,8 +123,10 @@ class Case:
     def check(self, **options):
         ours, exact = self.attend(**options), self.exact(**options)
         assert ours.dtype == self.query.dtype and ours.shape == exact.shape and ours.is_contiguous()
-        largest = self.all[1].abs().max() if self.length else 1
-        assert (ours.double().cpu() - exact).abs().max() <= BOUNDS[ours.dtype] * largest
+        eps, largest = torch.finfo(ours.dtype).eps, self.all[1].abs().max() if self.length else 1
+        once = not self.bits and self.query.shape[2] * self.H // self.K > 8
+        bound = eps * exact.abs() + (BOUNDS[ours.dtype] + (eps if once else 0)) * largest
+        assert bool(((ours.double().cpu() - exact).abs() <= bound).all())
         return ours
 
 
@@ -132,8 +138,8 @@ def mask(*shape, seed=4):
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_and_queries(dtype, bits, heads):
-    for T in (1, 3):
-        Case(dtype, bits, heads=heads, T=T, recent=5 if bits else 70).check()
+    T = 3 if heads == (8, 2) else 1
+    Case(dtype, bits, heads=heads, T=T, recent=5 if bits else 70).check()
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (40, 24), (80, 80), (128, 64), (136, 144)], ids=str)
@@ -144,17 +150,16 @@ def test_sizes(bits, sizes):
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("recent", [0, 1, 16, 67])
-@pytest.mark.parametrize("blocks", [0, 1, 5])
+@pytest.mark.parametrize("blocks, recent", [(0, 0), (0, 1), (0, 67), (1, 0), (4, 16), (5, 1), (5, 67)])
 def test_lengths(blocks, recent, bits):
-    Case(torch.float32, bits, B=2, blocks=blocks, recent=recent, room=0 if recent == 1 else 3).check()
+    Case(torch.float32, bits, heads=(2, 1), B=2, blocks=blocks, recent=recent, room=0 if recent == 1 else 3).check()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 3), (1, 4, 1), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masks(dtype, bits, shape):
-    case = Case(dtype, bits, B=2, T=3, recent=9 if bits else 90)
+def test_masks(bits, shape):
+    dtype = torch.bfloat16 if shape[1] == 4 else torch.float32
+    case = Case(dtype, bits, B=2 if shape[0] == 2 else 1, T=3, recent=9 if bits else 90)
     seen = mask(*shape, case.length)
     seen[0, 0, -1] = False
     assert not case.check(mask=seen)[0, -1, 0].any()
@@ -165,20 +170,19 @@ def test_masks(dtype, bits, shape):
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softcap_and_sinks(dtype, bits):
-    for T in (1, 6):
-        case, sinks = Case(dtype, bits, T=T), normal(4, seed=5)
-        case.check(softcap=3.0)
-        case.check(sinks=sinks)
-        case.check(softcap=20.0, sinks=sinks.index_fill(0, torch.tensor([1]), float("-inf")))
+    case, sinks = Case(dtype, bits), normal(4, seed=5)
+    case.check(softcap=3.0)
+    case.check(sinks=sinks)
+    case.check(softcap=20.0, sinks=sinks.index_fill(0, torch.tensor([1]), float("-inf")))
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_splits_agree(monkeypatch, bits):
-    case = Case(torch.float32, bits, heads=(8, 2), T=2, B=2, blocks=10, recent=40 if bits else 300)
-    options = {"mask": mask(2, 1, 2, case.length), "sinks": normal(8)}
+    case = Case(torch.float32, bits, heads=(4, 1), T=2, blocks=10, recent=40 if bits else 300)
+    options = {"mask": mask(1, 1, 2, case.length), "sinks": normal(4)}
     options["mask"][..., : case.length // 2] = False  # splits that see nothing
     seen = set()
-    for splits in (1, 2, 3):
+    for splits in (1, 3):
 
         def choose(programs, steps, splits=splits):
             each = triton.cdiv(steps, splits)
@@ -188,8 +192,6 @@ def test_splits_agree(monkeypatch, bits):
         monkeypatch.setattr(kernels, "split", choose)
         assert torch.equal(case.check(**options), case.attend(**options))
     assert len(seen) > 1
-    monkeypatch.undo()
-    case.check(**options)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -207,12 +209,12 @@ def test_every_code_is_its_own(bits):
     assert torch.allclose(ours[0, :, 0].cpu(), unpacked, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, which interprets
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")  # of NumPy, which interprets
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows_in_its_row_alone(value, bits):
-    for dtype in DTYPES:
-        case = Case(dtype, bits, T=3)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(dtype, bits, T=3, blocks=1)
         case.query[0, 2, 1, 7] = value
         ours = case.attend()
         assert not ours[0, 1, 2].isfinite().any()
@@ -229,7 +231,7 @@ def test_small_and_large_weights_of_a_quantized_block():
 
 @pytest.mark.parametrize(
     "programs, steps, expected",
-    [(8, 512, (32, 16)), (8, 16, (16, 1)), (1, 4, (4, 1)), (300, 10, (3, 4)), (2000, 10, (1, 10)), (8, 0, (1, 1))],
+    [(8, 512, (32, 16)), (8, 16, (16, 1)), (1, 4, (4, 1)), (300, 10, (2, 5)), (2000, 10, (1, 10)), (8, 0, (1, 1))],
 )
 def test_split(programs, steps, expected):
     assert kernels.split(programs, steps) == expected
@@ -262,3 +264,40 @@ def test_cuda_graphs_record_it(bits):
         ours = case.attend()
     graph.replay()
     assert torch.equal(ours, expected)
+
+
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from hf_accel_patch.kernels import triton_decode as kernels
+
+for bits, type in ((0, "bf16"), (8, "bf16"), (4, "fp16"), (4, "fp32")):
+    t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
+    sizes = dict(KEY=64 if bits else 0, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64)
+    sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1 if bits else 0, VC=t.value_chunk, VCS=1)
+    sizes |= dict(STAGES=t.stages, TAIL_STAGES=1 if bits else t.stages, mask=None, sinks=None, cap=None)
+    if not bits:
+        sizes |= dict.fromkeys(("key_codes", "key_scales", "value_codes", "value_scales"))
+    types = dict(q=type, k=type, v=type, key_codes="u8", value_codes="u8", key_scales="fp16", value_scales="fp16")
+    types = {name: "*" + each for name, each in (types | dict(out="fp32", stats="fp32")).items()} | dict(scale="fp32")
+    names = kernels._attend.arg_names
+    signature = {name: "constexpr" if name in sizes else types.get(name, "i32") for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name] != "constexpr" and (name in types or "_" in name or name in "DV") and name != "scale"
+    }
+    source = triton.compiler.ASTSource(kernels._attend, signature, sizes, attributes)
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=t.warps))
+    assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
+    loop = [line for line in binary.asm["ttgir"].splitlines() if "async_copy_global_to_local" in line]
+    assert any("contiguity = 16" in line or not bits for line in loop), loop
+    assert ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in binary.asm["ptx"]) == bool(bits)
+"""
+
+
+def test_it_compiles_for_a_gpu_that_is_not_there():
+    """Within the shared memory of any GPU; codes are read 16 bytes at a time and multiplied as bytes."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
