@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -136,6 +138,31 @@ class PeakMemory:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.start
         return None if self.start < 0 else max(0, _status("VmHWM") - self.start)
+
+
+def return_freed_memory() -> None:
+    """Hand back to the system what was freed and is kept for reuse, or it hides what is taken next."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+
+
+def live_bytes(device: str) -> int:
+    """Bytes of all tensors alive in this process on the device, whatever holds them; shared storage counts once."""
+    gc.collect()
+    kind, found = torch.device(device).type, {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == kind:
+            try:
+                storage = thing.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            except (NotImplementedError, RuntimeError):  # a wrapper around other tensors, which count themselves
+                continue
+    found.pop(0, None)
+    return sum(found.values())
 
 
 def _status(field: str) -> int:

@@ -1,6 +1,7 @@
-"""Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed.
+"""Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed; and those of
+`benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it.
 
-    python -m benchmarks.plot                  # benchmarks/results/quantize.jsonl to quantize.png beside it
+    python -m benchmarks.plot        # quantize.jsonl and kvcache.jsonl in benchmarks/results, to a .png beside each
 
 Needs matplotlib, which is imported only here.
 """
@@ -10,13 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.baselines import FORMATS, SYSTEMS
+from benchmarks.cache_table import cache_shares
 from benchmarks.table import RESULTS, Row, loss, ratio
 
 COLOURS = {"ours": "tab:red", "stock": "black", "llama_cpp": "tab:blue"}
 LINE_POINTS = 10  # from one label to the next where dots are close
+CACHE_STYLES = {  # colour and dash
+    "stock": ("black", "-"),
+    "cache=False": ("tab:gray", "--"),
+    "exact": ("tab:red", "-"),
+    "int8": ("tab:orange", "-"),
+    "int4": ("goldenrod", "-"),
+    "fp8": ("tab:blue", "--"),
+    "quanto-4bit": ("tab:green", "--"),
+    "hqq-8bit": ("tab:purple", "--"),
+    "hqq-4bit": ("tab:pink", "--"),
+}
 
 
 def perplexity_points(rows: list[Row]) -> dict[str, tuple[float, float]]:
@@ -62,6 +76,44 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_caches(source: Path) -> None:
+    """Save an image beside a file of rows: of the shape, the setting and the machine that were run last, each cache's
+    latest row at each context."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [row for row in rows if row.get("part") == "cache-decode" and "reason" not in row]
+    rows.sort(key=lambda row: str(row["run"]))
+    if not rows:
+        return
+    last, same = rows[-1], ("shape", "layers", "dtype", "device", "threads", "hardware")
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if all(row[name] == last[name] for name in same):
+            found.setdefault(row["system"], {})[row["context"]] = row
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for system in (name for name in CACHE_STYLES if name in found):
+        by_context = dict(sorted(found[system].items()))
+        colour, dash = CACHE_STYLES[system]
+        label = "transformers" if system == "stock" else system
+        style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 4, "label": label}
+        left.plot(list(by_context), [median(row["decode_ms"]) for row in by_context.values()], **style)
+        sizes = [max(cache_shares(row)) * row["token_bytes"] * row["context"] / 1e6 for row in by_context.values()]
+        right.plot(list(by_context), sizes, **style)
+    contexts = sorted({context for by_context in found.values() for context in by_context})
+    for axes, text in ((left, f"a decode step of {last['shape']}, ms"), (right, "the cache, MB")):
+        axes.set(xlabel="tokens in the cache", ylabel=text, xscale="log", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(contexts, [str(context) for context in contexts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(source.with_suffix(".png"), dpi=150)
+
+
 def _with_stock(rows: list[Row]) -> list[tuple[Row, Row]]:
     """The rows that have numbers, each with stock's of the same run."""
     measured = [row for row in rows if "reason" not in row]
@@ -95,9 +147,14 @@ def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "quantize.jsonl", help="file of rows")
-    options = parser.parse_args()
-    plot([json.loads(line) for line in options.rows.read_text().splitlines()], options.rows.with_suffix(".png"))
+    files = [RESULTS / "quantize.jsonl", RESULTS / "kvcache.jsonl"]
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these two)")
+    for file in parser.parse_args().rows or [file for file in files if file.exists()]:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        if any(row.get("part") == "cache-decode" for row in rows):
+            plot_caches(file)
+        else:
+            plot(rows, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, and of `benchmarks.quantize`.
+"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize` and
+`benchmarks.kvcache`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
 place for into it.
@@ -86,7 +87,7 @@ def loss(stock: Row | None, row: Row) -> tuple[float, float] | None:
 
 
 def _table(rows: list[Row], stocks: dict[tuple[str, str], Row]) -> str:
-    lines = [_caption(rows), "", _line(*COLUMNS), _line("---", *(["---:"] * (len(COLUMNS) - 1)))]
+    lines = [_caption(rows), "", line(*COLUMNS), line("---", *(["---:"] * (len(COLUMNS) - 1)))]
     lines += [_cells(row, stocks.get((row["run"], row["shape"]))) for row in rows if row.get("decode_ms")]
     failed = [f"{_name(row)}: {row.get('reason', 'no turn in time')}" for row in rows if not row.get("decode_ms")]
     if failed:
@@ -106,7 +107,7 @@ def _caption(rows: list[Row]) -> str:
         f"{prompts} of {row['prompt']} tokens" + (", padded on the left" if row["padded"] else ""),
         f"{row['tokens']} new tokens",
         f"{machine}, reading {bandwidth:.0f} GB/s",
-        _origin(rows),
+        origin(rows),
     )
     return "; ".join(parts) + "."
 
@@ -115,8 +116,8 @@ def _quality(group: dict[str, Row], stocks: dict[tuple[str, str], Row]) -> str:
     first, rows = next(iter(group.values())), [row for row in group.values() if "reason" not in row]
     python = first["versions"]["python"]
     caption = f"**{first['shape']}**, trained weights; {first['dtype']}; {first['windows']} windows of held-out text, "
-    caption += f"from Python {python}; {_origin(list(group.values()))}."
-    lines = [caption, "", _line("system", *QUALITY), _line("---", *(["---:"] * len(QUALITY)))]
+    caption += f"from Python {python}; {origin(list(group.values()))}."
+    lines = [caption, "", line("system", *QUALITY), line("---", *(["---:"] * len(QUALITY)))]
     for row in rows:
         found = loss(stocks.get((row["run"], row["shape"])), row)
         cells = (
@@ -125,7 +126,7 @@ def _quality(group: dict[str, Row], stocks: dict[tuple[str, str], Row]) -> str:
             f"{8 * row['weight_bytes'] / row['parameters']:.2f}",
             f"{row['load_s']:.1f}",
         )
-        lines.append(_line(_name(row), *cells))
+        lines.append(line(_name(row), *cells))
     return "\n".join(lines + _remarks(group))
 
 
@@ -134,14 +135,14 @@ def _speed(group: dict[str, Row], stocks: dict[tuple[str, str], Row]) -> str:
     batched, columns = first["batched"], SPEED
     if batched:
         columns = (*SPEED, f"decode of {batched['batch']}, ms per step", "x stock")
-    lines = [_caption(list(group.values())), "", _line("system", *columns), _line("---", *(["---:"] * len(columns)))]
+    lines = [_caption(list(group.values())), "", line("system", *columns), line("---", *(["---:"] * len(columns)))]
     for row in rows:
         stock = stocks.get((row["run"], row["shape"]))
         cells = [f"{row['weight_bytes'] / 1e9:.2f}", f"{row['load_s']:.1f}"]
         for name, form in (("decode_ms", "{:.1f}"), ("prefill_ms", "{:.0f}"), ("batched_decode_ms", "{:.1f}")):
             if name in row:
-                cells += [form.format(median(row[name])), _number(ratio(stock, row, name), "{:.2f}")]
-        lines.append(_line(_name(row), *cells, *([""] * (len(columns) - len(cells)))))
+                cells += [form.format(median(row[name])), number(ratio(stock, row, name), "{:.2f}")]
+        lines.append(line(_name(row), *cells, *([""] * (len(columns) - len(cells)))))
     return "\n".join(lines + _remarks(group))
 
 
@@ -163,7 +164,7 @@ def _remarks(group: dict[str, Row]) -> list[str]:
     return lines + (["", "Not measured:", "", *(f"* {text}" for text in failed)] if failed else [])
 
 
-def _origin(rows: list[Row]) -> str:
+def origin(rows: list[Row]) -> str:
     """The versions, the day and the commit of these rows."""
     versions = rows[0]["versions"]
     days = sorted({str(row["run"])[:10] for row in rows})
@@ -177,15 +178,15 @@ def _origin(rows: list[Row]) -> str:
 def _cells(row: Row, stock: Row | None) -> str:
     decode_ms, prefill_ms = median(row["decode_ms"]), median(row["prefill_ms"])
     share = row["read_bytes"] / row["bandwidth_bytes_per_s"] / (decode_ms / 1000)
-    return _line(
+    return line(
         _name(row),
         f"{decode_ms:.1f}",
-        _number(ratio(stock, row, "decode_ms"), "{:.2f}"),
+        number(ratio(stock, row, "decode_ms"), "{:.2f}"),
         f"{prefill_ms:.0f}",
-        _number(ratio(stock, row, "prefill_ms"), "{:.2f}"),
+        number(ratio(stock, row, "prefill_ms"), "{:.2f}"),
         f"{row['weight_bytes'] / 1e9:.2f}",
-        _number(row["load_peak_bytes"], "{:.2f}", 1e9),
-        _number(row["run_peak_bytes"], "{:.2f}", 1e9),
+        number(row["load_peak_bytes"], "{:.2f}", 1e9),
+        number(row["run_peak_bytes"], "{:.2f}", 1e9),
         f"{share:.0%}",
     )
 
@@ -195,15 +196,17 @@ def _name(row: Row) -> str:
     return NAMES.get(name, name)
 
 
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+def number(value: float | None, form: str, unit: float = 1.0) -> str:
     return "" if value is None else form.format(value / unit)
 
 
-def _line(*cells: str) -> str:
+def line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
+    from benchmarks.cache_table import cache_markdown  # which is made with what stands above
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results/*.jsonl)")
     parser.add_argument("--write", type=Path, help=f"replace what stands between {' and '.join(_place('NAME'))} there")
@@ -212,7 +215,8 @@ def main() -> None:
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     tables = {
         "benchmark-table": markdown([row for row in rows if "part" not in row]),
-        "quantize-table": quantize_markdown([row for row in rows if "part" in row]),
+        "quantize-table": quantize_markdown([row for row in rows if row.get("part") in ("perplexity", "speed")]),
+        "kvcache-table": cache_markdown([row for row in rows if str(row.get("part")).startswith("cache-")]),
     }
     if options.write is None:
         print("\n\n".join(filter(None, tables.values())))

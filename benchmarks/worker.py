@@ -9,7 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from benchmarks.measure import Workload
@@ -38,11 +38,20 @@ class Job:
     padded: bool
     texts: tuple[str, ...] = ()
 
+    def serve(self, pipe: Connection) -> None:
+        _serve(self, pipe)
+
+
+class Serving(Protocol):
+    """What a worker does: load, send facts or a reason, then answer each message until the pipe ends."""
+
+    def serve(self, pipe: Connection) -> None: ...
+
 
 class Worker:
     """One system, loaded and warmed up within `limit_s` seconds, whose turns may take `run_limit_s` in all."""
 
-    def __init__(self, job: Job, limit_s: float, run_limit_s: float) -> None:
+    def __init__(self, job: Serving, limit_s: float, run_limit_s: float) -> None:
         self.left_s = limit_s
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -64,6 +73,11 @@ class Worker:
         if self.left_s <= 0:
             return None
         self.pipe.send(workload or "turn")
+        return self._answer()
+
+    def ask(self, *message: Any) -> dict[str, Any]:
+        """The answer to a message that the job knows."""
+        self.pipe.send(message)
         return self._answer()
 
     def score(self, windows: list[list[int]]) -> list[float]:
@@ -100,12 +114,12 @@ class Worker:
         return answer
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def _work(job: Serving, pipe: Connection) -> None:
     """The other process: load, then answer each message."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
     warnings.simplefilter("ignore")
     try:
-        _serve(job, pipe)
+        job.serve(pipe)
     except (EOFError, BrokenPipeError):
         return
     except BaseException as error:

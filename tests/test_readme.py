@@ -31,12 +31,19 @@ def test_the_first_example(run, capsys):
     assert "def read_lines" in capsys.readouterr().out
 
 
-def test_quantized_checkpoints(run):
+def test_caches(run, capsys):
     names = run(BLOCKS[1])
+    assert len(capsys.readouterr().out) > 80
+    assert names["prefixes"].hits == 1 and names["prefixes"].reused_tokens > 16
+    assert list(names["prefixes"].folder.glob("*.safetensors"))
+
+
+def test_quantized_checkpoints(run):
+    names = run(BLOCKS[2])
     plain = names["load"](names["path"], quantize="int4", attention=False, linear=False)  # as `again` is: not patched
     assert torch.equal(logits(names["again"], prompt()), logits(plain, prompt()))
     assert names["stock_way"].hf_quantizer.quantization_config.scheme == "int8"
 
 
 def test_there_are_no_others():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3

@@ -50,24 +50,25 @@ def attend(
     """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
     values [B, K, R, V]: [B, T, H, V], like the query.
 
-    With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True; where there are none, the result
-    is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a value. Keys
-    and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed ones all from the
-    third on. Sums are float32; rounding queries and weights where they meet codes costs less than 1e-3 of the result.
+    With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True; where there are none, the
+    result is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a
+    value. Keys and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed
+    ones all from the third on. Sums are float32; rounding queries and weights where they meet codes costs less than
+    1e-3 of the result.
     """
     (B, H, T, D), (K, R, V) = query.shape, values.shape[1:]
     out = torch.empty((B, T, H, V), dtype=query.dtype, device="cpu")
     if packed is None:
-        groups, pointers, strides = 1, (0, 0, 0, 0), (0,) * 8
+        groups, pointers, strides = 1, [0] * 4, [0] * 8
     else:
         groups = packed[3].shape[4]
-        pointers = tuple([tensor.data_ptr() for tensor in packed])
-        strides = tuple([stride for tensor in packed for stride in tensor.stride()[:2]])
+        pointers = [tensor.data_ptr() for tensor in packed]
+        strides = [stride for tensor in packed for stride in tensor.stride()[:2]]
     if mask is None:
-        seen, seen_strides = 0, (0, 0, 0)
+        seen, seen_strides = 0, [0] * 3
     else:
         seen, shape = mask.data_ptr(), mask.shape
-        seen_strides = tuple([0 if shape[i] == 1 else mask.stride(i) for i in range(3)])
+        seen_strides = [0 if shape[i] == 1 else mask.stride(i) for i in range(3)]
     arguments = CALL.pack(
         B, K, H // K, T, D, V, blocks, R, bits, cpu.DTYPES[query.dtype], torch.get_num_threads(), groups,
         query.data_ptr(), keys.data_ptr(), values.data_ptr(),
@@ -81,8 +82,8 @@ def attend(
 
 
 def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packed:
-    """What ops.kv.pack makes, to the bit, of keys [B, K, 64 N, D] and values [B, K, 64 N, V] of one dtype, with the last
-    dimension contiguous."""
+    """What ops.kv.pack makes, to the bit, of keys [B, K, 64 N, D] and values [B, K, 64 N, V] of one dtype, with the
+    last dimension contiguous."""
     (B, K, S, D), V = keys.shape, values.shape[3]
     N, D_packed, V_packed = S // BLOCK, -(-D // 8) * 8, -(-V // 16) * 16
     groups = V_packed // 64 if bits == 4 and V_packed % 64 == 0 else 1

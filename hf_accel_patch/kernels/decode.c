@@ -1,4 +1,4 @@
-/* Attention of a few new tokens over a cache, exact or quantized (ops/kv.py has the layout), at the speed of reading it.
+/* Attention of a few new tokens over an exact or quantized cache (ops/kv.py has the layout), at the speed of reading it.
  *
  * The query heads of a key/value head and the new tokens are rows that share one pass over its keys and values. Tokens
  * come in units of 64, the size of a quantized block; CHUNK units are a task: scores, softmax, values. Tasks are joined
@@ -10,7 +10,7 @@
  * row): then what the rounding costs is relative to how codes differ.
  *
  * WIDTH, the bytes in a vector, is 64 where the build has AVX512BW and 32 with AVX2.
- * Functions return 0, or -1 where there is no memory.
+ * `attend` returns 0, or -1 where there is no memory.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -226,9 +226,9 @@ INLINE void scores_exact(int rows, enum dtype dtype, const char *keys, int64_t s
     }
 }
 
-/* acc [rows, n vectors] + weights [rows, count] times exact values, from channel c on. */
-INLINE void sum_exact(int rows, int n, enum dtype dtype, const char *values, int64_t stride, int64_t count, int64_t part,
-                      const float *weights, float *acc, int64_t acc_stride) {
+/* acc [rows, n vectors] + weights [rows, count] times exact values; of the only vector of a tail, `part` lanes. */
+INLINE void sum_exact(int rows, int n, enum dtype dtype, const char *values, int64_t stride, int64_t count,
+                      int64_t part, const float *weights, float *acc, int64_t acc_stride) {
     floats sum[4][8];
     EACH(r, rows)
         EACH(i, n) sum[r][i] = FLOATS(acc + r * acc_stride + i * LANES);
@@ -359,11 +359,11 @@ INLINE void products(int rows, int bits, int64_t vectors, const uint8_t *codes, 
 INLINE void scores_quantized(int rows, int bits, const uint8_t *codes, const uint16_t *scales, int64_t D_packed,
                              const float *q, int64_t q_stride, float *out) {
     const int64_t padded = ROUND_UP(D_packed, LANES);
-    int8_t x[rows][2][padded] __attribute__((aligned(64)));
+    int32_t x[rows][2][padded / 4] __attribute__((aligned(64)));
     terms of;
-    split(rows, D_packed, padded, scales, scales + D_packed, bits == 8 ? 128 : 8, q, q_stride, x[0][0], &of);
-    products(rows, bits, UNIT / LANES, codes, UNIT * 4, D_packed / (bits == 8 ? 4 : 8), (const int32_t *)x, padded / 4,
-             &of, out, TOKENS, 0);
+    split(rows, D_packed, padded, scales, scales + D_packed, bits == 8 ? 128 : 8, q, q_stride, (int8_t *)x, &of);
+    products(rows, bits, UNIT / LANES, codes, UNIT * 4, D_packed / (bits == 8 ? 4 : 8), x[0][0], padded / 4, &of, out,
+             TOKENS, 0);
 }
 
 /* acc [rows, acc_stride] + weights [rows, 64] times a block of values. Scales [1 or 2, groups, 64]. */
@@ -371,11 +371,12 @@ INLINE void values_quantized(int rows, int bits, const uint8_t *codes, const uin
                              int64_t groups, const float *weights, float *acc, int64_t acc_stride) {
     const int64_t channels = V_packed / groups;
     for (int64_t g = 0; g < groups; g++, scales += UNIT) {
-        int8_t x[rows][2][UNIT] __attribute__((aligned(64)));
+        const uint16_t *minima = bits == 8 ? NULL : scales + groups * UNIT;
+        int32_t x[rows][2][UNIT / 4] __attribute__((aligned(64)));
         terms of;
-        split(rows, UNIT, UNIT, scales, bits == 8 ? NULL : scales + groups * UNIT, 8, weights, TOKENS, x[0][0], &of);
-        products(rows, bits, channels / LANES, codes + g * channels * 4, V_packed * 4, bits == 8 ? 16 : 8,
-                 (const int32_t *)x, UNIT / 4, &of, acc + g * channels, acc_stride, 1);
+        split(rows, UNIT, UNIT, scales, minima, 8, weights, TOKENS, (int8_t *)x, &of);
+        products(rows, bits, channels / LANES, codes + g * channels * 4, V_packed * 4, bits == 8 ? 16 : 8, x[0][0],
+                 UNIT / 4, &of, acc + g * channels, acc_stride, 1);
     }
 }
 
@@ -470,6 +471,9 @@ static void values_of_unit(const attention *a, int64_t b, int64_t k, int64_t uni
              weights, acc, acc_stride);
 }
 
+/* How many of the rows that are left come next: at most four, and no one alone where they share. */
+static int64_t next_rows(int64_t left) { return left > 4 && left < 8 ? (left + 1) / 2 : MIN(4, left); }
+
 /* Rows `first` on of a head over the units from `start` to `stop`: sums of values, then their weight, then the largest
  * score, in `out` [rows, V_padded + PAD]. */
 static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t start, int64_t stop,
@@ -495,7 +499,7 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
         const int64_t n = MIN(UNIT, token + tokens - u * UNIT);
         seen[u - start] = any_seen(a, b, k, first, rows, u * UNIT, n);
         for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {
-            few = rows - r > 4 && rows - r < 8 ? (rows - r + 1) / 2 : MIN(4, rows - r);
+            few = next_rows(rows - r);
             scores_of_unit(a, b, k, u, few, D_packed, query[r], is_raw ? raw[r] : (char *)query[r], D,
                            scores[r] + (u - start) * UNIT);
         }
@@ -507,7 +511,7 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
     }
     for (int64_t u = start; u < stop; u++)
         for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {
-            few = rows - r > 4 && rows - r < 8 ? (rows - r + 1) / 2 : MIN(4, rows - r);
+            few = next_rows(rows - r);
             values_of_unit(a, b, k, u, few, V_packed, scores[r] + (u - start) * UNIT, out + r * (V_padded + PAD),
                            V_padded + PAD);
         }
@@ -537,23 +541,23 @@ static void join(const attention *a, int64_t b, int64_t k, int64_t r, const floa
 }
 
 int attend(const attention *a) {
-    const int64_t units = a->blocks + (a->recent + UNIT - 1) / UNIT, chunks = (units + CHUNK - 1) / CHUNK;
+    const int64_t units = a->blocks + (a->recent + UNIT - 1) / UNIT, chunks = units ? (units + CHUNK - 1) / CHUNK : 1;
     const int64_t rows = a->G * a->T, V_padded = ROUND_UP(a->V, 16), apart = rows * (V_padded + PAD);
-    const int64_t tasks = a->B * a->K * chunks;
+    const int64_t heads = a->B * a->K, tasks = heads * chunks;
     const int threads = tasks * rows * MIN(units, CHUNK) * UNIT * (a->D + a->V) < ENOUGH ? 1 : (int)a->threads;
-    float *parts = aligned_alloc(64, (tasks * apart + PAD) * sizeof(float));
+    float *parts = aligned_alloc(64, (tasks * apart + ROUND_UP(heads, PAD)) * sizeof(float));
     if (!parts) return -1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < tasks; i++)
-            for (int64_t r = 0; r < rows; r += MOST)
-                part(a, i / chunks / a->K, i / chunks % a->K, r, MIN(MOST, rows - r), i % chunks * CHUNK,
-                     MIN(units, (i % chunks + 1) * CHUNK), parts + i * apart + r * (V_padded + PAD), V_padded);
-#pragma omp for
-        for (int64_t i = 0; i < a->B * a->K * rows; i++)
-            join(a, i / rows / a->K, i / rows % a->K, i % rows,
-                 parts + i / rows * chunks * apart + i % rows * (V_padded + PAD), chunks, apart, V_padded);
+    int32_t *done = (int32_t *)(parts + tasks * apart); /* parts of each head: whoever does the last one joins them */
+    memset(done, 0, heads * sizeof *done);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < tasks; i++) {
+        const int64_t head = i / chunks, b = head / a->K, k = head % a->K, start = i % chunks * CHUNK;
+        for (int64_t r = 0; r < rows; r += MOST)
+            part(a, b, k, r, MIN(MOST, rows - r), start, MIN(units, start + CHUNK),
+                 parts + i * apart + r * (V_padded + PAD), V_padded);
+        if (__atomic_add_fetch(done + head, 1, __ATOMIC_ACQ_REL) == chunks)
+            for (int64_t r = 0; r < rows; r++)
+                join(a, b, k, r, parts + head * chunks * apart + r * (V_padded + PAD), chunks, apart, V_padded);
     }
     free(parts);
     return 0;
@@ -606,7 +610,8 @@ static void pack_keys(const float *x, int64_t padded, int64_t D_packed, int64_t 
         }
         const floats minimum = half(low, -BIGGEST, scales + D_packed + i, D_packed - i);
         const floats scale = half((high - minimum) / (float)levels, SMALLEST, scales + i, D_packed - i);
-        for (int t = 0; t < UNIT; t++) put_codes(codes[t] + i, FLOATS((float *)x + t * padded + i), minimum, scale, levels);
+        for (int t = 0; t < UNIT; t++)
+            put_codes(codes[t] + i, FLOATS((float *)x + t * padded + i), minimum, scale, levels);
     }
     for (int64_t i = 0; i < D_packed / (bits == 8 ? 4 : 8); i++)
         for (int t = 0; t < UNIT; t++) {

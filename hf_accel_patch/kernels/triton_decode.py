@@ -1,30 +1,30 @@
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator, assignment"
-"""Attention of a few queries to exact or quantized keys and values on NVIDIA GPUs, in Triton, after arXiv 2311.01282
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="assignment"
+"""Attention of a few queries to exact or quantized keys and values on NVIDIA GPUs, in Triton, split along the tokens
 ("Flash-Decoding"). Needs triton; imported only when used.
 
 Programs split the tokens of a key/value head. Every warp of a program is on its own: it takes a whole block of 64
-quantized tokens (16 exact ones) at a time, with a softmax and sums of its own, which a program adds at its end and a
-second kernel adds up over the programs. So a loop has seven barriers per 256 tokens. Sums are float32 and always in the
-same order; how tokens are split follows from shapes. Nothing waits for the device or depends on the data, so CUDA graphs
-can record it. All query rows of a key/value head, H / K * T, share one pass up to 8, or 16 with codes and 32 with exact
-16-bit keys and values; more are passes that meet in the L2 cache.
+quantized tokens, or 16 exact ones, at a time, with a softmax and sums of its own, which a program adds at its end and a
+second kernel over the programs. So warps hardly wait for each other. Sums are float32 and always in the same order; how
+tokens are split follows from shapes. Nothing waits for the device or depends on the data, so CUDA graphs can record it.
+All query rows of a key/value head, H / K * T, share one pass, up to 16 with codes and 32 with exact 16-bit keys and
+values (of float32 8 and 16); more are passes that meet in the L2 cache.
 
 Codes are never dequantized. Tensor cores multiply them as the bytes they are, four of a word being what an operand has
 side by side: of int8 less 128, of int4 the low halves, and 16 times the high halves less 8. What they meet is query *
 scale per block, or weight * scale, as an integer of 16 bits (of float32 queries, 23) relative to the row's largest in
 the block, in base 256: the digits lie in rows of the operand that would be padding, as tensor cores multiply 16 at
-least. Offsets and minima are float32. What 16-bit queries lose is 2^-16 per product, where a dequantized bfloat16 loses
-2^-9. With up to 8 rows, weights of exact 16-bit values are two terms likewise; more are rounded once, as in
-FlashAttention. Exact float32 is three products of tf32.
+least. Offsets and minima are summed in float32. With up to 8 rows, weights of exact 16-bit values are two terms
+likewise; those of more are rounded once, as in FlashAttention. Exact float32 is three products of tf32.
 
-An H100 can read 3.3e12 bytes and issue 29e12 instructions a second: 17 per exact 16-bit number, 8.5 per int8 code and 5
-per int4 code with its scales. As Triton 3.9 compiles it for sm_90, keys and values of 128 in groups of 4 heads, they are
-3.4, 2.9 and 3.7 (with a mask, 4.4 for int4), in 104, 220 and 229 registers, so two programs of four warps fit on a
-processor. Words come from shared memory with four lanes on a bank, 2,000 cycles per 256 tokens of int8 where reading
-takes 4,600. That leaves exact and int8 to memory and int4 close to both limits: expected are 80, 75 and 60 % of the
-bandwidth at 32k tokens. NOT MEASURED: there was no GPU.
+An H100 can read 3.3e12 bytes and issue 29e12 instructions a second: 17 per exact 16-bit number, 8.5 per int8 code, 5
+per int4 code with its scales. As Triton 3.9 compiles it for sm_90, with keys and values of 128 in groups of 4 heads, it
+takes 3.4, 2.9 and 3.7 (int4 with a mask 4.2) in 104, 220 and 229 registers, so two programs of four warps fit on a
+processor. Words come from shared memory with four lanes on a bank: by that count 2,000 cycles per 256 tokens of int8,
+where reading takes 4,600. So exact numbers and int8 should be limited by memory, and int4 by both. A guess for 32k
+tokens is 80, 75 and 60 % of the bandwidth. NOT MEASURED: there was no GPU.
 
-Fast where D and V are multiples of 16 (other strides cannot be read 16 bytes at a time) and heads are aligned to them.
+It is fast where D and V are multiples of 16 and rows are aligned to 16 bytes: others are not read 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -212,14 +212,18 @@ def _weights(logits, m, total):
     return p, alpha, most, total * alpha + tl.sum(p, axis=2)
 
 
-@triton.jit(do_not_specialize=["blocks", "R", "steps"])
+@triton.jit(
+    do_not_specialize=["blocks", "R", "steps", "m_b", "m_h", "m_t"],  # what changes with the length compiles once
+    do_not_specialize_on_alignment=["mask"],
+)
 def _attend(
     q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, stats, out,
     K, G, T, D, V, blocks, R, steps, scale, cap,
     q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t,
     KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr, DP: tl.constexpr,
-    KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr,
+    STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a key/value head over `steps` steps: of W blocks, then of TAIL * W recent tokens."""
     dtype: tl.constexpr = q.dtype.element_ty

@@ -21,7 +21,10 @@ from hf_accel_patch.ops.stored import Content
 
 MOST_TOKENS = 16  # new tokens at a time for which one pass over the cache by the kernel is the fastest
 
+PART_TOKENS = 1024  # for which scores are in memory at a time
+
 Part = tuple[int, int, Tensor, Tensor]  # the first and the last cached token, their keys and values
+Joined = tuple[Tensor, Tensor, Tensor]  # of queries and what came so far: the highest score, sums of weights and values
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor | None:
@@ -43,29 +46,42 @@ def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant)
 
 
 def attend_parts(query: Tensor, parts: Iterable[Part], mask: Mask, variant: Variant) -> Tensor:
-    """Attention [B, H, T, V] to keys and values that come part by part."""
+    """Attention [B, H, T, V] to keys and values that come part by part. Gradients reach the query."""
     B, H, T, _ = query.shape
-    highest = query.new_full((B, H, T, 1), -torch.inf, dtype=torch.float32)
-    total, output = torch.zeros_like(highest), None
-    if variant.sinks is not None:
-        highest, total = highest.maximum(variant.sinks.float()), torch.ones_like(total)
+    rows = max(1, SCORE_BYTES // (8 * B * H * PART_TOKENS))
+    joined: dict[int, Joined] = {}  # by the first of some queries
     for first, last, keys, values in parts:
-        if output is None:
-            output = query.new_zeros((B, H, T, values.shape[-1]), dtype=torch.float32)
-        rows = max(1, SCORE_BYTES // (8 * B * H * (last - first)))
-        for start in range(0, T, rows):
-            some = slice(start, min(start + rows, T))
-            bias = None if variant.bias is None else variant.bias[..., some, first:last]
-            seen = mask.block(some.start, some.stop, first, last)
-            scores = _scores(query[:, :, some], keys, seen, bias, variant)
-            top = torch.maximum(highest[:, :, some], scores.amax(-1, keepdim=True))
-            weights, kept = torch.exp(scores - top), torch.exp(highest[:, :, some] - top)
-            highest[:, :, some] = top
-            total[:, :, some] = total[:, :, some] * kept + weights.sum(-1, keepdim=True)
-            output[:, :, some] = output[:, :, some] * kept + _weighted(weights, values)
-    if output is None:
+        for begin in range(first, last, PART_TOKENS):
+            end = min(begin + PART_TOKENS, last)
+            some = slice(begin - first, end - first)
+            for start in range(0, T, rows):
+                stop = min(start + rows, T)
+                bias = None if variant.bias is None else variant.bias[..., start:stop, begin:end]
+                seen = mask.block(start, stop, begin, end)
+                scores = _scores(query[:, :, start:stop], keys[:, :, some], seen, bias, variant)
+                joined[start] = _join(joined.get(start) or _empty(scores, start, variant), scores, values[:, :, some])
+    if not joined:
         raise ValueError("attention to a cache that holds no token")
-    return (output / total).to(query.dtype)
+    return torch.cat([output / total for _, total, output in joined.values()], dim=2).to(query.dtype)
+
+
+def _empty(scores: Tensor, start: int, variant: Variant) -> Joined:
+    """What is known before the first part: the sinks."""
+    if variant.sinks is None:
+        highest = scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        return highest, torch.zeros_like(highest), torch.zeros_like(highest)
+    sinks = variant.sinks.float()
+    if sinks.shape[2] != 1:
+        sinks = sinks[:, :, start : start + scores.shape[2]]
+    highest = sinks.expand(*scores.shape[:3], 1)
+    return highest, torch.ones_like(highest), torch.zeros_like(highest)
+
+
+def _join(before: Joined, scores: Tensor, values: Tensor) -> Joined:
+    highest, total, output = before
+    top = torch.maximum(highest, scores.amax(-1, keepdim=True))
+    weights, kept = torch.exp(scores - top), torch.exp(highest - top)
+    return top, total * kept + weights.sum(-1, keepdim=True), output * kept + _weighted(weights, values)
 
 
 def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant) -> Tensor:
@@ -79,7 +95,9 @@ def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, bias: Tensor | Non
         scores = scores + bias
     if mask is None:
         return scores
-    return scores.masked_fill(~mask, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(query.dtype).min)
+    return (scores + mask).clamp(min=torch.finfo(scores.dtype).min)  # of nothing but -inf, statistics would be NaN
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
@@ -90,7 +108,8 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant) -> bool:
     """Whether a kernel can do this, and is there."""
-    plain = variant.bias is None and not variant.dropout and (variant.sinks is None or variant.sinks.shape[2] == 1)
+    one_per_head = variant.sinks is None or variant.sinks.numel() == query.shape[1]
+    plain = variant.bias is None and not variant.dropout and one_per_head
     masks = mask is None or (mask.dtype == torch.bool and mask.device == query.device)
     same = query.dtype == keys.dtype == values.dtype and query.dtype in cpu.DTYPES
     if not (plain and masks and same and query.device == keys.device == values.device):

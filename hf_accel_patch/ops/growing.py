@@ -13,12 +13,32 @@ class Growing:
     the buffer, if what was dropped there left enough room, or to a new one with room for `slack` of its length, or for
     `least` entries: so an entry is copied about 1 / slack times, however long the tensor gets. What `append` and `view`
     return stays valid until entries are dropped and others written in their place.
+
+    A buffer that came from elsewhere, or that a copy shares, is read, and left for a new one before a write. Where
+    gradients may be recorded nothing is written in place: what a step has saved for its backward must stay.
     """
 
-    def __init__(self, content: Tensor, slack: float, least: int, *, shared: bool = False) -> None:
+    shared: bool  # others may hold the buffer
+
+    def __init__(self, content: Tensor, slack: float, least: int) -> None:
         self.slack, self.least = slack, least
         self.adopt(content)
-        self.shared = shared  # others hold the buffer: it is read, and left for a new one before a write
+
+    @classmethod
+    def with_room(cls, content: Tensor, capacity: int, slack: float, least: int) -> Growing:
+        """A copy of the content, with room for `capacity` entries."""
+        length = content.shape[2]
+        buffer = content.new_empty((*content.shape[:2], max(length, capacity), *content.shape[3:]))
+        held = cls(buffer, slack, least)
+        held.shared, held.stop = False, length
+        held.view().copy_(content)
+        return held
+
+    def __copy__(self) -> Growing:
+        self.shared = True
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -30,10 +50,11 @@ class Growing:
     def adopt(self, content: Tensor) -> None:
         """Become this content: a slice of `view()` stays where it is, anything else becomes the buffer."""
         buffer: Tensor | None = vars(self).get("buffer")
-        if buffer is not None and _is_slice(content, buffer):
-            self.start = (content.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
+        start = None if buffer is None else _start(content, buffer)
+        if start is None:
+            self.buffer, self.start, self.shared = content, 0, True
         else:
-            self.buffer, self.start, self.shared = content, 0, False
+            self.start = start
         self.stop = self.start + content.shape[2]
 
     def append(self, new: Tensor) -> Tensor:
@@ -65,7 +86,7 @@ class Growing:
         alike = new.dtype == mine.dtype and new.device == mine.device and new.ndim == mine.ndim
         sizes = alike and new.shape[:2] == mine.shape[:2] and new.shape[3:] == mine.shape[3:]
         plain = type(new) is Tensor and type(mine) is Tensor and not torch.compiler.is_compiling()
-        return sizes and plain and not (mine.requires_grad or (new.requires_grad and torch.is_grad_enabled()))
+        return sizes and plain and not (mine.requires_grad or torch.is_grad_enabled())
 
     def _read_only(self) -> bool:
         return self.shared or (self.buffer.is_inference() and not torch.is_inference_mode_enabled())
@@ -83,10 +104,13 @@ class Growing:
         self.start, self.stop = 0, length
 
 
-def _is_slice(content: Tensor, buffer: Tensor) -> bool:
-    """Whether `content` is `buffer` narrowed along the third dimension."""
+def _start(content: Tensor, buffer: Tensor) -> int | None:
+    """Where `content` starts, if it is `buffer` narrowed along the third dimension."""
     if type(content) is not Tensor or type(buffer) is not Tensor or content.device != buffer.device:
-        return False
+        return None
     same = content.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-    alike = content.dtype == buffer.dtype and content.stride() == buffer.stride()
-    return same and alike and content.shape[:2] == buffer.shape[:2] and content.shape[3:] == buffer.shape[3:]
+    alike = content.dtype == buffer.dtype and content.stride() == buffer.stride() and buffer.stride(2) > 0
+    if not (same and alike and content.shape[:2] == buffer.shape[:2] and content.shape[3:] == buffer.shape[3:]):
+        return None
+    start, rest = divmod(content.storage_offset() - buffer.storage_offset(), buffer.stride(2))
+    return start if rest == 0 and 0 <= start <= buffer.shape[2] - content.shape[2] else None

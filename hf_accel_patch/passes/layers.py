@@ -6,6 +6,7 @@ cache, and whatever it was told, stays as it is.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class _InPlace(DynamicLayer):
 
     def _get(self, name: str) -> Tensor | None:
         held: Growing | None = getattr(self, name)
+        if held is None and self.is_initialized:
+            return torch.tensor([], dtype=self.dtype, device=self.device)
         return None if held is None else held.view()
 
     def _set(self, name: str, content: Tensor | None) -> None:
@@ -64,7 +67,7 @@ class _InPlace(DynamicLayer):
         """Hold what `state` said. Its tensors are read, and never written."""
         keys, values = state["keys"], state["values"]
         self.lazy_initialization(keys, values)
-        self._keys, self._values = (Growing(x, self._slack, self._least, shared=True) for x in (keys, values))
+        self._keys, self._values = (Growing(x, self._slack, self._least) for x in (keys, values))
 
     def whole(self) -> bool:
         """Whether it holds all tokens that it has seen."""
@@ -80,8 +83,13 @@ class _InPlace(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams that stay where they are need no copy."""
-        if beam_idx.device.type != "cpu" or not torch.equal(beam_idx, torch.arange(len(beam_idx))):
+        if self._keys is None or not all_stay(beam_idx, self._keys.buffer.shape[0]):
             super().reorder_cache(beam_idx)
+
+    def __copy__(self) -> _InPlace:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), _keys=copy.copy(self._keys), _values=copy.copy(self._values))
+        return other
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
@@ -150,6 +158,11 @@ class InPlaceHybridSlidingWindowLayer(InPlaceSlidingWindowLayer, LinearAttention
     """A sliding window and a recurrent state in one layer."""
 
     restores = False
+
+
+def all_stay(indices: Tensor, batch: int) -> bool:
+    """Whether these indices leave every row of a batch where it is. On a GPU nobody waits to find out."""
+    return indices.device.type == "cpu" and indices.tolist() == list(range(batch))
 
 
 IN_PLACE: dict[type, type] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_accel_patch.ops.growing import Growing
 from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, pack
 from hf_accel_patch.ops.stored import Content, Stored
+from hf_accel_patch.passes.layers import all_stay
 
 PACK_BLOCKS = 16  # packed at a time: more would hold more of a prompt in float32
 SLACK = 1 / 64  # of the packed blocks: what is empty counts, and a block is copied 64 times for 64 tokens
@@ -67,7 +69,7 @@ class QuantizedLayer(DynamicLayer):
         self.lazy_initialization(state["keys"], state["values"])
         self._latest = (self._room(state["keys"]), self._room(state["values"]))
         packed = [state[name] for name in Packed._fields if name in state]
-        self._packed = [Growing(each, SLACK, 1, shared=True) for each in packed] or None
+        self._packed = [Growing(each, SLACK, 1) for each in packed] or None
 
     def whole(self) -> bool:
         """Whether it holds all tokens that it has seen."""
@@ -101,8 +103,14 @@ class QuantizedLayer(DynamicLayer):
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if beam_idx.device.type != "cpu" or not torch.equal(beam_idx, torch.arange(len(beam_idx))):
+        if self._latest is not None and not all_stay(beam_idx, self._latest[0].buffer.shape[0]):
             self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def __copy__(self) -> QuantizedLayer:
+        other = object.__new__(type(self))
+        packed, latest = ([copy.copy(each) for each in held or ()] for held in (self._packed, self._latest))
+        vars(other).update(vars(self), _packed=packed or None, _latest=tuple(latest) or None)
+        return other
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
@@ -135,13 +143,7 @@ class QuantizedLayer(DynamicLayer):
 
     def _room(self, latest: Tensor) -> Growing:
         """A buffer for the latest tokens, as long as one new token at a time needs."""
-        length = latest.shape[2]
-        size = (*latest.shape[:2], max(length, self.recent + BLOCK), *latest.shape[3:])
-        buffer = latest.new_empty(size)
-        buffer[:, :, :length].copy_(latest)
-        room = Growing(buffer, 0.0, 16)
-        room.adopt(buffer[:, :, :length])
-        return room
+        return Growing.with_room(latest, self.recent + BLOCK, 0.0, 16)
 
     def _pack_oldest(self) -> None:
         assert self._latest is not None
@@ -151,13 +153,14 @@ class QuantizedLayer(DynamicLayer):
             self._pack(keys[:, :, : blocks * BLOCK], values[:, :, : blocks * BLOCK])
             self._latest = (self._room(keys[:, :, blocks * BLOCK :]), self._room(values[:, :, blocks * BLOCK :]))
 
+    @torch.no_grad()
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         for start in range(0, keys.shape[2], PACK_BLOCKS * BLOCK):
             span = slice(start, start + PACK_BLOCKS * BLOCK)
             packed = pack(keys[:, :, span], values[:, :, span], self.bits)
             if self._packed is None:
                 whole = keys.shape[2] // BLOCK
-                self._packed = [_with_room(each, whole + int(whole * SLACK)) for each in packed]
+                self._packed = [Growing.with_room(each, whole + int(whole * SLACK), SLACK, 1) for each in packed]
             else:
                 for held, each in zip(self._packed, packed, strict=True):
                     held.append(each)
@@ -237,7 +240,9 @@ class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             DynamicSlidingWindowLayer.crop(self, tokens_to_remove)  # says why not
         super().crop(tokens_to_remove)
-        self.cumulative_length += tokens_to_remove
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        if self._latest is not None:
+            self._drop_first(max(0, self._held() - self.sliding_window + 1))
 
     def _visible(self, new: int) -> int:
         return min(self._held(), self.sliding_window - 1 + new)
@@ -251,13 +256,3 @@ QUANTIZED: dict[type, type] = {
     DynamicLayer: QuantizedLayer,
     DynamicSlidingWindowLayer: QuantizedSlidingWindowLayer,
 }
-
-
-def _with_room(content: Tensor, capacity: int) -> Growing:
-    """Its own buffer, with room for `capacity` blocks."""
-    blocks = content.shape[2]
-    buffer = content.new_empty((*content.shape[:2], max(blocks, capacity), *content.shape[3:]))
-    buffer[:, :, :blocks].copy_(content)
-    held = Growing(buffer, SLACK, 1)
-    held.adopt(buffer[:, :, :blocks])
-    return held

@@ -155,7 +155,7 @@ def test_lengths(blocks, recent, bits):
     Case(torch.float32, bits, heads=(2, 1), B=2, blocks=blocks, recent=recent, room=0 if recent == 1 else 3).check()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 3), (1, 4, 1), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_masks(bits, shape):
     dtype = torch.bfloat16 if shape[1] == 4 else torch.float32
