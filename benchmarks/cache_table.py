@@ -105,25 +105,18 @@ def _decode(rows: list[Row], measured: list[Row]) -> str:
     caption = f"**{first['shape']}**" + (f" cut to {first['layers']} layers" if first["layers"] else "")
     caption += f"; {first['dtype']}; a decode step, by tokens in the cache; {machine}, reading {bandwidth:.0f} GB/s; "
     times = [caption + f"{origin(rows)}.", ""]
-    times += _head(
-        "cache", *(text for each in contexts for text in (f"{each}, ms", "x stock")), "packing, ms per token"
-    )
-    sizes = ["The same runs: bytes of the cache over bfloat16's, and what a step takes beside it.", ""]
-    sizes[0] = sizes[0].replace("bfloat16's", "those of 16 bits")
+    columns = [text for each in contexts for text in (f"{each}, ms", "x stock")]
+    times += _head("cache", *columns, "packing, ms per token")
+    sizes = ["The same runs: bytes of the cache over those of 16 bits, and what a step takes beside it.", ""]
     sizes += _head("cache", *(f"{each}, x 16 bits" for each in contexts), *(f"{each}, MB a step" for each in contexts))
     for system, found in by_system.items():
         if not found:
             continue
-        cells = []
+        cells: list[str] = []
         for row in map(found.get, contexts):
-            cells += (
-                ["", ""]
-                if row is None
-                else [
-                    f"{median(row['decode_ms']):.1f}",
-                    number(ratio(base_of(row, measured), row, "decode_ms"), "{:.2f}"),
-                ]
-            )
+            decode_ms = median(row["decode_ms"]) if row else None
+            times_stock = ratio(base_of(row, measured), row, "decode_ms") if row else None
+            cells += [number(decode_ms, "{:.1f}"), number(times_stock, "{:.2f}")]
         times.append(line(name_of(system), *cells, _packing(found)))
         shares = [_share(row) for row in map(found.get, contexts)]
         peaks = [number(row and row["step_peak_bytes"], "{:.1f}", 1e6) for row in map(found.get, contexts)]

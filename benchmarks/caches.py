@@ -6,7 +6,6 @@ documentation recommends. Nothing of a layer's insides is assumed: tokens go in 
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,10 +49,10 @@ AXES = {
 }  # what transformers' documentation recommends for hqq; 0, the default, for quanto
 CACHES: dict[str, Kind] = {
     "stock": Kind(),
-    "cache=False": Kind({"cache": False}),  # all else that `patch` does, so what the cache alone gives can be told
     "exact": Kind({}),
     "int8": Kind({"cache": "int8"}, packs_every=SPAN),
     "int4": Kind({"cache": "int4"}, packs_every=SPAN),
+    "cache=False": Kind({"cache": False}),  # all else that `patch` does, so what the cache alone gives can be told
     "fp8": Kind(quantized={"backend": "fp8"}),
     "quanto-4bit": Kind(quantized={"backend": "quanto", "nbits": 4}, **QUANTO),
     "hqq-8bit": Kind(quantized={"backend": "hqq", "nbits": 8} | AXES, **HQQ),
@@ -229,7 +228,8 @@ class Held:
     def _layer(self) -> str:
         """The class of a layer; ValueError where a patched model has not made the cache its own, or any other has."""
         kind = type(self.cache.layers[0])
+        name = f"{kind.__module__}.{kind.__qualname__}"
         expected = self.kind.patched is not None and self.kind.patched.get("cache") is not False
-        if kind.__module__.startswith("hf_accel_patch") != expected:
-            raise ValueError(f"the cache that was to be measured has layers of {kind.__module__}.{kind.__qualname__}")
-        return kind.__qualname__
+        if name.startswith("hf_accel_patch.") != expected:
+            raise ValueError(f"the cache that was to be measured has layers of {name}")
+        return name

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Correctness and speed on a machine with a GPU, in less than 9 minutes, without network or installation.
+# Correctness and speed on a machine with a GPU, in less than 10 minutes, without network or installation.
 #
 #   OUT=results bash benchmarks/gpu.sh        # OUT: the folder for rows and logs (default: benchmarks/results)
 #   DEVICE=cpu SHAPE=tiny LONG=64 bash benchmarks/gpu.sh    # tries the script itself without a GPU
@@ -47,6 +47,8 @@ decode decode 100 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --
 decode decode-large 100 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
 decode padded 60 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 40
 decode long 50 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
+part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
+    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 45 --limit 20 --run-limit 10
 
 echo "== summary (rows in gpu.jsonl, logs in gpu-*.log)"
 printf '%s\n' "${summary[@]}"

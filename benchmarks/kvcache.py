@@ -7,8 +7,8 @@
 Decode: caches are filled with random tokens through their `update`, without a prefill; then steps are timed through the
 model. Every cache sits in a process of its own with its own model; in each round each takes a few steps, in turn.
 Perplexity is that of the bundled model on text that it was not trained on, fed through the cache in pieces; that of
-sinks is over one long stream, against a forward over the window for every token. Rows of JSON are added to --out as soon
-as a context or a part is done.
+sinks is over one long stream, against a forward over the window for every token. Rows of JSON are added to --out as
+soon as a context or a part is done.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, default=default, help="tokens (512 2048 8192 32768)")
     parser.add_argument("--rounds", type=int, default=7, help="turns timed per cache and context (default: 7)")
     parser.add_argument("--steps", type=int, default=4, help="decode steps in a turn (default: 4)")
-    parser.add_argument("--together", type=int, default=4, help="caches in memory at once beside stock (default: 4)")
+    parser.add_argument("--together", type=int, default=3, help="caches in memory at once beside stock (default: 3)")
     parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW_TOKENS} tokens, scored (default: 64)")
     parser.add_argument("--piece", type=int, default=32, help="tokens that go in at once there (default: 32)")
     parser.add_argument("--window", type=int, default=256, help="tokens that sinks keep of the stream (default: 256)")
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument(
-        "--limit", type=float, default=60, help="seconds to fill a cache, and to pack one (default: 60)"
+        "--limit", type=float, default=90, help="seconds to fill a cache, and to pack one (default: 90)"
     )
     parser.add_argument("--load-limit", type=float, default=180, help="seconds to load, or to score (default: 180)")
     parser.add_argument("--run-limit", type=float, default=40, help="for all rounds of a cache and context (40)")
@@ -207,7 +207,7 @@ def perplexity(options: argparse.Namespace, save: Save) -> None:
 
 def stream(options: argparse.Namespace, save: Save) -> None:
     """Perplexity of sinks in a stream beyond the model's context, and of stock there, against recomputation."""
-    ids = AutoTokenizer.from_pretrained(BUNDLED)(held_out_text(), add_special_tokens=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(BUNDLED)(held_out_text(), add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids[: options.stream + 1]
     count, first, last = options.places, options.window, len(ids) - 2
     places = sorted({first + (last - first) * number // max(1, count - 1) for number in range(count)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,11 @@ def report(model: object) -> Report:
     """What was done to a model. Prints as a table; `to_dict()` for programs."""
     found = find_model(model)
     state: State | None = vars(found).get(STATE)
-    return Report(type(found).__name__, ()) if state is None else state.report
+    if state is None:
+        return Report(type(found).__name__, ())
+    measures = {each.name: each.measure for each in state.passes if hasattr(each, "measure")}
+    rows = tuple(row | (measures[row["pass"]](found) if row["pass"] in measures else {}) for row in state.report.rows)
+    return dataclasses.replace(state.report, rows=rows)
 
 
 def adopt(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear, Prefill, Quantize
+from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear, Prefill, Quantize, Speculative
 from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 LATER = {  # keyword: what stays as it is while this version has no such pass
     "gqa": "key/value heads stay as they are: no conversion in this version",
-    "speculative": "no draft tokens: no speculative decoding in this version",
 }
 
 
@@ -37,7 +36,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True)),
         _cache(keywords.get("cache", True)),
-        later["speculative"],
+        _speculative(keywords.get("speculative")),
     )
 
 
@@ -81,4 +80,13 @@ def _cache(value: Any) -> Pass:
         chosen = KVCache(cast(Any, kind), window=int(window) if window else None)
     if not isinstance(chosen, KVCache):
         raise ValueError(f"cache={value!r}; allowed: {CACHES}")
+    return chosen
+
+
+def _speculative(value: Any) -> Pass:
+    if value in (None, False):
+        return Later("speculative", "not asked for: a pass of the model for every token")
+    chosen = Speculative(cast(Any, value)) if isinstance(value, str) else value
+    if not isinstance(chosen, Speculative):
+        raise ValueError(f"speculative={value!r}; allowed: 'ngram', 'self', a Speculative, or None")
     return chosen

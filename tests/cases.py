@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
 
 PASSES: dict[str, dict[str, str]] = {
     "exact": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}, "nf4": {"quantize": "nf4"},
+    "cache": {"cache": "int8"},
 }  # fmt: skip
 
 
@@ -66,7 +67,8 @@ def options(label: str, originals: str = "keep") -> dict[str, Any]:
     """The keywords of `patch` for a row of PASSES. Quantization keeps what undo needs, unless told to discard it."""
     from hf_accel_patch import Quantize  # a test of the import itself uses this file before it
 
-    return {name: Quantize(scheme, originals=originals) for name, scheme in PASSES[label].items()}
+    given: dict[str, Any] = dict(PASSES[label])
+    return given | {name: Quantize(scheme, originals=originals) for name, scheme in given.items() if name == "quantize"}
 
 
 # What a configuration field measures, by its whole name, and the size that it gets. The first rule that fits counts.

@@ -1,4 +1,4 @@
-/* Attention of a few new tokens over an exact or quantized cache (ops/kv.py has the layout), at the speed of reading it.
+/* Attention of a few new tokens over an exact or quantized cache (see ops/kv.py), at the speed of reading it.
  *
  * The query heads of a key/value head and the new tokens are rows that share one pass over its keys and values. Tokens
  * come in units of 64, the size of a quantized block; CHUNK units are a task: scores, softmax, values. Tasks are joined

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_accel_patch.kernels import cpu, cpu_decode
 from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant
+from hf_accel_patch.ops.kv import Bits, Packed, pack
 from hf_accel_patch.ops.stored import Content
 
 MOST_TOKENS = 16  # new tokens at a time for which one pass over the cache by the kernel is the fastest
@@ -43,6 +44,15 @@ def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant)
         if _kernel_takes(query, content.keys, content.values, seen, variant):
             return _kernel(query, content, content.keys, content.values, _skipping(seen, content), variant)
     return attend_parts(query, content.parts(), mask, variant).transpose(1, 2).contiguous()
+
+
+def pack_blocks(keys: Tensor, values: Tensor, bits: Bits) -> Packed:
+    """Quantize keys [B, K, 64 N, D] and values [B, K, 64 N, V]: `ops.kv.pack`, by the compiled kernel where it is there."""
+    kernels = cpu_decode.library() if cpu.readable(keys) and cpu.readable(values) else None
+    if kernels is None or keys.dtype != values.dtype or keys.dtype not in cpu.DTYPES:
+        return pack(keys, values, bits)
+    keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (keys, values))
+    return Packed(*cpu_decode.pack(kernels, keys, values, bits))
 
 
 def attend_parts(query: Tensor, parts: Iterable[Part], mask: Mask, variant: Variant) -> Tensor:
@@ -114,7 +124,8 @@ def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
     same = query.dtype == keys.dtype == values.dtype and query.dtype in cpu.DTYPES
     if not (plain and masks and same and query.device == keys.device == values.device):
         return False
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, keys, values)):
+    inputs = (query, keys, values, variant.sinks)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
         return False
     if type(query) is not Tensor or type(keys) is not Tensor or type(values) is not Tensor:
         return False

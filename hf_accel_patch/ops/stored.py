@@ -80,7 +80,8 @@ class Stored(Tensor):
         return stored
 
     def dense(self) -> Tensor:
-        return self.content.dense()[self.part]
+        """Contiguous, as this tensor says that it is."""
+        return self.content.dense()[self.part].contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Stored(shape={tuple(self.shape)}, bits={self.content.bits})"
@@ -89,5 +90,8 @@ class Stored(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise RuntimeError(f"{func}: what a quantized cache holds cannot be changed in place")
         dense = lambda stored: stored.dense()  # noqa: E731
         return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))

@@ -8,5 +8,6 @@ from hf_accel_patch.passes.prefill import Prefill
 from hf_accel_patch.passes.prefixes import PrefixCache
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
+from hf_accel_patch.passes.speculative import Speculative
 
-__all__ = ["Attention", "Frequencies", "KVCache", "Later", "Linear", "Prefill", "PrefixCache", "Quantize"]
+__all__ = ["Attention", "Frequencies", "KVCache", "Later", "Linear", "Prefill", "PrefixCache", "Quantize", "Speculative"]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel_patch.ops.decode import pack_blocks
 from hf_accel_patch.ops.growing import Growing
-from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, pack
+from hf_accel_patch.ops.kv import BLOCK, Bits, Packed
 from hf_accel_patch.ops.stored import Content, Stored
 from hf_accel_patch.passes.layers import all_stay
 
@@ -157,7 +158,7 @@ class QuantizedLayer(DynamicLayer):
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         for start in range(0, keys.shape[2], PACK_BLOCKS * BLOCK):
             span = slice(start, start + PACK_BLOCKS * BLOCK)
-            packed = pack(keys[:, :, span], values[:, :, span], self.bits)
+            packed = pack_blocks(keys[:, :, span], values[:, :, span], self.bits)
             if self._packed is None:
                 whole = keys.shape[2] // BLOCK
                 self._packed = [Growing.with_room(each, whole + int(whole * SLACK), SLACK, 1) for each in packed]

@@ -15,6 +15,7 @@ from hf_accel_patch.families.rotation import Moves
 from hf_accel_patch.passes.layers import WINDOW_LEAST, WINDOW_SLACK, InPlaceSlidingWindowLayer, _InPlace
 
 MOST_EVICTED = 16  # tokens at a time, or a sixteenth of the window: the sinks are rotated anew each time
+NOWHERE = 1 << 62  # a place that never comes
 STREAM = "_hf_accel_stream"  # on a cache, where it stands
 
 
@@ -25,7 +26,7 @@ class SinksLayer(_InPlace):
     _slack, _least = WINDOW_SLACK, WINDOW_LEAST
     seen = 0
     sinks: tuple[Tensor, Tensor] | None = None  # keys and values as they were first cached
-    padding: Tensor | None = None  # [B], the tokens before the first of each sequence
+    places: Tensor | None = None  # [B, sinks], of these, counted in all tokens; NOWHERE if a sequence had fewer
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         super().take(keys, values)
@@ -49,7 +50,7 @@ class SinksLayer(_InPlace):
         self.seen -= min(count, self.seen)
 
     def reset(self) -> None:
-        self.seen, self.sinks, self.padding = 0, None, None
+        self.seen, self.sinks, self.places = 0, None, None
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -58,42 +59,45 @@ class SinksLayer(_InPlace):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.padding is not None:
-            self._select(torch.arange(len(self.padding)).repeat_interleave(repeats))
+        if self.places is not None:
+            self._select(torch.arange(len(self.places)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._select(indices)
 
     def _select(self, rows: Tensor) -> None:
-        if self.sinks is not None and self.padding is not None:
+        if self.sinks is not None and self.places is not None:
             keys, values = (each[rows.to(each.device)] for each in self.sinks)
-            self.sinks, self.padding = (keys, values), self.padding[rows.to(self.padding.device)]
+            self.sinks, self.places = (keys, values), self.places[rows.to(self.places.device)]
 
     def held(self) -> int:
         return 0 if self._keys is None else len(self._keys)
 
     def capture(self, count: int, padding: Tensor) -> None:
-        """Keep the first `count` tokens of each sequence as they are."""
-        places = (padding[:, None] + torch.arange(count, device=padding.device)).clamp(max=self.seen - 1)
+        """Keep the first `count` tokens of each sequence as they are. `padding` [B]: the tokens before the first."""
+        places = padding[:, None] + torch.arange(count, device=padding.device)
+        index = places.clamp(max=self.seen - 1)[:, None, :, None]
         keys, values = (
-            each.gather(2, places[:, None, :, None].expand(-1, each.shape[1], -1, each.shape[3])).detach().clone()
+            each.gather(2, index.expand(-1, each.shape[1], -1, each.shape[3])).detach().clone()
             for each in (self.keys, self.values)
         )
-        self.sinks, self.padding = (keys, values), padding
+        self.sinks, self.places = (keys, values), places.masked_fill(places >= self.seen, NOWHERE)
 
     def evict(self, count: int) -> None:
         for each in (self._keys, self._values):
             if each is not None:
                 each.drop(front=count)
 
-    def place_sinks(self, first: int, move: Moves) -> None:
-        """Write the sinks before the oldest other token, whose place, in the positions of now, is `first`."""
-        assert self.sinks is not None and self.padding is not None
+    def place_sinks(self, first: int, offset: int, move: Moves) -> None:
+        """Write the sinks before the oldest other token, the one at place `first`, and let them stand right before it.
+        Of a padded sequence, some or all may still be among the others."""
+        assert self.sinks is not None and self.places is not None
         length = self.sinks[0].shape[2]
         for part, (held, sinks) in enumerate(zip((self._keys, self._values), self.sinks, strict=True)):
             if move.rotation is not None and move.part == part:
-                sinks = move.rotation(sinks, first - length - self.padding)
+                seen = (self.places < first).sum(-1)
+                sinks = move.rotation(sinks, first - offset - seen - self.places[:, 0])
             assert held is not None
             held.writable()[:, :, :length].copy_(sinks)
 
@@ -149,15 +153,14 @@ class Stream:
             layer.move(-moved, move)
         for layer, move in full if evicted or moved else ():
             if layer.sinks is not None:
-                layer.place_sinks(self.first - self.offset, move)
+                layer.place_sinks(self.first, self.offset, move)
 
     def visible(self, mask: Tensor, layer: SinksLayer) -> Tensor:
         """A padding mask [B, all tokens] in which the places before `first` stand for the sinks."""
-        if layer.sinks is None or layer.padding is None:
+        if layer.sinks is None or layer.places is None:
             return mask
         mask = mask.clone()
-        places = layer.padding[:, None] + torch.arange(self.count, device=mask.device)
-        mask[:, self.first - self.count : self.first] = (places < self.first).to(mask.dtype)
+        mask[:, self.first - self.count : self.first] = (layer.places < self.first).to(mask)
         return mask
 
     @staticmethod

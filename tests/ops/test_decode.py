@@ -81,7 +81,7 @@ CONTENTS = {
     "int4": {"bits": 4},
     "skip": {"skip": 40},
     "int4, skip": {"skip": 63, "bits": 4, "latest": 1},
-    "no blocks": {"blocks": 0},
+    "no blocks": {"blocks": 0, "latest": 60},
     "no latest": {"latest": 0},
     "many blocks": {"blocks": 37, "bits": 4},
     "mha": {"heads": 4},
@@ -174,7 +174,7 @@ def test_described_masks(T, kernel):
     ours = attend_stored(query, each, mask, Variant(0.3))
     expected = reference(query, *each.dense(), dense.expand(B, H, T, S), Variant(0.3)).transpose(1, 2)
     assert (ours - expected).abs().max() < (KERNEL if kernel and T == 2 else EXACT)
-    assert max(asked) <= T * 1024 if T > 16 else asked == [T * S]
+    assert max(asked) <= (T * 1024 if T > decode.MOST_TOKENS else T * S)
 
 
 def test_causal_masks_are_aligned_with_the_first_token(kernel):
@@ -219,8 +219,7 @@ def test_gradients_of_the_query(memory, monkeypatch):
     assert (ours - query.grad).abs().max() < 1e-4
 
 
-def test_a_scale_that_is_learned_alone_gets_its_gradient():
-    """A sink may be all that is trained: then only it asks for gradients, and the kernel records none."""
+def test_a_sink_that_is_trained_alone_gets_its_gradient():
     sinks = torch.zeros(1, H, 1, 1, requires_grad=True)
     keys, values, query = numbers(B, 2, 20, D), numbers(B, 2, 20, V), numbers(B, H, 1, D)
     assert attend_cached(query, keys, values, None, Variant(0.3, sinks=sinks)) is None

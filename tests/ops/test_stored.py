@@ -15,8 +15,9 @@ def content(bits=8, blocks=3, latest=10, skip=0, room=2, dtype=torch.float32, va
     """Random packed tokens, with room behind them, and the latest ones."""
     generator = torch.Generator().manual_seed(0)
     keys, values = (
-        torch.randn(B, K, blocks * BLOCK + latest, size, generator=generator).to(dtype) for size in (D, value_size)
-    )
+        torch.randn(B, K, blocks * BLOCK + latest + 3, size, generator=generator).to(dtype)[:, :, :-3]
+        for size in (D, value_size)
+    )  # views of a longer buffer
     packed = None
     if blocks:
         old = [torch.cat((x[:, :, : blocks * BLOCK], torch.zeros_like(x[:, :, : room * BLOCK])), 2) for x in (keys, values)]
@@ -70,6 +71,8 @@ OPERATIONS = {
     "float": lambda x: x.double(),
     "contiguous": lambda x: x.contiguous() + 0,
     "view": lambda x: x.view(B * K, *x.shape[2:]),
+    "reshape": lambda x: x.reshape(-1, x.shape[-1]),
+    "linear": lambda x: torch.nn.functional.linear(x, torch.eye(x.shape[-1])),
     "index": lambda x: x[torch.tensor([1, 0])],
     "out of place": lambda x: x * 2 + x.sum(-1, keepdim=True),
     "einsum": lambda x: torch.einsum("bkse,bkte->bkst", x, x),
@@ -82,13 +85,15 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_any_operation_is_that_on_the_dense_tensor(operation, mode):
-    each = content(skip=5)
+@pytest.mark.parametrize("blocks", [3, 0])
+def test_any_operation_is_that_on_the_dense_tensor(blocks, operation, mode):
+    each = content(blocks=blocks, skip=5 if blocks else 0)
     with mode():
         for part, tensor in enumerate(dense(each)):
             stored = Stored(each, part)
-            found = OPERATIONS[operation](stored)
-            assert torch.equal(found, OPERATIONS[operation](tensor)) and type(found) is torch.Tensor
+            found, expected = OPERATIONS[operation](stored), OPERATIONS[operation](tensor.contiguous())
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+            assert type(found) is torch.Tensor
 
 
 def test_what_it_says_of_itself(each):
@@ -102,8 +107,30 @@ def test_what_it_says_of_itself(each):
 def test_it_takes_no_memory_until_somebody_computes(each, monkeypatch):
     monkeypatch.setattr(Content, "dense", lambda self: pytest.fail("unpacked"))
     stored = Stored(each, 0)
-    assert stored.shape[2] == each.length and stored.stride(-1) == 1
-    assert isinstance(stored.detach() if False else stored, Stored)
+    assert stored.shape[2] == each.length and stored.stride(-1) == 1 and stored.is_contiguous()
+    assert stored.contiguous() is stored and stored.to(stored.dtype) is stored
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.mul_(2), lambda x: x.zero_(), lambda x: x.__setitem__((0, 0, 0), 1.0), lambda x: x[:, :, 0].fill_(1)],
+)
+def test_a_change_in_place_is_refused_or_one_of_a_copy(change):
+    each = content()
+    before = [x.clone() for x in each.dense()]
+    try:
+        change(Stored(each, 0))
+    except RuntimeError as error:
+        assert "cannot be changed in place" in str(error)
+    assert all(torch.equal(*pair) for pair in zip(each.dense(), before, strict=True))
+
+
+def test_it_can_be_written_elsewhere():
+    each = content()
+    out = torch.zeros_like(each.dense()[0])
+    out.copy_(Stored(each, 0))
+    out[:, :, :5] += Stored(each, 0)[:, :, :5]
+    assert torch.equal(out[:, :, 5:], each.dense()[0][:, :, 5:])
 
 
 def test_gradients_reach_what_is_computed_with_it():

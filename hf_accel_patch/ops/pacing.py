@@ -1,0 +1,91 @@
+"""How many tokens to draft: as many as pay, by what passes have cost and what drafts have been worth so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafted tokens that are considered
+FORGET = 0.05  # the weight of a new observation
+GAIN = 1.03  # expected at least, or nothing is drafted
+LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
+
+
+@dataclass
+class Pace:
+    """What one model does on this machine. Costs are seconds, by the tokens of a pass; chances that a drafted token is
+    right, given that those before it were, by how the draft was found."""
+
+    costs: dict[int, float] = field(default_factory=dict)
+    chances: dict[int, float] = field(default_factory=dict)
+    draft_cost: float = 0.0  # seconds per drafted token
+    waits: dict[int, int] = field(default_factory=dict)
+    skipped: dict[int, int] = field(default_factory=dict)
+
+    def choose(self, kind: int, prior: float, most: int) -> int:
+        """How many of at most `most` drafted tokens to verify; 0 where a plain pass is the better choice."""
+        chance = self.chances.get(kind, prior)
+        plain = self.cost(1)
+        if plain is None:
+            return 0
+        best, choice = GAIN / plain, 0
+        for width in WIDTHS:
+            if width > most:
+                break
+            cost = self.cost(1 + width)
+            if cost is None:  # the first time
+                return min(most, 4)
+            rate = expected(chance, width) / (cost + width * self.draft_cost)
+            if rate > best:
+                best, choice = rate, width
+        if choice:
+            self.skipped[kind] = 0
+            return choice
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        wait = self.waits.setdefault(kind, LEAST_WAIT)
+        if most and self.skipped[kind] >= wait:
+            self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
+            return 1
+        return 0
+
+    def learn(self, kind: int, prior: float, drafted: int, accepted: int) -> None:
+        """After a pass: `accepted` of the tokens drafted were right."""
+        chance = self.chances.get(kind, prior)
+        for _ in range(accepted):
+            chance += FORGET * (1 - chance)
+        if accepted < drafted:
+            chance -= FORGET * chance
+        if accepted:
+            self.waits[kind] = LEAST_WAIT
+        self.chances[kind] = chance
+
+    def timed(self, tokens: int, seconds: float) -> None:
+        """A pass of so many tokens per sequence took so long. One that was held up counts little, one that was not at
+        once: the first of all is often held up."""
+        known = self.costs.get(tokens, seconds)
+        share = 0.5 if seconds < known else FORGET
+        self.costs[tokens] = known + share * (min(seconds, 2 * known) - known)
+
+    def cost(self, tokens: int) -> float | None:
+        """Seconds of a pass, between those that were timed; beyond them in proportion to the tokens, at most."""
+        if tokens in self.costs:
+            return self.costs[tokens]
+        below = max((known for known in self.costs if known < tokens), default=None)
+        above = min((known for known in self.costs if known > tokens), default=None)
+        if below is not None and above is not None:
+            share = (tokens - below) / (above - below)
+            return self.costs[below] + share * (self.costs[above] - self.costs[below])
+        if below is not None:
+            return self._beyond(tokens, below)
+        return None if above is None else self.costs[above]
+
+    def _beyond(self, tokens: int, below: int) -> float | None:
+        if below == 1:
+            return None
+        least = min(self.costs)
+        slope = max(0.0, (self.costs[below] - self.costs[least]) / (below - least)) if below > least else 0.0
+        return self.costs[below] + slope * (tokens - below)
+
+
+def expected(chance: float, width: int) -> float:
+    """Tokens of a pass over a draft of `width` tokens (arXiv 2211.17192, equation 1)."""
+    return width + 1.0 if chance >= 1 else (1 - chance ** (width + 1)) / (1 - chance)

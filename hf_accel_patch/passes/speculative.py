@@ -1,0 +1,230 @@
+"""Speculative decoding: several tokens per pass, the same tokens."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.utils import logging
+
+from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families import View
+from hf_accel_patch.journal import Journal
+from hf_accel_patch.ops.ngrams import LENGTHS, History, NGrams
+from hf_accel_patch.ops.pacing import Pace
+from hf_accel_patch.passes.drafting import DecodingState, Draft, Tally, decode
+from hf_accel_patch.passes.prefixes import size_in_bytes
+from hf_accel_patch.plan import Skip, Step
+
+logger = logging.get_logger(__name__)
+Method = Literal["ngram", "self"]
+MOST = 16  # drafted tokens of a pass
+FIRST = 8  # with the prompt
+PRIORS = {16: 0.9, 12: 0.9, 8: 0.85, 6: 0.8, 4: 0.7, 3: 0.55, 2: 0.4, 1: 0.3}  # by the length of the n-gram
+THEIRS = (  # what asks for a loop of transformers' own, or of the caller's
+    "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate",
+    "penalty_alpha", "constraints", "force_words_ids", "dola_layers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """Draft tokens and verify them in one pass of the model. The tokens are those of plain decoding, sampled ones too.
+
+    "ngram": drafts are what followed, in the prompt and the output, or in outputs of earlier calls (`history` bytes),
+    the longest n-gram with which the text ends. How many tokens are drafted follows what passes cost on this machine
+    and how often drafts of this kind were right; where that does not pay, nothing is drafted, and it is tried anew
+    later. What it cannot do (beams, static caches, `output_attentions`) runs as before, with one warning.
+    """
+
+    method: Method = "ngram"
+    most: int = MOST  # drafted tokens of a pass
+    history: int | str = 0  # bytes of earlier texts, or like "64MB"
+
+    name = "speculative"
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            allowed = ", ".join(map(repr, get_args(Method)))
+            raise ValueError(f"speculative: unknown method {self.method!r}; allowed: {allowed}")
+        if self.most < 1:
+            raise ValueError(f"speculative: at most {self.most} drafted tokens; give 1 or more")
+        if self.history:
+            size_in_bytes(self.history)
+
+    def inspect(self, view: View) -> Step | Skip:
+        if reason := self._why_not(view):
+            raise UnsupportedModel(f"speculative={self.method!r}: {reason}", "leave the keyword out")
+        size = view.weight_bytes()
+        return Step(self, {"exact": True, "bytes_before": size, "bytes_after": size, "method": self.method}, (view,))
+
+    def apply(self, step: Step, journal: Journal) -> None:
+        (view,) = step.work
+        history = History(size_in_bytes(self.history)) if self.history else None
+        journal.bind_method(view.model, "generate", Speculating(self, history))
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What it has brought so far."""
+        generate = vars(model).get("generate")
+        speculating = getattr(generate, "__func__", None)
+        return speculating.tally.facts() if isinstance(speculating, Speculating) else {}
+
+    def _why_not(self, view: View) -> str:
+        if view.config.is_encoder_decoder:
+            return "it is an encoder-decoder"
+        if getattr(view.model, "_is_stateful", False) or not view.model._supports_default_dynamic_cache():
+            return "it has a recurrent state, which cannot be taken back"
+        layers = DynamicCache(config=view.config).layers
+        if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
+            return f"its cache cannot be taken back: {', '.join(sorted(other))}"
+        return ""
+
+
+@dataclass
+class Speculating:
+    """A `generate` that decodes with drafts where it can. One object serves all threads that use a model."""
+
+    options: Speculative
+    history: History | None = None
+    tally: Tally = field(default_factory=Tally)
+    paces: dict[int, Pace] = field(default_factory=dict)  # by the sequences of a batch
+    warned: set[str] = field(default_factory=set)
+
+    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        generate = type(model).generate
+        given = inspect.signature(generate).bind(model, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        configs = (given.get("generation_config"), model.generation_config)
+        theirs = any(given.get(name) or any(getattr(config, name, None) for config in configs) for name in THEIRS)
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if theirs or shared or given.get("cache_implementation") == "paged":
+            return generate(model, *args, **kwargs)
+        # `generate` forgets the streamer and the tokenizer where it is given a loop
+        strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
+        if strings is not None and tokenizer is not None and len(args) < 5:
+            criteria = StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=kwargs.pop("tokenizer"))
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criteria])
+        elif any(getattr(config, "stop_strings", None) for config in configs):
+            self.fall_back(model, "stop_strings are in the generation config")
+            return generate(model, *args, **kwargs)
+        return generate(model, *args, custom_generate=_Loop(self, given.get("streamer")), **kwargs)
+
+    def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
+        """Why this call runs as before."""
+        if config.num_beams > 1:
+            return "beams go on several texts at once"
+        if config.num_return_sequences > 1:
+            return "num_return_sequences asks for several texts"
+        if not config.use_cache or cache is None:
+            return "without a cache nothing can be verified"
+        if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            return f"a {type(cache).__name__} cannot be taken back"
+        if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+            return "attentions and hidden states of each step are asked for"
+        return ""
+
+    def fall_back(self, model: PreTrainedModel, reason: str) -> None:
+        """Say so once, and count."""
+        self.tally.fallbacks[reason] = self.tally.fallbacks.get(reason, 0) + 1
+        if reason not in self.warned:
+            self.warned.add(reason)
+            logger.warning(f"speculative decoding is off for this call: {reason}")
+
+    def drafter(self, model: PreTrainedModel) -> NGramDrafter:
+        return NGramDrafter(self.options.most, self.history)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
+        return Speculating(self.options, self.history)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What `generate` calls in the place of its own loop."""
+
+    speculating: Speculating
+    streamer: Any
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        ours, cache = self.speculating, model_kwargs.get("past_key_values")
+        reason = ours.why_not(model, generation_config, cache)
+        if not reason and not generation_config.is_assistant:
+            pace = ours.paces.setdefault(len(input_ids), Pace())
+            return decode(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, model_kwargs,
+                ours.drafter(model), pace, ours.tally,
+            )  # fmt: skip
+        if reason:
+            ours.fall_back(model, reason)
+        plain = GENERATION_MODES_MAPPING[GenerationMode(generation_config.get_generation_mode())]
+        options = {} if self.streamer is None else {"streamer": self.streamer}
+        return getattr(type(model), plain)(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, **options, **model_kwargs
+        )
+
+
+class NGramDrafter:
+    """Drafts from the text and from earlier texts."""
+
+    def __init__(self, most: int, history: History | None) -> None:
+        self.most, self.history = most, history
+        self.texts: list[NGrams] = []
+
+    def add(self, tokens: list[list[int]]) -> None:
+        if not self.texts:
+            self.texts = [NGrams() for _ in tokens]
+        for text, new in zip(self.texts, tokens, strict=True):
+            text.extend(new)
+
+    def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
+        found = [self._look_up(text, most) if on else None for text, on in zip(self.texts, running, strict=True)]
+        live = [each for each in found if each is not None]
+        kind = min(length for _, length in live)
+        if not kind:
+            return None
+        kind, prior = self._kind(kind, len(live)), PRIORS[kind]
+        width = pace.choose(kind, prior, min(len(tokens) for tokens, _ in live))
+        if not width:
+            return None
+        tokens = [text.tokens[-1:] * width if each is None else each[0][:width] for text, each in zip(self.texts, found)]
+        return Draft(tokens, kind, prior)
+
+    def first(self, most: int) -> Draft | None:
+        found = [self._look_up(text, min(most, FIRST)) for text in self.texts]
+        kind = min(length for _, length in found)
+        if kind < 2:
+            return None
+        width = min(len(tokens) for tokens, _ in found)
+        return Draft([tokens[:width] for tokens, _ in found], self._kind(kind, len(found)), PRIORS[kind])
+
+    def finish(self) -> None:
+        if self.history is not None:
+            for text in self.texts:
+                self.history.add(text)
+
+    @staticmethod
+    def _kind(length: int, running: int) -> int:
+        """Of several sequences all must be right."""
+        return length * 64 + min(running, 63)
+
+    def _look_up(self, text: NGrams, most: int) -> tuple[list[int], int]:
+        most, end = min(most, self.most), text.tokens[-LENGTHS[0] :]
+        found = text.draft(end, most)
+        if self.history is not None and found[1] < LENGTHS[0]:
+            other = self.history.draft(end, most, found[1])
+            found = other if other[1] else found
+        return found
