@@ -179,6 +179,15 @@ def first_cached_module(view: View) -> nn.Module | None:
     return None
 
 
+def layer_list(view: View) -> nn.ModuleList:
+    """The list of the decoder's layers. Raises UnsupportedModel."""
+    first = first_cached_module(view)
+    for _, module in view.named_modules():
+        if isinstance(module, nn.ModuleList) and first is not None and first in list(module):
+            return module
+    raise UnsupportedModel(f"{view.subject} has no list of layers that take a cache")
+
+
 @cache
 def takes_cache(kind: type) -> bool:
     """Whether the forward of this class takes a cache."""
@@ -188,14 +197,24 @@ def takes_cache(kind: type) -> bool:
 def cache_rows(view: View) -> list[CacheRow]:
     """The layers that cache keys and values, by the configuration."""
     config = view.config
+    latent = any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules())
+    layers = DynamicCache(config=config).layers
+    return [
+        replace(_cache_row(each, latent), window=getattr(layer, "sliding_window", None))
+        for layer, each in zip(layers, config.per_layer_config, strict=False)  # sizes may differ between layers
+        if isinstance(layer, DynamicLayer)
+    ]
+
+
+def _cache_row(config: PreTrainedConfig, latent: bool) -> CacheRow:
+    if latent:
+        return CacheRow(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = next((found for name in HEADS if (found := getattr(config, name, None))), 1)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = next((found for name in SHARED_HEADS if (found := getattr(config, name, None))), heads)
-    row = CacheRow(shared, size, size)
-    if any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules()):
-        row = CacheRow(1, config.kv_lora_rank, config.qk_rope_head_dim)
-    layers = [layer for layer in DynamicCache(config=config).layers if isinstance(layer, DynamicLayer)]
-    return [replace(row, window=getattr(layer, "sliding_window", None)) for layer in layers]
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        shared = 1  # what Falcon's number of them does not say
+    return CacheRow(shared, size, size)
 
 
 def context_tokens(config: PreTrainedConfig) -> int | None:

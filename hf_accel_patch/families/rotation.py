@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hf_accel_patch.families import View
 
@@ -94,7 +95,9 @@ def _cached(view: View, position: int) -> list[tuple[Tensor, Tensor]]:
     cache, device = DynamicCache(config=view.config), next(view.model.parameters()).device
     one = torch.ones(1, 1, dtype=torch.long, device=device)
     view.model(one, position_ids=position * one, past_key_values=cache, use_cache=True)
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    if any(layer.keys is None for layer in layers):
+        raise ValueError("a layer caches something else than tokens of the text, as cross-attention does")
     return [(layer.keys, layer.values) for layer in layers]
 
 

@@ -112,5 +112,5 @@ def _start(content: Tensor, buffer: Tensor) -> int | None:
     alike = content.dtype == buffer.dtype and content.stride() == buffer.stride() and buffer.stride(2) > 0
     if not (same and alike and content.shape[:2] == buffer.shape[:2] and content.shape[3:] == buffer.shape[3:]):
         return None
-    start, rest = divmod(content.storage_offset() - buffer.storage_offset(), buffer.stride(2))
+    start, rest = divmod(int(content.storage_offset()) - int(buffer.storage_offset()), buffer.stride(2))
     return start if rest == 0 and 0 <= start <= buffer.shape[2] - content.shape[2] else None

@@ -17,12 +17,13 @@ class Pace:
 
     costs: dict[int, float] = field(default_factory=dict)
     chances: dict[int, float] = field(default_factory=dict)
-    draft_cost: float = 0.0  # seconds per drafted token
+    draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
 
-    def choose(self, kind: int, prior: float, most: int) -> int:
-        """How many of at most `most` drafted tokens to verify; 0 where a plain pass is the better choice."""
+    def choose(self, kind: int, prior: float, most: int, draft_cost: float = 0.0) -> int:
+        """How many of at most `most` tokens to draft, for `draft_cost` seconds each, and verify; 0 where a plain pass is
+        the better choice."""
         chance = self.chances.get(kind, prior)
         plain = self.cost(1)
         if plain is None:
@@ -34,7 +35,7 @@ class Pace:
             cost = self.cost(1 + width)
             if cost is None:  # the first time
                 return min(most, 4)
-            rate = expected(chance, width) / (cost + width * self.draft_cost)
+            rate = expected(chance, width) / (cost + width * draft_cost)
             if rate > best:
                 best, choice = rate, width
         if choice:
@@ -57,6 +58,12 @@ class Pace:
         if accepted:
             self.waits[kind] = LEAST_WAIT
         self.chances[kind] = chance
+
+    def drafted(self, tokens: int, seconds: float) -> None:
+        """A model drafted so many tokens in so long."""
+        each = seconds / tokens
+        known = self.draft_cost or each
+        self.draft_cost = known + (0.5 if each < known else FORGET) * (min(each, 2 * known) - known)
 
     def timed(self, tokens: int, seconds: float) -> None:
         """A pass of so many tokens per sequence took so long. One that was held up counts little, one that was not at

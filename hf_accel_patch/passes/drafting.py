@@ -22,6 +22,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_accel_patch.ops.pacing import Pace
 
 
+WHOLE = 512  # tokens: a longer prompt may be read in chunks, of which only the last gives logits
+
+
 @dataclass
 class Draft:
     """What may come next: for each sequence the same number of tokens. `kind` and `prior`: how it was found, and how
@@ -109,11 +112,12 @@ def decode(
     room = (stopping_criteria.max_length or 0) - input_ids.shape[1] - 1
     cache: Cache = model_kwargs["past_key_values"]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
-    draft = drafter.first(room) if fresh and room > 0 else None
+    whole = generation_config.prefill_chunk_size is None and ("_prefill" not in vars(model) or input_ids.shape[1] < WHOLE)
+    draft = drafter.first(room) if fresh and whole and room > 0 else None
     outputs = _prefill(model, input_ids, generation_config, model_kwargs, draft)
     cache = outputs.past_key_values
     cache.activate_past_recording()
-    started = 0.0
+    drafting = started = 0.0
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():
         while True:
             drafted = [] if draft is None else torch.tensor(draft.tokens, device=input_ids.device).unbind(1)
@@ -143,18 +147,19 @@ def decode(
                 accepted += 1
             new = len(chosen)
             if started or draft is not None:
-                _count(tally, pace, draft, accepted, len(drafted), new, time.perf_counter() - started if started else None)
+                _count(tally, pace, draft, accepted, len(drafted), new, (started - drafting, time.perf_counter() - started))
             cache.crop(new - 1 - len(drafted))
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
             del outputs, logits
             if finished:
                 break
             drafter.add(torch.stack(chosen, dim=1).tolist())
-            started = time.perf_counter()
+            drafting = time.perf_counter()
             most = stopping_criteria.max_length - input_ids.shape[1] - 1 if stopping_criteria.max_length else 0
             state = DecodingState(input_ids, model_kwargs)
             live = running.tolist() if pads else [1] * len(input_ids)  # without an end token all go on to the end
             draft = drafter.draft(most, [bool(each) for each in live], state, pace) if most > 0 else None
+            started = time.perf_counter()
             outputs = _pass(model, input_ids, model_kwargs, draft)
     drafter.finish()
     for layer in cache.layers:
@@ -209,19 +214,19 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any
 
 
 def _count(
-    tally: Tally, pace: Pace, draft: Draft | None, accepted: int, drafted: int, new: int, seconds: float | None
+    tally: Tally, pace: Pace, draft: Draft | None, accepted: int, drafted: int, new: int, seconds: tuple[float, float]
 ) -> None:
-    """`seconds`: of the pass; None for the prompt, of which only what it has brought beyond its token is counted."""
-    if seconds is None:
-        new -= 1
-    else:
-        tally.passes += 1
+    """`seconds`: of the draft and of the pass. Of the prompt's pass, which has none, only what it has brought beyond its
+    token is counted."""
+    first = seconds[0] <= 0
+    new -= first
+    tally.passes += not first
     tally.tokens += new
     tally.drafted += drafted
     tally.accepted += accepted
     if draft is not None:
         pace.learn(draft.kind, draft.prior, drafted, accepted)
-        plain = pace.cost(1)
-        tally.saved_s += 0.0 if plain is None else new * plain - (seconds or 0.0)
-    if seconds is not None:
-        pace.timed(1 + drafted, seconds)
+        plain = pace.costs.get(1)
+        tally.saved_s += 0.0 if plain is None else new * plain - (0.0 if first else sum(seconds))
+    if not first:
+        pace.timed(1 + drafted, seconds[1])

@@ -87,7 +87,7 @@ class _InPlace(DynamicLayer):
             super().reorder_cache(beam_idx)
 
     def __copy__(self) -> _InPlace:
-        other = object.__new__(type(self))
+        other: Any = object.__new__(type(self))
         vars(other).update(vars(self), _keys=copy.copy(self._keys), _values=copy.copy(self._values))
         return other
 

@@ -108,7 +108,7 @@ class QuantizedLayer(DynamicLayer):
             self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def __copy__(self) -> QuantizedLayer:
-        other = object.__new__(type(self))
+        other: Any = object.__new__(type(self))
         packed, latest = ([copy.copy(each) for each in held or ()] for held in (self._packed, self._latest))
         vars(other).update(vars(self), _packed=packed or None, _latest=tuple(latest) or None)
         return other
@@ -158,7 +158,8 @@ class QuantizedLayer(DynamicLayer):
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         for start in range(0, keys.shape[2], PACK_BLOCKS * BLOCK):
             span = slice(start, start + PACK_BLOCKS * BLOCK)
-            packed = pack_blocks(keys[:, :, span], values[:, :, span], self.bits)
+            with torch.autocast(keys.device.type, enabled=False):  # which joins no float16
+                packed = pack_blocks(keys[:, :, span], values[:, :, span], self.bits)
             if self._packed is None:
                 whole = keys.shape[2] // BLOCK
                 self._packed = [Growing.with_room(each, whole + int(whole * SLACK), SLACK, 1) for each in packed]

@@ -45,9 +45,13 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 
 def content(bits=8, blocks=3, latest=10, skip=0, heads=2, key_size=D, value_size=V, dtype=torch.float32, room=1):
     tokens = blocks * BLOCK + latest
-    keys, values = (numbers(B, heads, tokens + room * BLOCK, size, seed=i) for i, size in enumerate((key_size, value_size)))
+    keys, values = (
+        numbers(B, heads, tokens + room * BLOCK, size, seed=i) for i, size in enumerate((key_size, value_size))
+    )
     keys, values = keys.to(dtype), values.to(dtype)
-    packed = pack(keys[:, :, : (blocks + room) * BLOCK], values[:, :, : (blocks + room) * BLOCK], bits) if blocks else None
+    packed = (
+        pack(keys[:, :, : (blocks + room) * BLOCK], values[:, :, : (blocks + room) * BLOCK], bits) if blocks else None
+    )
     first = blocks * BLOCK
     return Content(bits, packed, blocks, skip, keys[:, :, first:tokens], values[:, :, first:tokens])
 

@@ -20,7 +20,9 @@ def content(bits=8, blocks=3, latest=10, skip=0, room=2, dtype=torch.float32, va
     )  # views of a longer buffer
     packed = None
     if blocks:
-        old = [torch.cat((x[:, :, : blocks * BLOCK], torch.zeros_like(x[:, :, : room * BLOCK])), 2) for x in (keys, values)]
+        old = [
+            torch.cat((x[:, :, : blocks * BLOCK], torch.zeros_like(x[:, :, : room * BLOCK])), 2) for x in (keys, values)
+        ]
         packed = pack(*old, bits)
     return Content(bits, packed, blocks, skip, keys[:, :, blocks * BLOCK :], values[:, :, blocks * BLOCK :])
 
@@ -64,8 +66,10 @@ def test_parts_and_dense_are_what_was_packed(each):
 OPERATIONS = {
     "slice": lambda x: x[:, :, 3:-2],
     "transposed": lambda x: x.transpose(2, 3),
-    "matmul": lambda x: torch.randn(B, K, 5, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    @ x.transpose(-1, -2),
+    "matmul": lambda x: (
+        torch.randn(B, K, 5, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+        @ x.transpose(-1, -2)
+    ),
     "repeat_kv": lambda x: x[:, :, None].expand(B, K, 3, *x.shape[2:]).reshape(B, 3 * K, *x.shape[2:]),
     "cat": lambda x: torch.cat([x, x], dim=2),
     "float": lambda x: x.double(),
@@ -83,7 +87,9 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("blocks", [3, 0])
 def test_any_operation_is_that_on_the_dense_tensor(blocks, operation, mode):

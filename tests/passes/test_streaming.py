@@ -341,6 +341,11 @@ def test_positions_that_are_no_rotations(name):
         patch(tiny(name), cache="sinks:32")
 
 
+def test_layers_that_cache_no_text():
+    with pytest.raises(UnsupportedModel, match="sinks"):
+        patch(build("mllama"), cache="sinks:32")
+
+
 def test_a_plan_from_a_configuration_needs_no_weights():
     with torch.device("meta"):
         model = type(tiny("llama"))(tiny("llama").config)

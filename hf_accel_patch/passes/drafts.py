@@ -1,0 +1,233 @@
+"""Where drafts come from: the text, a cheaper copy of the model, another model."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_accel_patch.families import bind, layer_list
+from hf_accel_patch.journal import Journal
+from hf_accel_patch.ops.linear import backend_for
+from hf_accel_patch.ops.modules import QuantizedLinear, Spec, Specs
+from hf_accel_patch.ops.ngrams import LENGTHS, History, NGrams
+from hf_accel_patch.ops.pacing import Pace
+from hf_accel_patch.ops.packing import block_on, pack
+from hf_accel_patch.passes.drafting import DecodingState, Draft
+from hf_accel_patch.passes.quantize import Quantize
+
+FIRST = 8  # tokens that are drafted with the prompt
+MODEL_MOST = 8  # tokens that a model drafts at a time
+MODEL_KIND, MODEL_PRIOR = 0, 0.8
+DOUBT = 0.35  # a model's draft ends with a token of which it is not surer than this
+PRIORS = {16: 0.9, 12: 0.9, 8: 0.85, 6: 0.8, 4: 0.7, 3: 0.55, 2: 0.4, 1: 0.3}  # by the length of the n-gram
+
+
+class NGramDrafter:
+    """Drafts from the text and from earlier texts."""
+
+    least = 1  # the shortest n-gram that is taken
+
+    def __init__(self, most: int, history: History | None) -> None:
+        self.most, self.history = most, history
+        self.texts: list[NGrams] = []
+
+    def add(self, tokens: list[list[int]]) -> None:
+        if not self.texts:
+            self.texts = [NGrams() for _ in tokens]
+        for text, new in zip(self.texts, tokens, strict=True):
+            text.extend(new)
+
+    def first(self, most: int) -> Draft | None:
+        found = [self._look_up(text, min(most, FIRST)) for text in self.texts]
+        length = min(length for _, length in found)
+        if length < 2:
+            return None
+        width = min(len(tokens) for tokens, _ in found)
+        return Draft([tokens[:width] for tokens, _ in found], _kind(length, len(found)), PRIORS[length])
+
+    def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
+        found = [self._look_up(text, most) if on else None for text, on in zip(self.texts, running, strict=True)]
+        live = [each for each in found if each is not None]
+        length = min(length for _, length in live)
+        if length < self.least:
+            return None
+        kind, prior = _kind(length, len(live)), PRIORS[length]
+        width = pace.choose(kind, prior, min(len(tokens) for tokens, _ in live))
+        if not width:
+            return None
+        rows = zip(self.texts, found, strict=True)
+        tokens = [text.tokens[-1:] * width if each is None else each[0][:width] for text, each in rows]
+        return Draft(tokens, kind, prior)
+
+    def finish(self) -> None:
+        if self.history is not None:
+            for text in self.texts:
+                self.history.add(text)
+
+    def _look_up(self, text: NGrams, most: int) -> tuple[list[int], int]:
+        most, end = min(most, self.most), text.tokens[-LENGTHS[0] :]
+        found = text.draft(end, most)
+        if self.history is not None and found[1] < LENGTHS[0]:
+            other = self.history.draft(end, most, found[1])
+            found = other if other[1] else found
+        return found
+
+
+class ModelDrafter(NGramDrafter):
+    """Drafts from the text where it repeats itself, which costs nothing, and else those of a model, where they pay."""
+
+    least = 3
+
+    def __init__(self, most: int, history: History | None, source: ModelSource) -> None:
+        super().__init__(most, history)
+        self.source = source
+
+    def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
+        found = super().draft(most, running, state, pace)
+        if found is not None:
+            return found
+        most = min(most, self.most, MODEL_MOST)
+        width = pace.choose(MODEL_KIND, MODEL_PRIOR, most, pace.draft_cost)
+        if not width:
+            return None
+        started = time.perf_counter()
+        tokens = self.source.propose(width, running, state)
+        pace.drafted(tokens.shape[1], time.perf_counter() - started)
+        return Draft(tokens.tolist(), MODEL_KIND, MODEL_PRIOR)
+
+
+class ModelSource:
+    """A model that proposes tokens, greedily."""
+
+    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
+        """[B, at most width]."""
+        raise NotImplementedError
+
+
+class OwnCopy(ModelSource):
+    """A copy of the model in 4 bits, or without some layers, that works on the model's own cache; what it has cached is
+    dropped before the model verifies."""
+
+    def __init__(self, copy: PreTrainedModel) -> None:
+        self.copy = copy
+
+    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
+        cache = state.model_kwargs["past_key_values"]
+        before = [layer.get_seq_length() for layer in cache.layers]
+        try:
+            return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running)
+        finally:
+            for layer, length in zip(cache.layers, before, strict=True):
+                layer.crop(length - layer.get_seq_length())
+
+
+class OtherModel(ModelSource):
+    """A smaller model with the same tokens, and a cache of its own, which is kept from draft to draft."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache: DynamicCache | None = None
+        self.read: Tensor | None = None  # what the cache holds, [B, T]
+
+    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
+        ids = state.input_ids
+        if self.cache is None or self.read is None:
+            self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            known = 0
+        else:
+            length = min(self.read.shape[1], ids.shape[1] - 1)
+            same = (self.read[:, :length] == ids[:, :length]).all(0)
+            known = length if bool(same.all()) else int((~same).int().argmax())
+            self.cache.crop(known - self.read.shape[1])
+        names = ("attention_mask", "position_ids")
+        kwargs = {name: state.model_kwargs.get(name) for name in names} | {"past_key_values": self.cache}
+        kwargs |= {"use_cache": True, "logits_to_keep": 1} if self.model._supports_logits_to_keep() else {"use_cache": True}
+        tokens = _greedy(self.model, ids, ids.shape[1] - known, kwargs, width, running)
+        self.cache.activate_past_recording()
+        self.read = torch.cat([ids, tokens[:, :-1]], dim=1)
+        return tokens
+
+
+def own_copy(model: PreTrainedModel, scheme: str | None, skip_layers: Sequence[int]) -> PreTrainedModel:
+    """The model once more, with the same parameters; its linear weights in 4 bits, and without some layers."""
+    copied: dict[nn.Module, nn.Module] = {}
+    copy: Any = _mirror(model, copied)
+    if skip_layers:
+        layers = layer_list(bind(copy))
+        kept = [layer for index, layer in enumerate(layers) if index not in set(skip_layers)]
+        vars(layers)["_modules"] = {str(index): layer for index, layer in enumerate(kept)}
+    if scheme is None:
+        return copy
+    view = bind(copy)
+    for module in copied.values():
+        if isinstance(module, QuantizedLinear):
+            _requantize(module, scheme)
+    quantize = Quantize(scheme, originals="keep")  # type: ignore[arg-type]
+    targets, _ = quantize.choose(view)
+    journal = Journal()
+    for target in targets:
+        quantize.install(target, quantize.packed(target), journal)
+    return copy
+
+
+def _greedy(
+    model: PreTrainedModel, ids: Tensor, new: int, kwargs: dict[str, Any], width: int, running: list[bool]
+) -> Tensor:
+    """At most `width` tokens after `ids`, of which the model has read all but the last `new`. It stops where it is not
+    sure."""
+    drafted: list[Tensor] = []
+    live = torch.tensor(running, device=ids.device)
+    kwargs = dict(kwargs)
+    for place in range(width):
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **kwargs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 1
+        outputs = model(**inputs, return_dict=True)
+        logits = outputs.logits[:, -1].float()
+        tokens = logits.argmax(-1)
+        drafted.append(tokens)
+        if place == width - 1:
+            break
+        sure = torch.softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+        if bool((sure[live] < DOUBT).any()):
+            break
+        ids, new = torch.cat([ids, tokens[:, None]], dim=1), 1
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+    return torch.stack(drafted, dim=1)
+
+
+def _mirror(module: nn.Module, copied: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Modules of their own, without hooks, over the same parameters and buffers."""
+    if module in copied:
+        return copied[module]
+    new = copied[module] = object.__new__(type(module))
+    own = {key: OrderedDict() if key.endswith("_hooks") else value for key, value in vars(module).items()}
+    vars(new).update(own)
+    for store in ("_parameters", "_buffers"):
+        vars(new)[store] = dict(vars(module)[store])
+    children = {name: None if child is None else _mirror(child, copied) for name, child in module._modules.items()}
+    vars(new)["_modules"] = children
+    return new
+
+
+def _requantize(module: QuantizedLinear, scheme: str) -> None:
+    """The weights of an 8-bit layer in 4 bits."""
+    spec = module.specs["weight"]
+    if spec.scheme == scheme or module.in_features % 32 or "weight_order" in module._buffers:
+        return
+    dense = module.dequantize(module.like.dtype)
+    size = next(size for size in (64, 32) if module.in_features % size == 0)
+    codes, scales = pack(dense, scheme, size, block_on(dense.device))
+    module._buffers.update(weight=codes, weight_scales=scales)
+    vars(module)["specs"] = Specs({"weight": Spec(scheme, spec.shape, backend_for(scheme, True))})
+
+
+def _kind(length: int, running: int) -> int:
+    """Of several sequences all must be right."""
+    return length * 64 + min(running, 63)
