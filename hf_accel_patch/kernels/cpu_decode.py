@@ -18,7 +18,7 @@ from hf_accel_patch.kernels import cpu
 SOURCE = Path(__file__).with_name("decode.c")
 BLOCK = 64  # tokens
 FLAGS = {64: (), 32: ("-mno-avx512f",)}  # by the bytes of a vector
-CALL = struct.Struct("@12q3P9qP3q4P8q2P2d")  # `attention` in decode.c
+CALL = struct.Struct("@12q3P9qP3q4P8q2P3qP2d")  # `attention` in decode.c
 PACKING = struct.Struct("@9q2P6q4P")  # `packing`
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # as ops/kv.py has it: key codes and scales, value codes and scales
@@ -46,13 +46,15 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
     values [B, K, R, V]: [B, T, H, V], like the query.
 
     With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True; where there are none, the
     result is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a
-    value. Keys and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed
+    value. `bias`, float32 [B, H, T, 64 blocks], is added to the products of query and packed keys, before the scale.
+    Keys and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed
     ones all from the third on. Sums are float32; rounding queries and weights where they meet codes costs less than
     1e-3 of the result.
     """
@@ -74,7 +76,8 @@ def attend(
         query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         seen, *seen_strides, *pointers, *strides,
-        0 if sinks is None else sinks.data_ptr(), out.data_ptr(), scale, softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        *((0, 0, 0) if bias is None else bias.stride()[:3]), out.data_ptr(), scale, softcap or 0.0,
     )  # fmt: skip
     if kernels.attend(arguments):
         raise MemoryError("no memory for the parts of an attention")

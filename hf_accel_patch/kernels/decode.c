@@ -93,7 +93,8 @@ typedef struct {
     const uint8_t *value_codes;
     const uint16_t *value_scales;
     int64_t packed_strides[4][2];
-    const float *sinks;
+    const float *sinks, *bias; /* bias: to products with quantized keys, before the scale */
+    int64_t bias_strides[3];
     void *out;
     double scale, softcap;
 } attention;
@@ -503,6 +504,13 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
             scores_of_unit(a, b, k, u, few, D_packed, query[r], is_raw ? raw[r] : (char *)query[r], D,
                            scores[r] + (u - start) * UNIT);
         }
+        if (a->bias && seen[u - start] && u < a->blocks)
+            for (int64_t r = 0; r < rows; r++) {
+                const float *bias = a->bias + b * a->bias_strides[0] + u * UNIT +
+                                    (k * a->G + (first + r) % a->G) * a->bias_strides[1] +
+                                    (first + r) / a->G * a->bias_strides[2];
+                for (int64_t i = 0; i < UNIT; i++) scores[r][(u - start) * UNIT + i] += bias[i];
+            }
     }
     for (int64_t r = 0; r < rows; r++) {
         float *sums = out + r * (V_padded + PAD) + V_padded;

@@ -213,13 +213,13 @@ def _weights(logits, m, total):
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "R", "steps", "m_b", "m_h", "m_t"],  # what changes with the length compiles once
+    do_not_specialize=["blocks", "R", "steps", "m_b", "m_h", "m_t", "o_b", "o_h", "o_t"],  # what changes with the length compiles once
     do_not_specialize_on_alignment=["mask"],
 )
 def _attend(
-    q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, stats, out,
+    q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, bias, stats, out,
     K, G, T, D, V, blocks, R, steps, scale, cap,
-    q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t,
+    q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t, o_b, o_h, o_t,
     KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr, DP: tl.constexpr,
     KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr,
@@ -252,6 +252,8 @@ def _attend(
     if BITS > 0:
         key_codes += batch * kc_b + head * kc_k
         key_scales += batch * ks_b + head * ks_k
+        if bias is not None:
+            bias += batch * o_b + head * G * o_h
         value_codes += batch * vc_b + head * vc_k
         value_scales += batch * vs_b + head * vs_k
         qs = ()
@@ -266,6 +268,9 @@ def _attend(
             if mask is not None:
                 seen = tl.load(mask + readable * 64 + tl.arange(0, 64)[None, None, :]) != 0
             products = _products(qs, key_codes, key_scales, readable, seen, BITS, KEY, KC, PIECES, DIGITS)
+            if bias is not None:
+                bias_at = bias + (row // T) * o_h + (row % T) * o_t + readable * 64 + tl.arange(0, 64)[None, None, :]
+                products += tl.load(bias_at, mask=row < G * T, other=0)
             logits = tl.where(block < blocks, _logits(products, scale, cap), float("-inf"))
             p, alpha, m, total = _weights(logits, m, total)
             sums = _summed(sums, alpha, p, value_codes, value_scales, readable, BITS, VALUE, groups, VC, PIECES, DIGITS)
@@ -375,6 +380,7 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [B, H, T, D] to `blocks` blocks of 64 tokens of `packed` (key codes and scales, value codes
     and scales as in ops.kv, with room for C >= blocks), then to keys [B, K, R, D] and values [B, K, R, V] in the dtype
@@ -408,11 +414,11 @@ def attend(
     with torch.cuda.device_of(query):
         _attend[(B * K * tiles, splits)](
             query, keys, values, codes, key_scales, value_codes, value_scales,
-            None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
+            None if mask is None else mask.view(torch.uint8), sinks, bias if blocks else None, stats, parts,
             K, G, T, D, V, blocks, R, steps, scale, softcap,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
-            *_mask_strides(mask),
+            *_mask_strides(mask), *_mask_strides(bias),
             KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
             t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
             t.stages, 1 if bits else t.stages, num_warps=t.warps,

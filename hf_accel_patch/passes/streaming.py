@@ -79,7 +79,7 @@ class SinksLayer(_InPlace):
         places = padding[:, None] + torch.arange(count, device=padding.device)
         index = places.clamp(max=self.seen - 1)[:, None, :, None]
         keys, values = (
-            each.gather(2, index.expand(-1, each.shape[1], -1, each.shape[3])).detach().clone()
+            each.gather(2, index.to(each.device).expand(-1, each.shape[1], -1, each.shape[3])).detach()
             for each in (self.keys, self.values)
         )
         self.sinks, self.places = (keys, values), places.masked_fill(places >= self.seen, NOWHERE)

@@ -56,16 +56,19 @@ class Cache:
             dequantized = kv.unpack(self.packed, bits, D, V, torch.float32)
             self.all = tuple(torch.cat((x.double(), y.double()), dim=2) for x, y in zip(dequantized, new, strict=True))
 
-    def attend(self, width, query, mask=None, softcap=None, sinks=None):
+    def attend(self, width, query, mask=None, softcap=None, sinks=None, bias=None):
         return cpu_decode.attend(
             cpu_decode.library(width), query, self.packed, self.bits, self.blocks, self.keys, self.values, mask,
-            query.shape[-1] ** -0.5, softcap, sinks,
+            query.shape[-1] ** -0.5, softcap, sinks, bias,
         )  # fmt: skip
 
-    def exact(self, query, mask=None, softcap=None, sinks=None):
+    def exact(self, query, mask=None, softcap=None, sinks=None, bias=None):
         B, H, T, D = query.shape
         keys, values = (x.repeat_interleave(H // x.shape[1], dim=1) for x in self.all)
-        scores = query.double() @ keys.mT * D**-0.5
+        scores = query.double() @ keys.mT
+        if bias is not None:
+            scores[..., : bias.shape[-1]] += bias
+        scores = scores * D**-0.5
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
@@ -174,6 +177,13 @@ def test_what_is_not_finite_shows(width, bits, value):
     query[0, 1, 0, 5] = value
     ours = cache.attend(width, query)[0, 0]
     assert not ours[1].isfinite().any() and ours[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_bias_of_packed_keys(width, bits):
+    cache = Cache(2, 2, 32, 48, 9, 5, torch.float32, bits)
+    bias = normal(2, 8, 3, 9 * 64 + 7, seed=4)[..., : 9 * 64]
+    cache.check(width, normal(2, 8, 3, 32), bias=bias, softcap=20.0)
 
 
 @DTYPES

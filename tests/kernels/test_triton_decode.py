@@ -101,15 +101,18 @@ class Case:
         whole[:B, :K, :N] = x
         return whole[:B, :K]
 
-    def attend(self, mask=None, softcap=None, sinks=None):
-        mask, sinks = (None if x is None else x.to(DEVICE) for x in (mask, sinks))
+    def attend(self, mask=None, softcap=None, sinks=None, bias=None):
+        mask, sinks, bias = (None if x is None else x.to(DEVICE) for x in (mask, sinks, bias))
         return kernels.attend(
-            self.query, self.packed, self.bits, self.blocks, self.keys, self.values, mask, self.scale, softcap, sinks
-        )
+            self.query, self.packed, self.bits, self.blocks, self.keys, self.values, mask, self.scale, softcap, sinks,
+            bias,
+        )  # fmt: skip
 
-    def exact(self, mask=None, softcap=None, sinks=None):
+    def exact(self, mask=None, softcap=None, sinks=None, bias=None):
         keys, values = self.all
         scores = self.query.double().cpu() @ keys.mT * self.scale
+        if bias is not None:
+            scores[..., : bias.shape[-1]] += bias * self.scale
         if softcap:
             scores = softcap * (scores / softcap).tanh()
         if mask is not None:
@@ -174,6 +177,13 @@ def test_softcap_and_sinks(dtype, bits):
     case.check(softcap=3.0)
     case.check(sinks=sinks)
     case.check(softcap=20.0, sinks=sinks.index_fill(0, torch.tensor([1]), float("-inf")))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_bias_of_packed_keys(bits):
+    case = Case(torch.float32, bits, B=2, T=2, blocks=3)
+    bias = normal(2, 4, 2, 3 * 64 + 7, seed=6)[..., : 3 * 64]
+    case.check(bias=bias, softcap=20.0, mask=mask(2, 1, 2, case.length))
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
