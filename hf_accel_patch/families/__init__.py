@@ -120,14 +120,14 @@ def find_model(target: object) -> PreTrainedModel:
     for _ in range(4):
         if isinstance(found, PreTrainedModel):
             break
-        inner = (getattr(found, name, None) for name in WRAPPERS)
-        found = next((part for part in inner if isinstance(part, nn.Module)), None)
+        inner = [part for name in WRAPPERS if isinstance(part := getattr(found, name, None), nn.Module)]
+        found = next((part for part in inner if _is_causal_lm(part)), next(iter(inner), None))
     kind = type(target).__name__
     if not isinstance(found, PreTrainedModel):
         raise UnsupportedModel(
             f"{kind} is no causal LM of transformers", "pass what AutoModelForCausalLM.from_pretrained returns"
         )
-    if type(found).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if _is_causal_lm(found):
         return found
     if found.config.is_encoder_decoder or not found.can_generate():
         raise UnsupportedModel(
@@ -135,6 +135,10 @@ def find_model(target: object) -> PreTrainedModel:
             "load the checkpoint with AutoModelForCausalLM",
         )
     return found
+
+
+def _is_causal_lm(module: Any) -> bool:
+    return isinstance(module, PreTrainedModel) and type(module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def check_weights(view: View) -> None:
@@ -169,6 +173,7 @@ class CacheRow:
     key_size: int
     value_size: int
     window: int | None = None
+    kind: type = DynamicLayer  # of transformers' cache layers
 
 
 def first_cached_module(view: View) -> nn.Module | None:
@@ -198,10 +203,11 @@ def cache_rows(view: View) -> list[CacheRow]:
     """The layers that cache keys and values, by the configuration."""
     config = view.config
     latent = any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules())
-    layers = DynamicCache(config=config).layers
+    layers, each_own = DynamicCache(config=config).layers, getattr(config, "per_layer_config", None)
+    configs = each_own if isinstance(each_own, list | tuple) else [config] * len(layers)  # sizes may differ by layer
     return [
-        replace(_cache_row(each, latent), window=getattr(layer, "sliding_window", None))
-        for layer, each in zip(layers, config.per_layer_config, strict=False)  # sizes may differ between layers
+        replace(_cache_row(each, latent), window=getattr(layer, "sliding_window", None), kind=type(layer))
+        for layer, each in zip(layers, configs, strict=False)
         if isinstance(layer, DynamicLayer)
     ]
 
@@ -221,6 +227,13 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
     """How many tokens the model was made for, where its configuration says so."""
     names = ("max_position_embeddings", "max_seq_len", "n_positions", "max_seq_length")
     return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+
+
+def rotary_tokens(config: PreTrainedConfig) -> int | None:
+    """Up to which position its rotary frequencies are the same ones."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    context, original = context_tokens(config), rope.get("original_max_position_embeddings")
+    return min(context, original) if context and isinstance(original, int) else context
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -35,10 +35,10 @@ class Rotation:
     partly: bool  # the function gets the rotated channels only, which are the first
 
     def __call__(self, keys: Tensor, distance: Tensor) -> Tensor:
-        """keys [B, K, S, D] moved by `distance` [B or 1] positions, rotated in float32."""
+        """keys [B, K, S, D] moved by `distance` positions, [B or 1] or [B or 1, S], rotated in float32."""
         kept = keys.float()
         options = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.rotary(kept, distance.to(keys.device)[:, None], **options)
+        cos, sin = self.rotary(kept, distance.view(len(distance), -1).to(keys.device), **options)
         length = torch.sqrt(cos * cos + sin * sin)  # not 1 where the method scales the scores as well (YaRN)
         cos, sin = cos / length, sin / length
         if not self.partly:

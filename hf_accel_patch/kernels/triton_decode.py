@@ -213,7 +213,17 @@ def _weights(logits, m, total):
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "R", "steps", "m_b", "m_h", "m_t", "o_b", "o_h", "o_t"],  # what changes with the length compiles once
+    do_not_specialize=[
+        "blocks",
+        "R",
+        "steps",
+        "m_b",
+        "m_h",
+        "m_t",
+        "o_b",
+        "o_h",
+        "o_t",
+    ],  # what changes with the length compiles once
     do_not_specialize_on_alignment=["mask"],
 )
 def _attend(

@@ -143,8 +143,11 @@ def _kernel(
     sinks = None if variant.sinks is None else variant.sinks.detach().float().reshape(-1).contiguous()
     packed, blocks, bits = (None, 0, 8) if content is None else (content.packed, content.blocks, content.bits)
     what = (query, packed, bits, blocks, keys, values, mask, variant.scale, variant.softcap, sinks)
+    bias = None
+    if content is not None and content.constant is not None and blocks:
+        bias = content.constant.scores(query, content.first, blocks)
     kernels = cpu_decode.library() if query.is_cpu else None
-    return cpu_decode.attend(kernels, *what) if kernels is not None else _triton().attend(*what)
+    return cpu_decode.attend(kernels, *what, bias) if kernels is not None else _triton().attend(*what, bias)
 
 
 @cache

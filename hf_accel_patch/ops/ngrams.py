@@ -52,14 +52,21 @@ class History:
 
     def add(self, text: NGrams) -> None:
         """Keep a text that is complete."""
+        if len(text.tokens) * TOKEN_BYTES > self.limit:  # it would drive all others out, and not fit either
+            return
         self._texts.append(text)
-        while self._texts and sum(len(each.tokens) for each in self._texts) * TOKEN_BYTES > self.limit:
+        while self.bytes > self.limit:
             self._texts.popleft()
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes."""
+        return sum(len(each.tokens) for each in tuple(self._texts)) * TOKEN_BYTES
 
     def draft(self, end: Sequence[int], most: int, longer_than: int) -> tuple[list[int], int]:
         """The best draft from a text in which a longer n-gram than this is known; the latest text first."""
         best: tuple[list[int], int] = ([], longer_than)
-        for text in reversed(self._texts):
+        for text in reversed(tuple(self._texts)):  # other threads may add to it
             found = text.draft(end, most)
             if found[1] > best[1]:
                 best = found

@@ -22,8 +22,8 @@ class Pace:
     skipped: dict[int, int] = field(default_factory=dict)
 
     def choose(self, kind: int, prior: float, most: int, draft_cost: float = 0.0) -> int:
-        """How many of at most `most` tokens to draft, for `draft_cost` seconds each, and verify; 0 where a plain pass is
-        the better choice."""
+        """How many of at most `most` tokens to draft, for `draft_cost` seconds each, and verify; 0 where a plain pass
+        is the better choice."""
         chance = self.chances.get(kind, prior)
         plain = self.cost(1)
         if plain is None:
@@ -76,8 +76,9 @@ class Pace:
         """Seconds of a pass, between those that were timed; beyond them in proportion to the tokens, at most."""
         if tokens in self.costs:
             return self.costs[tokens]
-        below = max((known for known in self.costs if known < tokens), default=None)
-        above = min((known for known in self.costs if known > tokens), default=None)
+        timed = tuple(self.costs)  # other threads may add to it
+        below = max((known for known in timed if known < tokens), default=None)
+        above = min((known for known in timed if known > tokens), default=None)
         if below is not None and above is not None:
             share = (tokens - below) / (above - below)
             return self.costs[below] + share * (self.costs[above] - self.costs[below])
@@ -88,7 +89,7 @@ class Pace:
     def _beyond(self, tokens: int, below: int) -> float | None:
         if below == 1:
             return None
-        least = min(self.costs)
+        least = min(tuple(self.costs))
         slope = max(0.0, (self.costs[below] - self.costs[least]) / (below - least)) if below > least else 0.0
         return self.costs[below] + slope * (tokens - below)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, unpack
+from hf_accel_patch.ops.constant import Constant
+from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, unpack_keys, unpack_values
 
 UNPACK_BLOCKS = 16  # blocks that are unpacked at a time: 1024 tokens
 
@@ -28,37 +29,41 @@ class Content:
     skip: int
     keys: Tensor  # [B, K, R, D]
     values: Tensor  # [B, K, R, V]
+    constant: Constant | None = None  # what was taken off the packed keys
+    first: int = 0  # the place of the first packed token
 
     @property
     def length(self) -> int:
         """Tokens that are seen."""
         return self.blocks * BLOCK - self.skip + self.keys.shape[2]
 
-    def unpacked(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks first..last, skipped tokens included."""
+    def unpacked(self, part: int, first: int, last: int) -> Tensor:
+        """Keys (part 0) or values (1) of blocks first..last, skipped tokens included."""
         assert self.packed is not None
-        part = Packed(*(each[:, :, first:last] for each in self.packed))
-        return unpack(part, self.bits, self.keys.shape[-1], self.values.shape[-1], self.keys.dtype)
+        codes, scales = (each[:, :, first:last] for each in self.packed[2 * part : 2 * part + 2])
+        like = self.values if part else self.keys
+        dense = (unpack_values if part else unpack_keys)(codes, scales, self.bits)[..., : like.shape[-1]]
+        if self.constant is not None and not part:
+            dense = dense + self.constant.at(self.first + first * BLOCK, (last - first) * BLOCK)
+        return dense.to(like.dtype)
 
     def parts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """All that is seen, dense and part by part: the first and last token of each, its keys and values."""
         for block in range(0, self.blocks, UNPACK_BLOCKS):
             last = min(block + UNPACK_BLOCKS, self.blocks)
-            keys, values = self.unpacked(block, last)
+            keys, values = (self.unpacked(part, block, last) for part in (0, 1))
             hidden = self.skip if block == 0 else 0
             start = block * BLOCK - (0 if block == 0 else self.skip)
             yield start, last * BLOCK - self.skip, keys[:, :, hidden:], values[:, :, hidden:]
         if self.keys.shape[2]:
             yield self.length - self.keys.shape[2], self.length, self.keys, self.values
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys [B, K, S, D] and values [B, K, S, V]."""
+    def dense(self, part: int) -> Tensor:
+        """Keys [B, K, S, D] or values [B, K, S, V]."""
+        latest = self.values if part else self.keys
         if not self.blocks:
-            return self.keys, self.values
-        keys, values = self.unpacked(0, self.blocks)
-        return tuple(  # type: ignore[return-value]
-            torch.cat((old[:, :, self.skip :], new), dim=2) for old, new in ((keys, self.keys), (values, self.values))
-        )
+            return latest
+        return torch.cat((self.unpacked(part, 0, self.blocks)[:, :, self.skip :], latest), dim=2)
 
 
 class Stored(Tensor):
@@ -81,7 +86,7 @@ class Stored(Tensor):
 
     def dense(self) -> Tensor:
         """Contiguous, as this tensor says that it is."""
-        return self.content.dense()[self.part].contiguous()
+        return self.content.dense(self.part).contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Stored(shape={tuple(self.shape)}, bits={self.content.bits})"

@@ -10,4 +10,14 @@ from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
 from hf_accel_patch.passes.speculative import Speculative
 
-__all__ = ["Attention", "Frequencies", "KVCache", "Later", "Linear", "Prefill", "PrefixCache", "Quantize", "Speculative"]
+__all__ = [
+    "Attention",
+    "Frequencies",
+    "KVCache",
+    "Later",
+    "Linear",
+    "Prefill",
+    "PrefixCache",
+    "Quantize",
+    "Speculative",
+]

@@ -113,7 +113,9 @@ def attention_forward(
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if causal and S > T:  # the prefill of a static cache: what is behind the queries is not written yet
+        if (
+            causal and S > T and stored is None
+        ):  # the prefill of a static cache: what is behind the queries is not written yet
             key, value, S = key[:, :, :T], value[:, :, :T], T
             position_bias = position_bias if position_bias is None else position_bias[..., :T]
     else:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import CacheRow, View, cache_rows, context_tokens, dtype_of, first_cached_module
+from hf_accel_patch.families import (
+    CacheRow,
+    View,
+    cache_rows,
+    context_tokens,
+    dtype_of,
+    first_cached_module,
+    rotary_tokens,
+)
 from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
@@ -75,7 +83,7 @@ class KVCache:
             if self.kind != "exact":
                 raise UnsupportedModel(f"cache={self.kind!r}: {reason}", "leave the keyword out")
             return Skip(self, reason)
-        found = self._moves(view) if self.kind == "sinks" else ()
+        found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
             self._check_prefixes(view)
         facts = {"exact": self.kind == "exact", **self._facts(view)}
@@ -86,11 +94,13 @@ class KVCache:
         model = view.model
         stream = None
         if self.window is not None:
-            stream = Stream(self.window, self.sinks, max(2 * self.window, context or 0))
+            stream = Stream(self.window, self.sinks, max(2 * self.window, rotary_tokens(view.config) or 0))
             journal.add_forward_pre_hook(model.get_decoder(), Advancing(found))
-            chunks = PrefillInChunks(max(1, (self.window - self.sinks) // 2), context or self.window)
+            half = max(1, (self.window - self.sinks) // 2)
+            chunks = PrefillInChunks(half, context or self.window, vars(model).get("_prefill"))
             journal.bind_method(model, "_prefill", chunks)
-        converting = Converting(self, stream)
+        rotations = tuple(move.rotation if move.part == 0 else None for move in found) if self.kind in BITS else ()
+        converting = Converting(self, stream, rotations)
         journal.add_forward_pre_hook(module, converting)
         if self.prefixes is not None:
             prefixes = PrefixCache(self.prefixes) if isinstance(self.prefixes, int | str) else self.prefixes
@@ -120,6 +130,11 @@ class KVCache:
             raise UnsupportedModel(f"cache='sinks': {reason}", "leave the keyword out")
         if next(view.model.parameters()).is_meta:  # only planned
             return ()
+        if DynamicLayer not in kinds:
+            raise UnsupportedModel(
+                "cache='sinks': every layer has a sliding window of its own, so its memory is constant already",
+                "leave the keyword out",
+            )
         found = moves(view)
         if not found or all(move.rotation is None for move in found):
             raise UnsupportedModel(
@@ -127,6 +142,17 @@ class KVCache:
                 "leave the keyword out",
             )
         return tuple(found)
+
+    def _rotations(self, view: View) -> tuple[Moves, ...]:
+        """The same for keys with a bias, whose constant part a quantized cache holds apart."""
+        biased = any(
+            isinstance(part, nn.Linear) and part.bias is not None
+            for _, module in view.attention_modules()
+            for part in module.modules()
+        )
+        if self.kind not in BITS or not biased or next(view.model.parameters()).is_meta:
+            return ()
+        return tuple(moves(view) or ())
 
     def _why_not(self, view: View) -> str:
         if view.config.is_encoder_decoder:
@@ -137,7 +163,8 @@ class KVCache:
             kinds = {type(layer) for layer in DynamicCache(config=view.config).layers}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return f"transformers makes no cache from its configuration: {error}"
-        if not kinds & set(self.layer_classes()):
+        needed = QUANTIZED if self.kind in BITS else self.layer_classes()
+        if not kinds & needed.keys():
             return f"its cache holds no keys and values: {', '.join(sorted(kind.__name__ for kind in kinds))}"
         return ""
 
@@ -150,7 +177,8 @@ class KVCache:
             tokens = min(context, row.window - 1) if row.window else context
             exact = tokens * row.heads * (row.key_size + row.value_size) * width
             before += exact
-            after += self._packed_bytes(tokens, row, width) if self.kind in BITS else exact
+            packs = self.kind in BITS and row.kind in QUANTIZED
+            after += self._packed_bytes(tokens, row, width) if packs else exact
             if self.window is not None and row.window is None:
                 after -= exact - exact * min(self.window, tokens) // max(tokens, 1)
         facts = {"bytes_before": before, "bytes_after": after, "kind": self.kind, "layers": len(rows)}
@@ -179,6 +207,7 @@ class Converting:
 
     options: KVCache
     stream: Stream | None = None  # as it starts
+    rotations: tuple[Any, ...] = field(default=(), repr=False)  # of each layer that holds keys, or none
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
@@ -190,24 +219,32 @@ class Converting:
         mark = vars(cache).get(MARK)
         if mark is self.options or mark == self.options:
             return
+        if isinstance(cache, EncoderDecoderCache):
+            self.convert(cache.self_attention_cache)
+            self.convert(cache.cross_attention_cache)
+            vars(cache)[MARK] = self.options
+            return
         classes = self.options.layer_classes()
-        for layer in cache.layers:
+        holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        rotations = self.rotations if len(self.rotations) == len(holding) else (None,) * len(holding)
+        for layer, rotate in zip(holding, rotations, strict=True):
             if type(layer) in classes:
-                self._convert(layer, classes[type(layer)])
+                self._convert(layer, classes[type(layer)], rotate)
         if cache.layer_class_to_replicate in classes:
-            cache.layer_class_to_replicate = partial(self._new, classes[cache.layer_class_to_replicate])
+            cache.layer_class_to_replicate = partial(_new, classes[cache.layer_class_to_replicate], self.options)
         vars(cache)[MARK] = self.options
         if self.stream is not None:
             vars(cache)[STREAM] = replace(self.stream)
 
-    def _convert(self, layer: Any, kind: type) -> None:
+    def _convert(self, layer: Any, kind: type, rotate: Any) -> None:
         keys, values = (vars(layer).pop(name, None) for name in ("keys", "values"))
         layer.__class__ = kind
-        layer.tell(self.options)
-        if keys is not None and keys.numel():
+        layer.tell(self.options, rotate)
+        if keys is not None and keys.ndim == 4:
             layer.take(keys, values)
 
-    def _new(self, kind: type) -> Any:
-        layer = kind()
-        layer.tell(self.options)
-        return layer
+
+def _new(kind: Any, options: KVCache) -> Any:
+    layer = kind()
+    layer.tell(options, None)
+    return layer

@@ -21,7 +21,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_accel_patch.ops.pacing import Pace
 
-
 WHOLE = 512  # tokens: a longer prompt may be read in chunks, of which only the last gives logits
 
 
@@ -105,14 +104,16 @@ def decode(
     raw: tuple[Tensor, ...] | None = () if answers and generation_config.output_logits else None
     pads = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     pad = generation_config._pad_token_tensor
-    pad = None if pad is None else pad.to(input_ids.device)
+    pad = torch.tensor(0) if pad is None else pad.to(input_ids.device)
     running = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     drafter.add(input_ids.tolist())
 
     room = (stopping_criteria.max_length or 0) - input_ids.shape[1] - 1
     cache: Cache = model_kwargs["past_key_values"]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
-    whole = generation_config.prefill_chunk_size is None and ("_prefill" not in vars(model) or input_ids.shape[1] < WHOLE)
+    whole = generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None
+    if "_prefill" in vars(model):  # a pass that reads a part of a prompt has to know how many logits are needed
+        whole = whole and "logits_to_keep" in model_kwargs and input_ids.shape[1] < WHOLE
     draft = drafter.first(room) if fresh and whole and room > 0 else None
     outputs = _prefill(model, input_ids, generation_config, model_kwargs, draft)
     cache = outputs.past_key_values
@@ -147,7 +148,9 @@ def decode(
                 accepted += 1
             new = len(chosen)
             if started or draft is not None:
-                _count(tally, pace, draft, accepted, len(drafted), new, (started - drafting, time.perf_counter() - started))
+                _count(
+                    tally, pace, draft, accepted, len(drafted), new, (started - drafting, time.perf_counter() - started)
+                )
             cache.crop(new - 1 - len(drafted))
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
             del outputs, logits
@@ -216,8 +219,8 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any
 def _count(
     tally: Tally, pace: Pace, draft: Draft | None, accepted: int, drafted: int, new: int, seconds: tuple[float, float]
 ) -> None:
-    """`seconds`: of the draft and of the pass. Of the prompt's pass, which has none, only what it has brought beyond its
-    token is counted."""
+    """`seconds`: of the draft and of the pass. Of the prompt's pass, which has none, only what it has brought beyond
+    its token is counted."""
     first = seconds[0] <= 0
     new -= first
     tally.passes += not first

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_accel_patch.families import bind, layer_list
+from hf_accel_patch.families import bind, context_tokens, layer_list
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
 from hf_accel_patch.ops.modules import QuantizedLinear, Spec, Specs
@@ -98,6 +98,8 @@ class ModelDrafter(NGramDrafter):
             return None
         started = time.perf_counter()
         tokens = self.source.propose(width, running, state)
+        if tokens is None:
+            return None
         pace.drafted(tokens.shape[1], time.perf_counter() - started)
         return Draft(tokens.tolist(), MODEL_KIND, MODEL_PRIOR)
 
@@ -105,8 +107,8 @@ class ModelDrafter(NGramDrafter):
 class ModelSource:
     """A model that proposes tokens, greedily."""
 
-    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
-        """[B, at most width]."""
+    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor | None:
+        """[B, at most width], or None if it cannot read the text."""
         raise NotImplementedError
 
 
@@ -132,11 +134,14 @@ class OtherModel(ModelSource):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.context = context_tokens(model.config.get_text_config(decoder=True))
         self.cache: DynamicCache | None = None
         self.read: Tensor | None = None  # what the cache holds, [B, T]
 
-    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
+    def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor | None:
         ids = state.input_ids
+        if self.context is not None and ids.shape[1] + width > self.context:
+            return None
         if self.cache is None or self.read is None:
             self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
             known = 0
@@ -147,9 +152,8 @@ class OtherModel(ModelSource):
             self.cache.crop(known - self.read.shape[1])
         names = ("attention_mask", "position_ids")
         kwargs = {name: state.model_kwargs.get(name) for name in names} | {"past_key_values": self.cache}
-        kwargs |= {"use_cache": True, "logits_to_keep": 1} if self.model._supports_logits_to_keep() else {"use_cache": True}
+        kwargs |= {"use_cache": True} | ({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {})
         tokens = _greedy(self.model, ids, ids.shape[1] - known, kwargs, width, running)
-        self.cache.activate_past_recording()
         self.read = torch.cat([ids, tokens[:, :-1]], dim=1)
         return tokens
 
@@ -189,6 +193,7 @@ def _greedy(
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1
         outputs = model(**inputs, return_dict=True)
+        kwargs["past_key_values"].activate_past_recording()  # what a window drops from here on may be needed again
         logits = outputs.logits[:, -1].float()
         tokens = logits.argmax(-1)
         drafted.append(tokens)

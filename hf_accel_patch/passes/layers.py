@@ -52,7 +52,7 @@ class _InPlace(DynamicLayer):
     keys = property(lambda self: self._get("_keys"), lambda self, value: self._set("_keys", value))
     values = property(lambda self: self._get("_values"), lambda self, value: self._set("_values", value))
 
-    def tell(self, options: Any) -> None:
+    def tell(self, options: Any, rotate: Any) -> None:
         """Nothing to be told."""
 
     def take(self, keys: Tensor, values: Tensor) -> None:

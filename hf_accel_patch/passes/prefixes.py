@@ -8,8 +8,11 @@ import os
 import re
 import tempfile
 import threading
+import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -28,12 +31,14 @@ from hf_accel_patch.families import View, dtype_of
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
 OWNER = "model.json"  # in the folder: which model its prefixes are of
+FILES = f"prefix-{'?' * 32}.safetensors"  # in the folder, where others may keep weights in such files
+ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT: which of them are on
 SAMPLE = 16  # numbers of each weight that identify a model
 PLAIN = frozenset(  # arguments of a forward under which a prompt is nothing but its tokens
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
 )
 
-Key = bytes  # the tokens
+Key = tuple[str, bytes]  # what made it, the tokens
 State = list[dict[str, Tensor]]  # what each layer of a cache holds
 
 
@@ -45,6 +50,7 @@ class Entry:
     state: State | None  # None: on the disk only
     croppable: bool  # whether a shorter beginning can be used, too
     bytes: int
+    made_by: str  # weights and options
     path: Path | None = None
 
 
@@ -55,7 +61,8 @@ class PrefixCache:
     `limit`: bytes in memory, and again in `folder`, a number or like "2GiB"; the least recently used goes first. With
     `folder`, prefixes are written as safetensors, and are there for the next process with the same model; patching
     another model with the same folder raises UnsupportedModel, and so does another tokenizer, if `tokenizer` is given.
-    Only prompts without padding are kept, one sequence at a time. A model whose weights have changed starts anew.
+    Only prompts without padding are kept, one sequence at a time. A model whose weights have changed starts anew; so
+    does one of which adapters are switched. Several models may share one without a folder, each has its own prefixes.
     """
 
     def __init__(self, limit: int | str, folder: str | os.PathLike[str] | None = None, tokenizer: Any = None) -> None:
@@ -64,8 +71,8 @@ class PrefixCache:
         self.tokenizer = "" if tokenizer is None else _digest(sorted(tokenizer.get_vocab().items()))
         self.hits = self.misses = self.reused_tokens = 0
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
-        self._weights: tuple[int, ...] | None = None
-        self._made_by = ""
+        self._models: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+        self._owner_facts: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
@@ -85,18 +92,27 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget all of them, those in the folder too."""
-        for entry in self._entries.values():
-            if entry.path is not None:
-                entry.path.unlink(missing_ok=True)
-        self._entries.clear()
+        with self._lock:
+            for path in self._files():
+                path.unlink(missing_ok=True)
+            self._entries.clear()
 
     def check(self, view: View) -> None:
         """Raise UnsupportedModel if the folder belongs to another model or tokenizer."""
-        if self.folder is None or not (self.folder / OWNER).exists():
+        if self.folder is None:
             return
-        owner, mine = json.loads((self.folder / OWNER).read_text()), self._owner(view)
-        for key, value in mine.items():
-            if owner.get(key, "") != value and (value or key != "tokenizer"):
+        mine = self._owner_facts = self._owner(view)  # before other passes change the weights
+        if not (self.folder / OWNER).exists():
+            return
+        try:
+            owner = dict(json.loads((self.folder / OWNER).read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{self.folder / OWNER} does not say of which model its prefixes are: {error}",
+                "give PrefixCache a folder of its own",
+            ) from error
+        for key in ("model", "tokenizer"):
+            if owner.get(key, "") != mine[key] and (mine[key] or key != "tokenizer"):
                 raise UnsupportedModel(
                     f"the prefixes in {self.folder} are of another {key} ({owner.get('name') or 'without a name'})",
                     "give PrefixCache a folder for each model, or delete this one",
@@ -108,26 +124,30 @@ class PrefixCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / OWNER).exists():
-            _write(self.folder / OWNER, lambda path: path.write_text(json.dumps(self._owner(view), indent=1)))
+            facts = self._owner_facts or self._owner(view)
+            _write(self.folder / OWNER, lambda path: path.write_text(json.dumps(facts, indent=1)))
 
-    def restore(self, tokens: Tensor, cache: DynamicCache, device: torch.device) -> int:
-        """Fill an empty cache on `device` with the longest known beginning of `tokens` [T], all but the last at most.
-        Returns how many tokens that are."""
+    def restore(self, tokens: Tensor, cache: DynamicCache, device: torch.device, made_by: str, read: int = 1) -> int:
+        """Fill an empty cache on `device` with the longest known beginning of `tokens` [T] that `made_by` has, all but
+        the last `read` at most. Returns how many tokens that are."""
         with self._lock:
-            known = ((self._common(entry, tokens), key) for key, entry in self._entries.items())
-            length, key = max(known, default=(0, b""))
-            if length < LEAST_TOKENS:
-                self.misses += 1
-                return 0
-            entry = self._entries[key]
-            if entry.state is None:
-                entry.state = self._read(entry)
-            if entry.state is None:  # gone from the disk
-                del self._entries[key]
-                return 0
+            while True:
+                mine = ((key, entry) for key, entry in self._entries.items() if key[0] == made_by)
+                known = ((self._common(entry, tokens, read), key) for key, entry in mine)
+                length, key = max(known, default=(0, ("", b"")))
+                if length < LEAST_TOKENS:
+                    self.misses += 1
+                    return 0
+                entry = self._entries[key]
+                if entry.state is None:
+                    entry.state = self._read(entry)
+                if entry.state is not None:
+                    break
+                del self._entries[key]  # gone from the disk
             self._entries.move_to_end(key)
-            if entry.path is not None and entry.path.exists():
-                os.utime(entry.path)
+            if entry.path is not None:
+                with suppress(OSError):
+                    os.utime(entry.path)
             for layer, state in zip(cache.layers, entry.state, strict=True):
                 layer.restore({name: tensor.to(device) for name, tensor in state.items()})
             if length < len(entry.tokens):
@@ -137,9 +157,9 @@ class PrefixCache:
             self._shrink()
             return length
 
-    def keep(self, tokens: Tensor, cache: Cache) -> None:
+    def keep(self, tokens: Tensor, cache: Cache, made_by: str) -> None:
         """Keep the cache of a prompt. What it extends goes, where a part of it serves as well."""
-        key = tokens.numpy().tobytes()
+        key = (made_by, tokens.numpy().tobytes())
         with self._lock:
             if key in self._entries:
                 return
@@ -147,32 +167,38 @@ class PrefixCache:
             size = sum(tensor.nbytes for each in state for tensor in each.values())
             if size > self.limit:
                 return
-            entry = Entry(tokens.clone(), state, all(layer.whole() for layer in cache.layers), size)
+            entry = Entry(tokens.clone(), state, all(layer.whole() for layer in cache.layers), size, made_by)
             if entry.croppable:
-                for other in [k for k, e in self._entries.items() if e.croppable and key.startswith(k)]:
+                for other in [k for k, e in self._entries.items() if e.croppable and _extends(key, k)]:
                     self._forget(other)
             self._entries[key] = entry
-            if self.folder is not None:
+            if self.folder is not None and " " not in made_by:
                 self._save(entry)
             self._shrink()
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """Start anew if the weights have changed since the last prompt, and find what the folder has for these."""
-        versions = tuple(p._version for p in model.parameters() if not p.is_inference())
-        if versions == self._weights:
-            return
-        if self._weights is not None:
-            with self._lock:
-                self._entries.clear()
-        self._weights, self._made_by = versions, _weights(model)
-        for path in sorted(self.folder.glob("*.safetensors"), key=_age) if self.folder else ():
-            entry = self._index(path)
-            if entry is not None:
-                self._entries.setdefault(entry.tokens.numpy().tobytes(), entry)
+    def follow(self, model: PreTrainedModel, kind: str) -> str:
+        """What the prefixes of this model, as it is, are made by, with a cache of this kind. If the weights have changed
+        since the last prompt, those before are forgotten. The first time, finds what the folder has."""
+        now = (kind, _adapters(model), [_identity(p) for p in model.parameters()])
+        with self._lock:
+            before, made_by = self._models.get(model, (None, ""))
+            if before == now:
+                return made_by
+            for key in [key for key in self._entries if before is not None and key[0] == made_by]:
+                del self._entries[key]
+            new = _digest((kind, now[1], _weights(model)))
+            if new in {taken.split()[0] for _, taken in self._models.values()}:
+                new += f" {uuid.uuid4().hex}"  # numbers that the digest has not seen may differ
+            self._models[model] = (now, new)
+            for path in self._files() if " " not in new else ():
+                entry = self._index(path, new)
+                if entry is not None:
+                    self._entries.setdefault((new, entry.tokens.numpy().tobytes()), entry)
+            return new
 
-    def _common(self, entry: Entry, tokens: Tensor) -> int:
-        """How many tokens of an entry serve this prompt."""
-        length = min(len(entry.tokens), len(tokens) - 1)
+    def _common(self, entry: Entry, tokens: Tensor, read: int) -> int:
+        """How many tokens of an entry serve this prompt, of which the last `read` are read again."""
+        length = max(0, min(len(entry.tokens), len(tokens) - read))
         differ = (entry.tokens[:length] != tokens[:length]).nonzero()
         same = int(differ[0]) if len(differ) else length
         return same if entry.croppable or same == len(entry.tokens) else 0
@@ -186,13 +212,17 @@ class PrefixCache:
                 del self._entries[key]
             else:
                 entry.state = None
-        files = sorted(self.folder.glob("*.safetensors"), key=_age) if self.folder else []
-        used = sum(path.stat().st_size for path in files)
-        for path in files:
+        files = [(path, _size(path)) for path in self._files()]
+        used = sum(size for _, size in files)
+        for path, size in files:
             if used <= self.limit:
                 break
-            used -= path.stat().st_size
+            used -= size
             path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """Of ours, the least recently used first. Other processes may take any of them away."""
+        return sorted(self.folder.glob(FILES), key=_age) if self.folder else []
 
     def _forget(self, key: Key) -> None:
         entry = self._entries.pop(key)
@@ -207,19 +237,20 @@ class PrefixCache:
     def _save(self, entry: Entry) -> None:
         assert self.folder is not None and entry.state is not None
         tensors = {f"{i}.{name}": t.contiguous() for i, each in enumerate(entry.state) for name, t in each.items()}
-        facts = {"made_by": self._made_by, "croppable": str(entry.croppable), "layers": str(len(entry.state))}
-        name = hashlib.sha256(entry.tokens.numpy().tobytes() + self._made_by.encode()).hexdigest()[:32]
-        entry.path = self.folder / f"{name}.safetensors"
+        facts = {"made_by": entry.made_by, "croppable": str(entry.croppable), "layers": str(len(entry.state))}
+        name = hashlib.sha256(entry.tokens.numpy().tobytes() + entry.made_by.encode()).hexdigest()[:32]
+        entry.path = self.folder / f"prefix-{name}.safetensors"
         _write(entry.path, lambda path: save_file({**tensors, "tokens": entry.tokens}, path, facts))
 
-    def _index(self, path: Path) -> Entry | None:
+    def _index(self, path: Path, made_by: str) -> Entry | None:
         """What a file holds, without reading it; None if it is of other weights, or is none of ours."""
         try:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
-                if facts.get("made_by") != self._made_by:
+                if facts.get("made_by") != made_by:
                     return None
-                return Entry(file.get_tensor("tokens"), None, facts["croppable"] == "True", path.stat().st_size, path)
+                croppable, size = facts["croppable"] == "True", path.stat().st_size
+                return Entry(file.get_tensor("tokens"), None, croppable, size, made_by, path)
         except (OSError, SafetensorError, KeyError):
             return None
 
@@ -232,7 +263,7 @@ class PrefixCache:
                     if what:
                         state[int(layer)][what] = file.get_tensor(name)
                 return state
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError):
             return None
 
 
@@ -259,18 +290,21 @@ class PrefillWithPrefixes:
         given = {name for name, value in model_kwargs.items() if value is not None}
         ours = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading
         fresh = ours and cache.get_seq_length() == 0
-        plain = model_kwargs.get("attention_mask") is None and given <= PLAIN and not whole
+        plain = given <= PLAIN and not whole and _plain(model_kwargs, input_ids.shape[1])
         if not (fresh and plain and input_ids.shape[1] > LEAST_TOKENS and bool((input_ids == input_ids[:1]).all())):
             return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
         tokens = input_ids[0].cpu()
         self.converting.convert(cache)
-        self.prefixes.follow(model)
+        made_by = self.prefixes.follow(model, f"{self.converting.options.kind} {self.converting.options.recent}")
+        read = model_kwargs.get("logits_to_keep")
+        read = read if isinstance(read, int) and read > 0 else 1  # more than 1: a draft is verified with the prompt
         with torch.no_grad():
-            if self.prefixes.restore(tokens, cache, input_ids.device) and len(input_ids) > 1:
+            known = self.prefixes.restore(tokens, cache, input_ids.device, made_by, read)
+            if known and len(input_ids) > 1:
                 cache.batch_repeat_interleave(len(input_ids))
         outputs = prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
-        if len(input_ids) == 1:
-            self.prefixes.keep(tokens, outputs.past_key_values)
+        if len(input_ids) == 1 and known < len(tokens) - read:
+            self.prefixes.keep(tokens, outputs.past_key_values, made_by)
         return outputs
 
 
@@ -297,6 +331,29 @@ def _weights(model: PreTrainedModel) -> str:
     return hashlib.sha256(b"".join(numbers())).hexdigest()
 
 
+def _identity(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """Another one, or another number, after a change. It holds on to nothing."""
+    return id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def _adapters(model: PreTrainedModel) -> str:
+    """Which adapters are on."""
+    modules = (vars(module) for module in model.modules() if "_disable_adapters" in vars(module))
+    return str([[own.get(name) for name in ADAPTERS] for own in modules])
+
+
+def _plain(model_kwargs: dict[str, Any], length: int) -> bool:
+    """Whether no token is hidden, and each is where it is counted."""
+    mask, places = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is not None and not bool((mask == 1).all()):
+        return False
+    return places is None or bool((places == torch.arange(length, device=places.device)).all())
+
+
+def _extends(longer: Key, shorter: Key) -> bool:
+    return longer[0] == shorter[0] and longer[1].startswith(shorter[1])
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -306,6 +363,13 @@ def _age(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _write(path: Path, write: Any) -> None:

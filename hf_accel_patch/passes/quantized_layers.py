@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel_patch.ops.constant import Constant, Rotate, constant_of
 from hf_accel_patch.ops.decode import pack_blocks
 from hf_accel_patch.ops.growing import Growing
 from hf_accel_patch.ops.kv import BLOCK, Bits, Packed
@@ -33,10 +34,13 @@ class QuantizedLayer(DynamicLayer):
     recent = 0
     _packed: list[Growing] | None = None  # as in `Packed`
     _latest: tuple[Growing, Growing] | None = None  # keys and values
+    _first = 0  # the place of the first token held
+    rotate: Rotate | None = None  # how a key moves, where its constant part is to be held apart
+    _constant: Constant | None = None
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self._latest is None else self._content(self._held()).dense()[0]
+        return None if self._latest is None else self._content(self._held()).dense(0)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -44,15 +48,15 @@ class QuantizedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return None if self._latest is None else self._content(self._held()).dense()[1]
+        return None if self._latest is None else self._content(self._held()).dense(1)
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._clear(value)
 
-    def tell(self, options: Any) -> None:
+    def tell(self, options: Any, rotate: Rotate | None) -> None:
         """The options of the pass."""
-        self.bits, self.recent = options.bits, options.latest
+        self.bits, self.recent, self.rotate = options.bits, options.latest, rotate
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         """Start with what another layer has held."""
@@ -63,7 +67,9 @@ class QuantizedLayer(DynamicLayer):
         assert self._latest is not None
         held = [*self._latest, *(self._packed or ())]
         names = ("keys", "values", *Packed._fields)[: len(held)]
-        return {name: each.view().contiguous().clone() for name, each in zip(names, held, strict=True)}
+        state = {name: each.view().contiguous().clone() for name, each in zip(names, held, strict=True)}
+        constant = {} if self._constant is None else {"constant": self._constant.base}
+        return state | constant | {"first": torch.tensor(self._first)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Hold what `state` said. Its tensors are read, and never written."""
@@ -71,6 +77,8 @@ class QuantizedLayer(DynamicLayer):
         self._latest = (self._room(state["keys"]), self._room(state["values"]))
         packed = [state[name] for name in Packed._fields if name in state]
         self._packed = [Growing(each, SLACK, 1) for each in packed] or None
+        self._first, base = int(state["first"]), state.get("constant")
+        self._constant = Constant(base, self.rotate) if base is not None and self.rotate is not None else None
 
     def whole(self) -> bool:
         """Whether it holds all tokens that it has seen."""
@@ -99,7 +107,7 @@ class QuantizedLayer(DynamicLayer):
             self._drop_last(-tokens_to_remove)
 
     def reset(self) -> None:
-        self._packed = self._latest = None
+        self._clear(None)
         self.is_initialized = False
         super().reset()
 
@@ -156,10 +164,15 @@ class QuantizedLayer(DynamicLayer):
 
     @torch.no_grad()
     def _pack(self, keys: Tensor, values: Tensor) -> None:
+        if self._packed is None and self.rotate is not None and keys.shape[2]:
+            self._constant = constant_of(keys, self._first, self.rotate)
         for start in range(0, keys.shape[2], PACK_BLOCKS * BLOCK):
             span = slice(start, start + PACK_BLOCKS * BLOCK)
+            rest = keys[:, :, span]
+            if self._constant is not None:
+                rest = rest - self._constant.at(self._first + self._blocks() * BLOCK, rest.shape[2])
             with torch.autocast(keys.device.type, enabled=False):  # which joins no float16
-                packed = pack_blocks(keys[:, :, span], values[:, :, span], self.bits)
+                packed = pack_blocks(rest, values[:, :, span].to(rest.dtype), self.bits)
             if self._packed is None:
                 whole = keys.shape[2] // BLOCK
                 self._packed = [Growing.with_room(each, whole + int(whole * SLACK), SLACK, 1) for each in packed]
@@ -179,7 +192,8 @@ class QuantizedLayer(DynamicLayer):
         assert self._packed is not None
         first = self._blocks() - blocks
         packed = Packed(*(held.view()[:, :, first:] for held in self._packed))
-        return Content(self.bits, packed, blocks, blocks * BLOCK - old, keys, values)
+        place = self._first + first * BLOCK
+        return Content(self.bits, packed, blocks, blocks * BLOCK - old, keys, values, self._constant, place)
 
     def _drop_last(self, count: int) -> None:
         """Forget the last tokens. A block that loses a part of its tokens is unpacked."""
@@ -188,7 +202,7 @@ class QuantizedLayer(DynamicLayer):
         if count > latest and self._packed is not None:
             gone = min(-(-(count - latest) // BLOCK), self._blocks())
             content = self._content(gone * BLOCK + latest)
-            keys, values = (each[:, :, : max(0, content.length - count)] for each in content.dense())
+            keys, values = (content.dense(part)[:, :, : max(0, content.length - count)] for part in (0, 1))
             for held in self._packed:
                 held.drop(back=gone)
             self._latest = (self._room(keys), self._room(values))
@@ -202,18 +216,23 @@ class QuantizedLayer(DynamicLayer):
         blocks = min(count // BLOCK, self._blocks())
         for held in self._packed or ():
             held.drop(front=blocks)
+        self._first += blocks * BLOCK
         if not self._blocks():
             for each in self._latest:
                 each.drop(front=count - blocks * BLOCK)
+            self._first += count - blocks * BLOCK
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for held in (*(self._packed or ()), *(self._latest or ())):
             held.adopt(change(held.view()))
+        if self._constant is not None:
+            self._constant = self._constant.changed(change)
 
     def _clear(self, value: Tensor | None) -> None:
         if value is not None and value.numel():
             raise AttributeError("keys and values of a quantized cache come through update()")
-        self._packed = self._latest = None
+        self._packed = self._latest = self._constant = None
+        self._first = 0
 
 
 class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):

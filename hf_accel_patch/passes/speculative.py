@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -15,13 +16,14 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View, find_model, weight_bytes
+from hf_accel_patch.families import View, find_model, layer_list, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.drafting import Drafter, Tally, decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
 from hf_accel_patch.passes.prefixes import size_in_bytes
+from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step
 
 logger = logging.get_logger(__name__)
@@ -29,8 +31,10 @@ Method = Literal["ngram", "self", "model"]
 MOST = 16  # drafted tokens of a pass
 THEIRS = (  # what asks for a loop of transformers' own, or of the caller's
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate",
-    "penalty_alpha", "constraints", "force_words_ids", "dola_layers",
+    "penalty_alpha", "constraints", "force_words_ids", "dola_layers", "token_healing",
 )  # fmt: skip
+SPECULATING = "_hf_accel_speculating"  # on a model: a deep copy of it gets its own
+RENEWING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Speculative:
     and how often drafts of this kind were right; where that does not pay, nothing is drafted, and it is tried anew
     later. "self": besides, a copy of the model with its linear weights in 4 bits drafts, on the model's own cache, for
     models in 16 or 8 bits; it takes a fourth of their memory more, and works where reading the weights is what a token
-    costs. `skip_layers` leaves layers out of the copy. `draft`: another model with the same tokens drafts instead. What it cannot do (beams, static caches, `output_attentions`) runs as before, with one warning.
+    costs. `skip_layers` leaves layers out of the copy. `draft`: another model with the same tokens drafts instead. What
+    it cannot do (beams, static caches, sinks, `output_attentions`) runs as before, with one warning.
     """
 
     method: Method = "ngram"
@@ -65,9 +70,17 @@ class Speculative:
         if self.draft is not None and self.method == "ngram":
             object.__setattr__(self, "method", "model")
         if (self.method == "model") != (self.draft is not None):
-            raise ValueError(f"speculative: method {self.method!r} {'needs' if self.draft is None else 'takes no'} draft")
+            raise ValueError(
+                f"speculative: method {self.method!r} {'needs' if self.draft is None else 'takes no'} draft"
+            )
+        if self.scheme is not None and self.scheme not in ("int4", "nf4"):
+            raise ValueError(f"speculative: unknown scheme {self.scheme!r}; allowed: 'int4', 'nf4', None")
+        if self.method != "self" and self.skip_layers:
+            raise ValueError(f"speculative: skip_layers={self.skip_layers} is for method 'self', not {self.method!r}")
         if self.method == "self" and self.scheme is None and not self.skip_layers:
-            raise ValueError("speculative: a copy that is the model itself drafts nothing sooner; give scheme or skip_layers")
+            raise ValueError(
+                "speculative: a copy that is the model itself drafts nothing sooner; give scheme or skip_layers"
+            )
 
     def inspect(self, view: View) -> Step | Skip:
         if reason := self._why_not(view):
@@ -82,12 +95,12 @@ class Speculative:
         speculating = Speculating(self, history)
         if self.method == "self":
             speculating.renew(view.model)
-        journal.bind_method(view.model, "generate", speculating)
+        journal.set_attribute(view.model, SPECULATING, speculating)
+        journal.bind_method(view.model, "generate", _generate)
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """What it has brought so far."""
-        generate = vars(model).get("generate")
-        speculating = getattr(generate, "__func__", None)
+        speculating = vars(model).get(SPECULATING)
         if not isinstance(speculating, Speculating):
             return {}
         before = weight_bytes(model)
@@ -99,14 +112,34 @@ class Speculative:
         if getattr(view.model, "_is_stateful", False) or not view.model._supports_default_dynamic_cache():
             return "it has a recurrent state, which cannot be taken back"
         layers = DynamicCache(config=view.config).layers
-        if self.draft is not None and find_model(self.draft).config.vocab_size != view.config.vocab_size:
-            theirs = find_model(self.draft).config.vocab_size
-            return f"the draft model has {theirs} tokens, the model {view.config.vocab_size}: give it to generate as assistant_model"
+        if self.draft is not None and (reason := _why_no_draft(find_model(self.draft), view)):
+            return reason
+        if self.skip_layers:
+            count = len(layer_list(view))
+            if not set(self.skip_layers) < set(range(count)):
+                return f"skip_layers={self.skip_layers} of layers 0 to {count - 1}, of which one has to stay"
         if self.method == "self" and any(hasattr(module, "_hf_hook") for module in view.model.modules()):
             return "accelerate has placed hooks on its modules, which a copy would share"
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
             return f"its cache cannot be taken back: {', '.join(sorted(other))}"
         return ""
+
+
+def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
+    """Why this model cannot draft."""
+    config, mine = draft.config.get_text_config(decoder=True), view.config.vocab_size
+    if config.vocab_size != mine:
+        return (
+            f"the draft model has {config.vocab_size} tokens, the model {mine}: give it to generate as assistant_model"
+        )
+    stateful = config.is_encoder_decoder or draft._is_stateful or not draft._supports_default_dynamic_cache()
+    if stateful or not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
+        return f"the draft model, a {type(draft).__name__}, has a state that cannot be taken back"
+    return ""
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    return vars(model)[SPECULATING](model, *args, **kwargs)
 
 
 @dataclass
@@ -120,7 +153,7 @@ class Speculating:
     warned: set[str] = field(default_factory=set)
     copy: Any = field(default=None, repr=False)  # the model in 4 bits, for "self"
     copy_bytes: int = 0
-    made_of: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    made_of: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         generate = type(model).generate
@@ -128,14 +161,20 @@ class Speculating:
         given |= given.pop("kwargs", {})
         configs = (given.get("generation_config"), model.generation_config)
         theirs = any(given.get(name) or any(getattr(config, name, None) for config in configs) for name in THEIRS)
+        groups = (given.get("num_beam_groups"), *(getattr(config, "num_beam_groups", None) for config in configs))
+        theirs = theirs or any((count or 1) > 1 for count in groups)
         shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         if theirs or shared or given.get("cache_implementation") == "paged":
             return generate(model, *args, **kwargs)
         # `generate` forgets the streamer and the tokenizer where it is given a loop
         strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
-        if strings is not None and tokenizer is not None and len(args) < 5:
-            criteria = StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=kwargs.pop("tokenizer"))
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criteria])
+        if strings is not None and tokenizer is not None:
+            criterion = StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=kwargs.pop("tokenizer"))
+            criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criterion])
+            if len(args) > 3:
+                args = (*args[:3], criteria, *args[4:])
+            else:
+                kwargs["stopping_criteria"] = criteria
         elif any(getattr(config, "stop_strings", None) for config in configs):
             self.fall_back(model, "stop_strings are in the generation config")
             return generate(model, *args, **kwargs)
@@ -151,6 +190,8 @@ class Speculating:
             return "without a cache nothing can be verified"
         if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             return f"a {type(cache).__name__} cannot be taken back"
+        if isinstance(getattr(vars(model).get("_prefill"), "__func__", None), PrefillInChunks):
+            return "a cache with sinks forgets what drafts push out of its window"
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
             return "attentions and hidden states of each step are asked for"
         return ""
@@ -168,19 +209,22 @@ class Speculating:
             return NGramDrafter(self.options.most, self.history)
         if self.options.method == "model":
             return ModelDrafter(self.options.most, self.history, OtherModel(find_model(self.options.draft)))
-        self.renew(model)
-        return ModelDrafter(self.options.most, self.history, OwnCopy(self.copy))
+        return ModelDrafter(self.options.most, self.history, OwnCopy(self.renew(model)))
 
-    def renew(self, model: PreTrainedModel) -> None:
-        """Make the copy, again if the weights are others since."""
+    def renew(self, model: PreTrainedModel) -> Any:
+        """The copy, made anew if the weights are others since."""
         weights = [*model.parameters(), *model.buffers()]
-        state = [(id(each), 0 if each.is_inference() else each._version) for each in weights]
-        if self.copy is None or state != self.made_of:
-            self.copy = None
-            self.copy = own_copy(model, self.options.scheme, self.options.skip_layers)
-            self.made_of, shared = state, {id(each) for each in weights}
-            own = [each for each in (*self.copy.parameters(), *self.copy.buffers()) if id(each) not in shared]
-            self.copy_bytes = sum(each.nbytes for each in {id(each): each for each in own}.values())
+        state = [(id(w), w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
+        with RENEWING:
+            if self.copy is None or state != self.made_of:
+                self.copy = None
+                self.copy = own_copy(model, self.options.scheme, self.options.skip_layers)
+                for name in ("generate", SPECULATING):  # of the model, which would keep it alive
+                    vars(self.copy).pop(name, None)
+                self.made_of, shared = state, {id(each) for each in weights}
+                own = [each for each in (*self.copy.parameters(), *self.copy.buffers()) if id(each) not in shared]
+                self.copy_bytes = sum(each.nbytes for each in {id(each): each for each in own}.values())
+            return self.copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
         """A copy of the model makes its own copy."""
@@ -213,8 +257,10 @@ class _Loop:
             )  # fmt: skip
         if reason:
             ours.fall_back(model, reason)
-        plain = GENERATION_MODES_MAPPING[GenerationMode(generation_config.get_generation_mode())]
+        mode = GenerationMode(generation_config.get_generation_mode())
+        plain = GENERATION_MODES_MAPPING[mode]
         options = {} if self.streamer is None else {"streamer": self.streamer}
+        model._validate_generation_mode(mode, generation_config, options)
         return getattr(type(model), plain)(
             model, input_ids, logits_processor, stopping_criteria, generation_config, **options, **model_kwargs
         )

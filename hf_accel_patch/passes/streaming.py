@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -215,6 +216,7 @@ class PrefillInChunks:
 
     chunk_tokens: int
     context: int
+    inner: MethodType | None = field(default=None, repr=False)  # what the model had
 
     def __call__(
         self,
@@ -229,7 +231,8 @@ class PrefillInChunks:
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         if generation_config.prefill_chunk_size is None and ours and not whole and input_ids.shape[1] > self.context:
             generation_config.prefill_chunk_size = self.chunk_tokens
-        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *rest, **kw)
+        prefill = self.inner or MethodType(type(model)._prefill, model)
+        return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
 
 
 def _move(layer: _InPlace, distance: int, move: Moves, start: int) -> None:

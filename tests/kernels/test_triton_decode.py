@@ -285,7 +285,7 @@ for bits, type in ((0, "bf16"), (8, "bf16"), (4, "fp16"), (4, "fp32")):
     t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
     sizes = dict(KEY=64 if bits else 0, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64)
     sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1 if bits else 0, VC=t.value_chunk, VCS=1)
-    sizes |= dict(STAGES=t.stages, TAIL_STAGES=1 if bits else t.stages, mask=None, sinks=None, cap=None)
+    sizes |= dict(STAGES=t.stages, TAIL_STAGES=1 if bits else t.stages, mask=None, sinks=None, bias=None, cap=None)
     if not bits:
         sizes |= dict.fromkeys(("key_codes", "key_scales", "value_codes", "value_scales"))
     types = dict(q=type, k=type, v=type, key_codes="u8", value_codes="u8", key_scales="fp16", value_scales="fp16")

@@ -505,7 +505,6 @@ def test_a_prompt_that_many_start_from():
     assert all(relative_error(*pair) < EXACT for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.xfail(reason="Converting drops an empty tensor with its shape")
 def test_a_cache_that_was_emptied_can_be_handed_over():
     model = tiny("llama")
     with torch.no_grad():
@@ -516,7 +515,6 @@ def test_a_cache_that_was_emptied_can_be_handed_over():
         cache.crop(-1)
 
 
-@pytest.mark.xfail(reason="Converting looks for the layers of an EncoderDecoderCache")
 def test_a_decoder_with_cross_attention():
     model, states = build("bert", add_cross_attention=True), torch.randn(1, 5, 64)
     expected = logits(model, prompt(), encoder_hidden_states=states, use_cache=True)
@@ -720,3 +718,37 @@ def test_models_without_keys_and_values(model_type):
             patch(model, cache=kind)
         assert not changes(before, fingerprint(model))
     assert "reason" in entry(report(patch(model)).to_dict(), "cache")
+
+
+# The constant part of keys
+
+
+@pytest.mark.parametrize("channel", [0, 3, 7])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_large_bias_of_the_keys(kind, channel):
+    """Fast or slow in its rotation: logits are near to stock's, and nearer than with it packed."""
+    model, ids = build("qwen2", max_position_embeddings=1024), prompt(400)
+    half = model.config.head_dim // 2 if getattr(model.config, "head_dim", None) else 8
+    with torch.no_grad():
+        for layer in model.model.layers:
+            bias = layer.self_attn.k_proj.bias.view(-1, 2 * half)
+            bias[:, channel % half], bias[:, channel % half + half] = 60.0, -60.0
+        stock, errors = model(ids).logits[:, 200:], []
+        for rotations in (True, False):
+            patch(model, cache=kind)
+            if not rotations:
+                hook = next(h for h in _hooks(model) if isinstance(h, Converting))
+                object.__setattr__(hook, "rotations", ())
+            cache = model(ids[:, :200], use_cache=True).past_key_values
+            layer = cache.layers[0]
+            ours = torch.cat([model(p, past_key_values=cache).logits for p in ids[:, 200:].split(1, dim=1)], dim=1)
+            assert (layer._constant is not None) == rotations
+            error = 1 - torch.cosine_similarity(ours, stock, dim=-1).mean().item()
+            errors.append(error)
+            unpatch(model)
+    assert errors[0] < {"int8": 0.01, "int4": 0.2}[kind]
+    assert channel == 7 or errors[1] > 2 * errors[0]  # slow ones fit the minimum of a block as well
+
+
+def _hooks(model):
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]

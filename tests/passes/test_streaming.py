@@ -113,7 +113,6 @@ def test_methods_that_scale_rotations():
     check(stock, model, [prompt(10), *ones(1, 60)])
 
 
-@pytest.mark.xfail(reason="positions pass the length at which LongRoPE changes its factors")
 def test_methods_that_change_their_frequencies():
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
     stock, model = pair(
