@@ -37,6 +37,7 @@ class QuantizedLayer(DynamicLayer):
     _first = 0  # the place of the first token held
     rotate: Rotate | None = None  # how a key moves, where its constant part is to be held apart
     _constant: Constant | None = None
+    _views: tuple[Tensor, tuple[int, ...], Packed] | None = None  # of `_packed`, as they were seen last
 
     @property
     def keys(self) -> Tensor | None:
@@ -118,7 +119,7 @@ class QuantizedLayer(DynamicLayer):
     def __copy__(self) -> QuantizedLayer:
         other: Any = object.__new__(type(self))
         packed, latest = ([copy.copy(each) for each in held or ()] for held in (self._packed, self._latest))
-        vars(other).update(vars(self), _packed=packed or None, _latest=tuple(latest) or None)
+        vars(other).update(vars(self), _packed=packed or None, _latest=tuple(latest) or None, _views=None)
         return other
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -191,7 +192,10 @@ class QuantizedLayer(DynamicLayer):
         blocks = -(-old // BLOCK)
         assert self._packed is not None
         first = self._blocks() - blocks
-        packed = Packed(*(held.view()[:, :, first:] for held in self._packed))
+        buffer, places = self._packed[0].buffer, (self._packed[0].start, first, blocks)
+        if self._views is None or self._views[0] is not buffer or self._views[1] != places:
+            self._views = buffer, places, Packed(*(held.view()[:, :, first:] for held in self._packed))
+        packed = self._views[2]  # made anew for every block, not for every token
         place = self._first + first * BLOCK
         return Content(self.bits, packed, blocks, blocks * BLOCK - old, keys, values, self._constant, place)
 
@@ -225,13 +229,14 @@ class QuantizedLayer(DynamicLayer):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for held in (*(self._packed or ()), *(self._latest or ())):
             held.adopt(change(held.view()))
+        self._views = None
         if self._constant is not None:
             self._constant = self._constant.changed(change)
 
     def _clear(self, value: Tensor | None) -> None:
         if value is not None and value.numel():
             raise AttributeError("keys and values of a quantized cache come through update()")
-        self._packed = self._latest = self._constant = None
+        self._packed = self._latest = self._constant = self._views = None
         self._first = 0
 
 
