@@ -34,7 +34,7 @@ decode() { # decode NAME SECONDS ARGUMENTS...: rows are added to gpu.jsonl in $O
     part "$name" "$seconds" "$python" -m benchmarks.decode --device "$device" --out "$OUT/gpu.jsonl" "$@"
 }
 
-part machine 60 "$python" -c '
+part machine 30 "$python" -c '
 import sys, torch, transformers, hf_accel_patch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, gpu)
@@ -43,12 +43,14 @@ print("hf_accel_patch", hf_accel_patch.__version__)
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
 part tests 130 "$python" -m pytest -q -m "not slow" --maxfail=20 "${parallel[@]}" -p no:cacheprovider tests
-decode decode 100 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
-decode decode-large 100 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
+decode decode 90 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
+decode decode-large 90 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
 decode padded 60 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 40
-decode long 50 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
+decode long 45 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
 part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
     --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 45 --limit 20 --run-limit 10
+part speculative 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
+    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 60
 
 echo "== summary (rows in gpu.jsonl, logs in gpu-*.log)"
 printf '%s\n' "${summary[@]}"

@@ -1,7 +1,8 @@
 """Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed; and those of
-`benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it.
+`benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it; and those of
+`benchmarks.speculative`: how many times as fast as stock, and what drafts of a copy can bring by their length.
 
-    python -m benchmarks.plot        # quantize.jsonl and kvcache.jsonl in benchmarks/results, to a .png beside each
+    python -m benchmarks.plot        # quantize.jsonl, kvcache.jsonl, speculative.jsonl in benchmarks/results, to .png
 
 Needs matplotlib, which is imported only here.
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 from benchmarks.baselines import FORMATS, SYSTEMS
 from benchmarks.cache_table import cache_shares
+from benchmarks.speculating import MOST
+from benchmarks.speculative_table import base_of, computed, in_groups, times_of
 from benchmarks.table import RESULTS, Row, loss, ratio
 
 COLOURS = {"ours": "tab:red", "stock": "black", "llama_cpp": "tab:blue"}
@@ -30,6 +33,14 @@ CACHE_STYLES = {  # colour and dash
     "quanto-4bit": ("tab:green", "--"),
     "hqq-8bit": ("tab:purple", "--"),
     "hqq-4bit": ("tab:pink", "--"),
+}
+
+SPECULATION_COLOURS = {
+    "stock-lookup": "tab:gray",
+    "stock-early-exit": "silver",
+    "exact": "tab:blue",
+    "ngram": "tab:orange",
+    "self": "tab:red",
 }
 
 
@@ -114,6 +125,48 @@ def plot_caches(source: Path) -> None:
     figure.savefig(source.with_suffix(".png"), dpi=150)
 
 
+def plot_speculation(source: Path) -> None:
+    """Save an image beside a file of rows: of the setting that was run last for a batch of one, how many times as fast
+    as stock each system is at each task; and what is computed for drafts of the copy, with the real run beside it."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    groups = in_groups([row for row in rows if row.get("batch", 1) == 1])
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    timed = groups.get("speculative-generate", [[]])[-1]
+    found = {(row["task"], row["system"]): times_of(base_of(row, rows), row) for row in timed if "reason" not in row}
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    systems = [system for system in SPECULATION_COLOURS if any(name == system for _, name in found)]
+    for number, system in enumerate(systems):
+        places = [at + (number - (len(systems) - 1) / 2) * 0.8 / len(systems) for at in range(len(tasks))]
+        heights = [found.get((task, system)) or 0.0 for task in tasks]
+        style = {"width": 0.8 / len(systems), "color": SPECULATION_COLOURS[system], "label": system}
+        left.bar(places, heights, **style)
+    left.axhline(1, color="black", linewidth=0.8)
+    left.set_xticks(range(len(tasks)), tasks)
+    left.set(ylabel="times as fast as transformers, the bundled model")
+    for group in groups.get("speculative-costs", [])[-1:]:
+        accepted = groups.get("speculative-acceptance", [[]])[-1]
+        for task, by_width in computed(group, accepted).items():
+            right.plot(range(1, MOST + 1), [times for times, _ in by_width], marker="o", label=f"computed: {task}")
+        right.set(xlabel="tokens that the copy drafts, at most", ylabel="times as fast as patch(model)")
+        right.set_title(f'speculative="self" on {group[0]["shape"]}', fontsize=10)
+    for row in groups.get("speculative-held", [[]])[-1]:
+        times = times_of(base_of(row, rows, "exact"), row) if "reason" not in row else None
+        if row["system"] == "self" and times:
+            share = row["accepted"] / max(row["drafted"], 1)
+            right.axhline(
+                times, color="tab:red", linestyle="--", label=f"measured: {share:.0%} of its drafts are right"
+            )
+    right.axhline(1, color="black", linewidth=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="y")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.savefig(source.with_suffix(".png"), dpi=150)
+
+
 def _with_stock(rows: list[Row]) -> list[tuple[Row, Row]]:
     """The rows that have numbers, each with stock's of the same run."""
     measured = [row for row in rows if "reason" not in row]
@@ -147,12 +200,14 @@ def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    files = [RESULTS / "quantize.jsonl", RESULTS / "kvcache.jsonl"]
-    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these two)")
+    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative")]
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these three)")
     for file in parser.parse_args().rows or [file for file in files if file.exists()]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         if any(row.get("part") == "cache-decode" for row in rows):
             plot_caches(file)
+        elif any(str(row.get("part")).startswith("speculative-") for row in rows):
+            plot_speculation(file)
         else:
             plot(rows, file.with_suffix(".png"))
 

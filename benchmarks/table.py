@@ -1,5 +1,5 @@
-"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize` and
-`benchmarks.kvcache`.
+"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize`,
+`benchmarks.kvcache` and `benchmarks.speculative`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
 place for into it.
@@ -205,7 +205,8 @@ def line(*cells: str) -> str:
 
 
 def main() -> None:
-    from benchmarks.cache_table import cache_markdown  # which is made with what stands above
+    from benchmarks.cache_table import cache_markdown  # which are made with what stands above
+    from benchmarks.speculative_table import speculative_markdown
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results/*.jsonl)")
@@ -217,6 +218,9 @@ def main() -> None:
         "benchmark-table": markdown([row for row in rows if "part" not in row]),
         "quantize-table": quantize_markdown([row for row in rows if row.get("part") in ("perplexity", "speed")]),
         "kvcache-table": cache_markdown([row for row in rows if str(row.get("part")).startswith("cache-")]),
+        "speculative-table": speculative_markdown(
+            [row for row in rows if str(row.get("part")).startswith("speculative-")]
+        ),
     }
     if options.write is None:
         print("\n\n".join(filter(None, tables.values())))

@@ -20,6 +20,7 @@ class Pace:
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
+    hopeless: set[int] = field(default_factory=set)  # kinds that would not pay if they were always right
 
     def choose(self, kind: int, prior: float, most: int, draft_cost: float = 0.0) -> int:
         """How many of at most `most` tokens to draft, for `draft_cost` seconds each, and verify; 0 where a plain pass
@@ -28,7 +29,7 @@ class Pace:
         plain = self.cost(1)
         if plain is None:
             return 0
-        best, choice = GAIN / plain, 0
+        best, choice, right = GAIN / plain, 0, 0.0
         for width in WIDTHS:
             if width > most:
                 break
@@ -36,11 +37,14 @@ class Pace:
             if cost is None:  # the first time
                 return min(most, 4)
             rate = expected(chance, width) / (cost + width * draft_cost)
+            right = max(right, expected(1, width) / (cost + width * draft_cost))
             if rate > best:
                 best, choice = rate, width
         if choice:
             self.skipped[kind] = 0
+            self.hopeless.discard(kind)
             return choice
+        (self.hopeless.discard if right > best else self.hopeless.add)(kind)
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
         wait = self.waits.setdefault(kind, LEAST_WAIT)
         if most and self.skipped[kind] >= wait:
@@ -55,7 +59,7 @@ class Pace:
             chance += FORGET * (1 - chance)
         if accepted < drafted:
             chance -= FORGET * chance
-        if accepted:
+        if accepted and kind not in self.hopeless:
             self.waits[kind] = LEAST_WAIT
         self.chances[kind] = chance
 

@@ -143,7 +143,7 @@ def decode(
                 finished = not bool(running.any())
                 if finished or place == len(drafted):
                     break
-                if bool(((tokens != drafted[place]) & ((running == 1) | (not pads))).any()):
+                if bool((tokens != drafted[place]).any()):  # rows that have ended count: caches equal stock's
                     break
                 accepted += 1
             new = len(chosen)
@@ -162,6 +162,9 @@ def decode(
             state = DecodingState(input_ids, model_kwargs)
             live = running.tolist() if pads else [1] * len(input_ids)  # without an end token all go on to the end
             draft = drafter.draft(most, [bool(each) for each in live], state, pace) if most > 0 else None
+            if draft is not None:
+                ends = zip(draft.tokens, live, strict=True)
+                draft.tokens = [row if on else [int(pad)] * len(row) for row, on in ends]
             started = time.perf_counter()
             outputs = _pass(model, input_ids, model_kwargs, draft)
     drafter.finish()

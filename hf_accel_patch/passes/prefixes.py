@@ -24,10 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, dtype_of
 
+logger = logging.get_logger(__name__)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
 OWNER = "model.json"  # in the folder: which model its prefixes are of
@@ -94,7 +96,7 @@ class PrefixCache:
         """Forget all of them, those in the folder too."""
         with self._lock:
             for path in self._files():
-                path.unlink(missing_ok=True)
+                _remove(path)
             self._entries.clear()
 
     def check(self, view: View) -> None:
@@ -177,8 +179,8 @@ class PrefixCache:
             self._shrink()
 
     def follow(self, model: PreTrainedModel, kind: str) -> str:
-        """What the prefixes of this model, as it is, are made by, with a cache of this kind. If the weights have changed
-        since the last prompt, those before are forgotten. The first time, finds what the folder has."""
+        """What the prefixes of this model, as it is now, are made by, with a cache of this kind. Those of other weights
+        that it had are forgotten. The first time, finds what the folder has."""
         now = (kind, _adapters(model), [_identity(p) for p in model.parameters()])
         with self._lock:
             before, made_by = self._models.get(model, (None, ""))
@@ -218,7 +220,7 @@ class PrefixCache:
             if used <= self.limit:
                 break
             used -= size
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def _files(self) -> list[Path]:
         """Of ours, the least recently used first. Other processes may take any of them away."""
@@ -227,7 +229,7 @@ class PrefixCache:
     def _forget(self, key: Key) -> None:
         entry = self._entries.pop(key)
         if entry.path is not None:
-            entry.path.unlink(missing_ok=True)
+            _remove(entry.path)
 
     def _owner(self, view: View) -> dict[str, str]:
         config = {k: v for k, v in view.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
@@ -239,8 +241,12 @@ class PrefixCache:
         tensors = {f"{i}.{name}": t.contiguous() for i, each in enumerate(entry.state) for name, t in each.items()}
         facts = {"made_by": entry.made_by, "croppable": str(entry.croppable), "layers": str(len(entry.state))}
         name = hashlib.sha256(entry.tokens.numpy().tobytes() + entry.made_by.encode()).hexdigest()[:32]
-        entry.path = self.folder / f"prefix-{name}.safetensors"
-        _write(entry.path, lambda path: save_file({**tensors, "tokens": entry.tokens}, path, facts))
+        path = self.folder / f"prefix-{name}.safetensors"
+        try:
+            _write(path, lambda path: save_file({**tensors, "tokens": entry.tokens}, path, facts))
+            entry.path = path
+        except (OSError, SafetensorError) as error:  # a full disk is no reason to stop
+            logger.warning_once(f"prefixes are kept in memory only: {error}")
 
     def _index(self, path: Path, made_by: str) -> Entry | None:
         """What a file holds, without reading it; None if it is of other weights, or is none of ours."""
@@ -257,7 +263,7 @@ class PrefixCache:
     def _read(self, entry: Entry) -> State | None:
         try:
             with safe_open(entry.path, "pt") as file:
-                state: State = [{} for _ in range(int(file.metadata()["layers"]))]
+                state: State = [{} for _ in range(int((file.metadata() or {})["layers"]))]
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     layer, _, what = name.partition(".")
                     if what:
@@ -290,7 +296,8 @@ class PrefillWithPrefixes:
         given = {name for name, value in model_kwargs.items() if value is not None}
         ours = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading
         fresh = ours and cache.get_seq_length() == 0
-        plain = given <= PLAIN and not whole and _plain(model_kwargs, input_ids.shape[1])
+        chunks = generation_config.prefill_chunk_size is not None or self.inner is not None
+        plain = given <= PLAIN and not whole and _plain(model_kwargs, input_ids.shape[1], chunks)
         if not (fresh and plain and input_ids.shape[1] > LEAST_TOKENS and bool((input_ids == input_ids[:1]).all())):
             return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
         tokens = input_ids[0].cpu()
@@ -342,10 +349,11 @@ def _adapters(model: PreTrainedModel) -> str:
     return str([[own.get(name) for name in ADAPTERS] for own in modules])
 
 
-def _plain(model_kwargs: dict[str, Any], length: int) -> bool:
-    """Whether no token is hidden, and each is where it is counted."""
+def _plain(model_kwargs: dict[str, Any], length: int, chunks: bool) -> bool:
+    """Whether no token is hidden, and each is where it is counted. transformers that keep a mask of ones read a prompt
+    in chunks from its start, whatever a cache has."""
     mask, places = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if mask is not None and not bool((mask == 1).all()):
+    if mask is not None and (chunks or not bool((mask == 1).all())):
         return False
     return places is None or bool((places == torch.arange(length, device=places.device)).all())
 
@@ -363,6 +371,11 @@ def _age(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _size(path: Path) -> int:

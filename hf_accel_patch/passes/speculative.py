@@ -39,7 +39,9 @@ RENEWING = threading.Lock()
 
 @dataclass(frozen=True)
 class Speculative:
-    """Draft tokens and verify them in one pass of the model. The tokens are those of plain decoding, sampled ones too.
+    """Draft tokens and verify them in one pass of the model. The tokens are those of plain decoding, sampled ones
+    too, as far as a pass over several tokens rounds as passes over one do: to the bit in float32 models, in bfloat16 but
+    for near ties. With a quantized cache they are those of another, equally good rounding.
 
     "ngram": drafts are what followed, in the prompt and the output, or in outputs of earlier calls (`history` bytes),
     the longest n-gram with which the text ends. How many tokens are drafted follows what passes cost on this machine
@@ -115,9 +117,11 @@ class Speculative:
         if self.draft is not None and (reason := _why_no_draft(find_model(self.draft), view)):
             return reason
         if self.skip_layers:
-            count = len(layer_list(view))
-            if not set(self.skip_layers) < set(range(count)):
-                return f"skip_layers={self.skip_layers} of layers 0 to {count - 1}, of which one has to stay"
+            count, kinds = len(layer_list(view)), [type(layer) for layer in layers]
+            measuring = {kinds.index(kind) for kind in kinds}  # masks are made to the length of the first of each kind
+            skippable = [index for index in range(count) if index not in measuring]
+            if not set(self.skip_layers) <= set(skippable):
+                return f"skip_layers={self.skip_layers}; of its {count} layers, it can go without any of {skippable}"
         if self.method == "self" and any(hasattr(module, "_hf_hook") for module in view.model.modules()):
             return "accelerate has placed hooks on its modules, which a copy would share"
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
@@ -182,6 +186,8 @@ class Speculating:
 
     def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
         """Why this call runs as before."""
+        if model.training:
+            return "the model is in training mode, where dropout draws random numbers in each pass"
         if config.num_beams > 1:
             return "beams go on several texts at once"
         if config.num_return_sequences > 1:
@@ -214,7 +220,7 @@ class Speculating:
     def renew(self, model: PreTrainedModel) -> Any:
         """The copy, made anew if the weights are others since."""
         weights = [*model.parameters(), *model.buffers()]
-        state = [(id(w), w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
+        state = [(id(w), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights]
         with RENEWING:
             if self.copy is None or state != self.made_of:
                 self.copy = None
