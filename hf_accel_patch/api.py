@@ -142,7 +142,7 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
         if state.passes == passes:
             return
         raise AlreadyPatched(f"{type(model).__name__} is patched with other options", "call unpatch(model) first")
-    view = bind(model)
+    view = bind(target)
     check_weights(view)
     vars(model)[STATE] = _apply(view, passes, build(view, passes))
     logger.info(str(report(model)))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, cast
 
 from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear, Prefill, Quantize, Speculative
+from hf_accel_patch.passes.scaling import ALLOWED, RopeScaling
 from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
@@ -24,20 +25,36 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(f"patch() has no keyword {name!r}; its keywords are {', '.join(KEYWORDS)}")
-    for name in ("rope", *LATER):
+    for name in LATER:
         if keywords.get(name) not in (None, False):
             raise ValueError(f"{name}={keywords[name]!r} is not in this version; leave the keyword out")
     later = {name: Later(name, reason) for name, reason in LATER.items()}
     quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
         later["gqa"],
-        Frequencies(),
+        _rope(keywords.get("rope"), keywords.get("cache", True)),
         quantize,
         _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True)),
         _cache(keywords.get("cache", True)),
         _speculative(keywords.get("speculative")),
     )
+
+
+def _rope(value: Any, cache: Any) -> Pass:
+    """Where keys are packed or moved in the cache, they cannot follow frequencies that change."""
+    scaling = RopeScaling.parse(value) if isinstance(value, str) else None if value is False else value
+    if not isinstance(scaling, RopeScaling | None):
+        raise ValueError(f"rope={value!r}; allowed: {ALLOWED}")
+    chosen = _cache(cache)
+    kind = chosen.kind if isinstance(chosen, KVCache) and chosen.kind != "exact" else ""
+    if kind and scaling is not None and scaling.varies:
+        hint = " or fix its length: RopeScaling('dynamic', factor, length=TOKENS)" if scaling.type == "dynamic" else ""
+        raise ValueError(
+            f"rope={scaling.type!r} with cache={kind!r}: cached keys would have to be rotated anew as the text grows, "
+            f"and these cannot be; take the exact cache{hint}"
+        )
+    return Frequencies(scaling, kind)
 
 
 def _quantize(value: Any, keep_originals: bool) -> Pass:

@@ -30,7 +30,7 @@ class Family:
 
     model_type: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    registry: bool = True  # its attention comes from transformers' registry, so ours must be on
+    registry: bool = True  # it looks its attention up itself, in transformers' registry; else a patch makes it do so
 
 
 FAMILIES: dict[str, Family] = {

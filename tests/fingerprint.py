@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import types
 
 import torch
@@ -87,9 +88,7 @@ def shared_state(*models: nn.Module) -> Facts:
         classes |= dict.fromkeys(kind for kind in vars(place).values() if isinstance(kind, type))
     for model in models:
         for module in model.modules():
-            classes |= dict.fromkeys(
-                kind for kind in type(module).__mro__[:-1] if kind.__module__.split(".")[0] != OURS
-            )
+            classes |= dict.fromkeys(kind for kind in type(module).__mro__[:-1] if _is_shared(kind))
     facts: Facts = {}
     for place in [*modules, *classes]:
         label = place.__name__ if isinstance(place, types.ModuleType) else f"{place.__module__}.{place.__qualname__}"
@@ -109,6 +108,13 @@ def shared_state(*models: nn.Module) -> Facts:
     for setting in ("get_num_threads", "get_default_dtype", "get_float32_matmul_precision", "is_grad_enabled"):
         facts[f"torch.{setting}()"] = getattr(torch, setting)()
     return facts
+
+
+def _is_shared(kind: type) -> bool:
+    """Whether stock models can have modules of this class: not of our own, and not of one that was made at run time,
+    under the name of the class that it was made from."""
+    home = vars(sys.modules[kind.__module__])
+    return kind.__module__.split(".")[0] != OURS and home.get(kind.__qualname__) is kind
 
 
 def changes(before: Facts, after: Facts, *, additions: bool = True) -> list[str]:

@@ -48,9 +48,12 @@ REFUSED = {
     ),
     "scheme": (ValueError, {"quantize": "int5"}, "unknown scheme 'int5'; the schemes are int8, int4, nf4, llm.int8"),
     "no scheme": (ValueError, {"quantize": 4}, "quantize=4; allowed: a scheme such as 'int4'"),
-    "rope": (ValueError, {"rope": "yarn:4"}, "rope='yarn:4' is not in this version"),
+    "rope": (ValueError, {"rope": "ntk:4"}, "rope: unknown type 'ntk'; allowed: 'linear', 'dynamic'"),
     "gqa": (ValueError, {"gqa": 2}, "gqa=2 is not in this version"),
-    "cache": (ValueError, {"cache": "int8"}, "cache='int8' is not in this version"),
+    "cache": (ValueError, {"cache": "int2"}, "cache: unknown kind 'int2'; allowed: 'exact', 'int8', 'int4', 'sinks'"),
+    "window": (ValueError, {"cache": "sinks"}, "cache='sinks'; allowed: True, False, 'int8', 'int4', 'sinks:WINDOW'"),
+    "small window": (ValueError, {"cache": "sinks:6"}, "4 sinks in a window of 6; allowed: 1 to half of it"),
+    "speculative": (ValueError, {"speculative": "magic"}, "unknown method 'magic'; allowed: 'ngram', 'self', 'model'"),
     "attention": (ValueError, {"attention": "fast"}, "attention='fast'; allowed: True, False, or an Attention"),
 }
 

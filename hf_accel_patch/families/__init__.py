@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -58,7 +58,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads")
 SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 # In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
-LATENTS = re.compile(r", k_rot = \w*past_key_values\.update\(")
+LATENTS = re.compile(r", k_(rot|pe) = \w*past_key_values\.update\(")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,17 @@ class View:
     config: PreTrainedConfig
     subject: str
     parts: tuple[tuple[str, nn.Module], ...]
+    tokenizer: Any = None  # of the pipeline around it
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the language model once, with its qualified name in `model`."""
         seen: set[nn.Module] = set()
         for prefix, part in self.parts:
             yield from part.named_modules(memo=seen, prefix=prefix)
+
+    def follow(self, config: PreTrainedConfig) -> None:
+        """A pass has given the model another configuration: it is what the passes after it see."""
+        object.__setattr__(self, "config", config)
 
     def weight_bytes(self) -> int:
         """Bytes of the model's parameters and buffers; tied and shared ones count once."""
@@ -105,13 +110,13 @@ def bind(target: object) -> View:
     """
     model = find_model(target)
     config = model.config.get_text_config(decoder=True)
-    kind = type(model).__name__
+    kind, tokenizer = type(model).__name__, getattr(target, "tokenizer", None)
     if config is model.config:
-        return View(model, config, kind, (("", model),))
+        return View(model, config, kind, (("", model),), tokenizer)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     parts = tuple((names[id(part)], part) for part in (decoder, head) if part is not None and id(part) in names)
-    return View(model, config, f"{kind} (its text decoder)", parts)
+    return View(model, config, f"{kind} (its text decoder)", parts, tokenizer)
 
 
 def find_model(target: object) -> PreTrainedModel:
@@ -204,7 +209,7 @@ def cache_rows(view: View) -> list[CacheRow]:
     config = view.config
     latent = any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules())
     layers, each_own = DynamicCache(config=config).layers, getattr(config, "per_layer_config", None)
-    configs = each_own if isinstance(each_own, list | tuple) else [config] * len(layers)  # sizes may differ by layer
+    configs = each_own if isinstance(each_own, Sequence) else [config] * len(layers)  # sizes may differ by layer
     return [
         replace(_cache_row(each, latent), window=getattr(layer, "sliding_window", None), kind=type(layer))
         for layer, each in zip(layers, configs, strict=False)

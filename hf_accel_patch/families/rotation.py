@@ -36,15 +36,18 @@ class Rotation:
 
     def __call__(self, keys: Tensor, distance: Tensor) -> Tensor:
         """keys [B, K, S, D] moved by `distance` positions, [B or 1] or [B or 1, S], rotated in float32."""
-        kept = keys.float()
         options = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.rotary(kept, distance.view(len(distance), -1).to(keys.device), **options)
+        cos, sin = self.rotary(keys.float(), distance.view(len(distance), -1).to(keys.device), **options)
         length = torch.sqrt(cos * cos + sin * sin)  # not 1 where the method scales the scores as well (YaRN)
-        cos, sin = cos / length, sin / length
+        return self.by(keys, cos / length, sin / length)
+
+    def by(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """keys [B, K, S, D] rotated by angles, as the rotary module gives them [B or 1, S, ...]."""
+        kept = keys.float()
         if not self.partly:
-            return self.apply(kept, kept, cos, sin)[1].to(keys.dtype)
+            return self.apply(kept[:, :1], kept, cos, sin)[1].to(keys.dtype)  # the query is not asked for
         size = cos.shape[-1]
-        rotated = self.apply(kept[..., :size], kept[..., :size], cos, sin)[1]
+        rotated = self.apply(kept[:, :1, :, :size], kept[..., :size], cos, sin)[1]
         return torch.cat((rotated, kept[..., size:]), dim=-1).to(keys.dtype)
 
 

@@ -18,7 +18,7 @@ from hf_accel_patch.kernels import cpu
 SOURCE = Path(__file__).with_name("decode.c")
 BLOCK = 64  # tokens
 FLAGS = {64: (), 32: ("-mno-avx512f",)}  # by the bytes of a vector
-CALL = struct.Struct("@12q3P9qP3q4P8q2P3qP2d")  # `attention` in decode.c
+CALL = struct.Struct("@12q3P9qP3q4P8q2P3q2P4qP3q2d")  # `attention` in decode.c
 PACKING = struct.Struct("@9q2P6q4P")  # `packing`
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # as ops/kv.py has it: key codes and scales, value codes and scales
@@ -47,6 +47,8 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None = None,
+    rest: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
     values [B, K, R, V]: [B, T, H, V], like the query.
@@ -54,6 +56,8 @@ def attend(
     With mask, bool [B or 1, 1 or H, 1 or T, S], a token sees the keys where it is True; where there are none, the
     result is zero. `softcap` limits scores to cap * tanh(score / cap); `sinks`, float32 [H], are scores without a
     value. `bias`, float32 [B, H, T, 64 blocks], is added to the products of query and packed keys, before the scale.
+    `added`, float32 [B or 1, H or 1, T or 1, S], is added to the scores, after the scale and the cap.
+    Where the last channels of exact keys lie apart, they are the `rest`, and the `keys` are the first ones.
     Keys and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed
     ones all from the third on. Sums are float32; rounding queries and weights where they meet codes costs less than
     1e-3 of the result.
@@ -66,22 +70,28 @@ def attend(
         groups = packed[3].shape[4]
         pointers = [tensor.data_ptr() for tensor in packed]
         strides = [stride for tensor in packed for stride in tensor.stride()[:2]]
-    if mask is None:
-        seen, seen_strides = 0, [0] * 3
-    else:
-        seen, shape = mask.data_ptr(), mask.shape
-        seen_strides = [0 if shape[i] == 1 else mask.stride(i) for i in range(3)]
+    seen, seen_strides = _broadcast(mask)
+    more, more_strides = _broadcast(added)
     arguments = CALL.pack(
         B, K, H // K, T, D, V, blocks, R, bits, cpu.DTYPES[query.dtype], torch.get_num_threads(), groups,
         query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         seen, *seen_strides, *pointers, *strides,
         0 if sinks is None else sinks.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        *((0, 0, 0) if bias is None else bias.stride()[:3]), out.data_ptr(), scale, softcap or 0.0,
+        *((0, 0, 0) if bias is None else bias.stride()[:3]), out.data_ptr(),
+        *((0, 0, 0, 0, 0) if rest is None else (rest.data_ptr(), rest.shape[3], *rest.stride()[:3])),
+        more, *more_strides, scale, softcap or 0.0,
     )  # fmt: skip
     if kernels.attend(arguments):
         raise MemoryError("no memory for the parts of an attention")
     return out
+
+
+def _broadcast(tensor: Tensor | None) -> tuple[int, list[int]]:
+    """Where it is, and its strides but for the last, 0 where it has one row for all."""
+    if tensor is None:
+        return 0, [0] * 3
+    return tensor.data_ptr(), [0 if tensor.shape[i] == 1 else tensor.stride(i) for i in range(3)]
 
 
 def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packed:

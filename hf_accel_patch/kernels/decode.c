@@ -96,6 +96,10 @@ typedef struct {
     const float *sinks, *bias; /* bias: to products with quantized keys, before the scale */
     int64_t bias_strides[3];
     void *out;
+    const char *rest; /* of exact keys, their last D_rest channels where these lie apart */
+    int64_t D_rest, rest_strides[3];
+    const float *added; /* to the scores, after the scale and the cap */
+    int64_t added_strides[3];
     double scale, softcap;
 } attention;
 
@@ -382,7 +386,8 @@ INLINE void values_quantized(int rows, int bits, const uint8_t *codes, const uin
 }
 
 /* Products become scores, n of them, and scores e^(score - largest). Returns their sum. */
-static float softmax(float *scores, int64_t n, const uint8_t *mask, float scale, float softcap, float *largest) {
+static float softmax(float *scores, int64_t n, const uint8_t *mask, const float *added, float scale, float softcap,
+                     float *largest) {
     floats most = (floats){0} - INFINITY, total = {0};
     for (int64_t i = 0; i < n; i += LANES) {
         floats s = FLOATS(scores + i) * scale;
@@ -390,6 +395,7 @@ static float softmax(float *scores, int64_t n, const uint8_t *mask, float scale,
             const floats y = I(min_ps)(s * (2 / softcap), (floats){0} + 80);
             s = softcap - 2 * softcap / (exponential(y) + 1);
         }
+        if (added) s += i + LANES > n ? load_part(added + i, FLOAT32, n - i) : load(added + i, FLOAT32);
         if (mask || i + LANES > n) {
             char seen[LANES] = {0};
             if (!mask)
@@ -420,6 +426,12 @@ static const uint8_t *mask_of(const attention *a, int64_t b, int64_t k, int64_t 
                    : NULL;
 }
 
+static const float *added_to(const attention *a, int64_t b, int64_t k, int64_t r, int64_t token) {
+    return a->added ? a->added + b * a->added_strides[0] + (k * a->G + r % a->G) * a->added_strides[1] +
+                          r / a->G * a->added_strides[2] + token
+                    : NULL;
+}
+
 /* Whether any of the rows sees any of the tokens. */
 static int any_seen(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t token, int64_t n) {
     const uint8_t *before = NULL;
@@ -446,9 +458,17 @@ static void scores_of_unit(const attention *a, int64_t b, int64_t k, int64_t uni
         return;
     }
     const int64_t size = a->dtype == FLOAT32 ? 4 : 2, start = (unit - a->blocks) * UNIT;
+    const int64_t D = a->D - a->D_rest, count = MIN(UNIT, a->recent - start), *strides = a->rest_strides;
     const char *keys = a->keys + (b * a->key_strides[0] + k * a->key_strides[1] + start * a->key_strides[2]) * size;
-    BY_DTYPE(a->dtype, rows, scores_exact, keys, a->key_strides[2] * size, MIN(UNIT, a->recent - start), a->D, q_exact,
-             q_stride * 4, out);
+    BY_DTYPE(a->dtype, rows, scores_exact, keys, a->key_strides[2] * size, count, D, q_exact, q_stride * 4, out);
+    if (a->D_rest) {
+        float more[rows][TOKENS];
+        keys = a->rest + (b * strides[0] + k * strides[1] + start * strides[2]) * size;
+        q_exact += D * (a->dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4);
+        BY_DTYPE(a->dtype, rows, scores_exact, keys, strides[2] * size, count, a->D_rest, q_exact, q_stride * 4, *more);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i++) out[r * TOKENS + i] += more[r][i];
+    }
 }
 
 static void values_of_unit(const attention *a, int64_t b, int64_t k, int64_t unit, int64_t rows, int64_t V_packed,
@@ -479,7 +499,8 @@ static int64_t next_rows(int64_t left) { return left > 4 && left < 8 ? (left + 1
  * score, in `out` [rows, V_padded + PAD]. */
 static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_t rows, int64_t start, int64_t stop,
                  float *out, int64_t V_padded) {
-    const int64_t D_packed = ROUND_UP(a->D, 8), V_packed = ROUND_UP(a->V, 16), D = ROUND_UP(a->D, 2 * LANES);
+    const int64_t D_packed = ROUND_UP(a->D, 8), V_packed = ROUND_UP(a->V, 16);
+    const int64_t D = ROUND_UP(a->D, 2 * LANES) + (a->D_rest ? 2 * LANES : 0); /* `rest` may start between vectors */
     const int64_t token = start * UNIT, tokens = MIN(stop * UNIT, a->blocks * UNIT + a->recent) - token;
     const int64_t size = a->dtype == FLOAT32 ? 4 : 2;
     float scores[rows][TOKENS] __attribute__((aligned(64))), query[rows][D] __attribute__((aligned(64)));
@@ -514,8 +535,8 @@ static void part(const attention *a, int64_t b, int64_t k, int64_t first, int64_
     }
     for (int64_t r = 0; r < rows; r++) {
         float *sums = out + r * (V_padded + PAD) + V_padded;
-        sums[0] = softmax(scores[r], tokens, mask_of(a, b, k, first + r, token), (float)a->scale, (float)a->softcap,
-                          sums + 1);
+        sums[0] = softmax(scores[r], tokens, mask_of(a, b, k, first + r, token), added_to(a, b, k, first + r, token),
+                          (float)a->scale, (float)a->softcap, sums + 1);
     }
     for (int64_t u = start; u < stop; u++)
         for (int64_t r = 0, few; seen[u - start] && r < rows; r += few) {

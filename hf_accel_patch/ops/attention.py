@@ -16,11 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
+GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
+FOLD = 64.0  # times which a bias fits into float16
 MAX_ROWS = 512  # longer blocks gain nothing, and compute more above the diagonal
 
 
 class Mask(Protocol):
     """Which keys a query may see, described instead of stored."""
+
+    @property
+    def square(self) -> bool:
+        """Whether query t is key t and sees the keys up to itself, but for the `padding`, and nothing else is said."""
+        ...
+
+    @property
+    def padding(self) -> Tensor | None:
+        """If square: the keys that queries may see at all, bool [B, S]. None: all."""
+        ...
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         """A range of keys outside of which queries start..stop see nothing."""
@@ -43,6 +55,9 @@ class Causal:
     length: int
     device: torch.device
 
+    square = True
+    padding = None
+
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         return 0, stop
 
@@ -60,6 +75,9 @@ class Dense:
 
     mask: Tensor
 
+    square = False
+    padding = None
+
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         return 0, self.mask.shape[-1]
 
@@ -76,6 +94,9 @@ class Everything:
     """Every query sees every key."""
 
     length: int
+
+    square = False
+    padding = None
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         return 0, self.length
@@ -97,7 +118,7 @@ class Variant:
     sinks: Tensor | None = field(
         default=None, repr=False
     )  # [B or 1, H, T or 1, 1], one more logit without a value (gpt-oss)
-    bias: Tensor | None = field(default=None, repr=False)  # added to the scores, [B or 1, H, T, S]
+    bias: Tensor | None = field(default=None, repr=False)  # float32, added to the scores, [B or 1, H or 1, T or 1, S]
 
     @property
     def plain(self) -> bool:
@@ -107,22 +128,30 @@ class Variant:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Variant) -> Tensor:
     """The attention output [B, H, T, V], block of queries by block of queries.
 
-    Memory beside inputs and output is at most about SCORE_BYTES, or what a single query needs.
+    Memory beside inputs and output is at most about SCORE_BYTES, or what a single query needs, or on a GPU copies of
+    the inputs.
     """
     B, H, T, _ = query.shape
-    spans = mask.spans() if variant.plain and query.shape[-1] == value.shape[-1] else None
+    biased = _takes_bias(query, key, value, variant)
+    fused = (variant.plain or biased) and query.shape[-1] == value.shape[-1]
+    if fused and biased and variant.bias is not None and variant.bias.shape[2] == 1 and mask.square:
+        return _row_and_causal(query, key, value, variant.bias, mask.padding, variant.scale)
+    folds = not query.is_cpu and mask.square and _folds(query, key, value, variant)
+    spans = mask.spans() if folds or (fused and not biased) else None
     if spans is not None:
         return _by_sequence(query, key, value, spans, variant)
-    fused = variant.plain and query.shape[-1] == value.shape[-1]
+    if folds and mask.padding is None:
+        return _row_as_channels(query, key, value, variant)
     outputs = []
-    for start, stop in _blocks(T, key.shape[2] * B * (5 if fused else 8 * H)):
+    row_bytes = key.shape[2] * B * (5 if fused and not biased else 8 * H)
+    for start, stop in _blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
         first, last = mask.keys(start, stop)
         block, part = mask.block(start, stop, first, last), query[:, :, start:stop]
         keys, values = key[:, :, first:last], value[:, :, first:last]
+        bias = part_of_bias(variant.bias, start, stop, first, last)
         if fused:
-            outputs.append(_fused(part, keys, values, block, variant))
+            outputs.append(_fused(part, keys, values, block if bias is None else _added(bias, block), variant))
         else:
-            bias = None if variant.bias is None else variant.bias[..., start:stop, first:last]
             sinks = variant.sinks
             if sinks is not None and sinks.shape[2] != 1:
                 sinks = sinks[:, :, start:stop]
@@ -170,12 +199,76 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, va
                 if variant.bias is not None:
                     scores = scores + variant.bias.expand(B, H, T, -1)[b, h, t].double()
                 seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[b, h, t]
-                total = torch.exp(scores[seen]).sum()
+                if not seen.any():
+                    continue
+                weights = torch.exp(scores[seen] - scores[seen].max())
+                total = weights.sum()
                 if variant.sinks is not None:
-                    total = total + torch.exp(variant.sinks.expand(B, H, T, 1)[b, h, t, 0].double())
-                if seen.any():
-                    output[b, h, t] = (torch.exp(scores[seen])[:, None] * v[seen]).sum(0) / total
+                    sink = variant.sinks.expand(B, H, T, 1)[b, h, t, 0].double()
+                    total = total + torch.exp(sink - scores[seen].max())
+                output[b, h, t] = (weights[:, None] * v[seen]).sum(0) / total
     return output
+
+
+def _takes_bias(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> bool:
+    """Whether PyTorch's fused kernel adds the bias: on a CPU, where it reads it by its strides."""
+    bias = variant.bias
+    if bias is None or bias.requires_grad or bias.dtype not in (torch.float32, query.dtype):
+        return False
+    same = query.is_cpu and query.dtype == key.dtype == value.dtype
+    return same and not variant.dropout and variant.softcap is None and variant.sinks is None
+
+
+def _row_and_causal(
+    query: Tensor, key: Tensor, value: Tensor, row: Tensor, padding: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention with a bias [B or 1, H or 1, 1, S] that is the same for all queries, in one call. The kernel
+    does both together, but the public function refuses the pair. A query that sees nothing gets zeros: so its gradients
+    are zero as well, where those of the lowest finite number are lost in its rounding."""
+    if padding is not None:
+        row = row.masked_fill(~padding[:, None, None], -math.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    inputs = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    output: Tensor = kernel(*inputs, 0.0, True, attn_mask=row, scale=scale)[0]
+    return output
+
+
+def _folds(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> bool:
+    bias = variant.bias
+    if bias is None or bias.shape[2] != 1 or bias.requires_grad or variant.softcap is not None:
+        return False
+    return variant.sinks is None and query.shape[1] == key.shape[1] and query.dtype == key.dtype == value.dtype
+
+
+def _row_as_channels(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    """Causal attention with a bias [B or 1, H or 1, 1, S] as more channels of the keys, which those of the queries are
+    constant for: so kernels that take no bias (flash attention on a GPU) compute it. In 16 bits it takes three, which
+    together have the precision of float32."""
+    assert variant.bias is not None
+    (B, H, T, D), V = query.shape, value.shape[-1]
+    rest, pieces = variant.bias.float().transpose(2, 3) / (variant.scale * FOLD), []
+    for _ in range(1 if query.dtype.itemsize > 2 else 3):
+        pieces.append(rest.to(query.dtype).expand(B, H, T, 1))
+        rest = rest - pieces[-1].float()
+    room = -(-(max(D + len(pieces), V)) // 8) * 8
+    keys = F.pad(torch.cat((key, *pieces), dim=-1), (0, room - D - len(pieces)))
+    queries = F.pad(F.pad(query, (0, len(pieces)), value=FOLD), (0, room - D - len(pieces)))
+    values = F.pad(value, (0, room - V))
+    inputs = queries, keys, values, None, variant.dropout
+    return F.scaled_dot_product_attention(*inputs, is_causal=True, scale=variant.scale)[..., :V]
+
+
+def part_of_bias(bias: Tensor | None, start: int, stop: int, first: int, last: int) -> Tensor | None:
+    """The bias of these queries and keys."""
+    if bias is None:
+        return None
+    return bias[..., first:last] if bias.shape[2] == 1 else bias[..., start:stop, first:last]
+
+
+def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor:
@@ -198,18 +291,22 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, varia
 
 def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], variant: Variant) -> Tensor:
     """Causal attention within each sequence's own run of tokens. Padded positions, which nobody reads, get zeros."""
-    output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+    output, bias = query.new_zeros((*query.shape[:-1], value.shape[-1])), variant.bias
     for row, (start, stop) in enumerate(spans):
         if stop > start:
             q, k, v = (x[row : row + 1, :, start:stop] for x in (query, key, value))
+            if bias is not None:
+                own = (bias[row : row + 1] if len(bias) > 1 else bias)[..., start:stop]
+                output[row : row + 1, :, start:stop] = _row_as_channels(q, k, v, replace(variant, bias=own))
+                continue
             output[row : row + 1, :, start:stop] = F.scaled_dot_product_attention(
                 q, k, v, None, variant.dropout, is_causal=True, scale=variant.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
     return output
 
 
-def _blocks(length: int, bytes_per_row: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, min(MAX_ROWS, SCORE_BYTES // max(1, bytes_per_row)))
+def _blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, min(MAX_ROWS, room // max(1, bytes_per_row)))
     rows = math.ceil(length / math.ceil(length / rows)) if length else 1  # blocks of equal size
     for start in range(0, length, rows):
         yield start, min(start + rows, length)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu, cpu_decode
-from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant
+from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant, part_of_bias
 from hf_accel_patch.ops.kv import Bits, Packed, pack
 from hf_accel_patch.ops.stored import Content
 
@@ -28,12 +28,17 @@ Part = tuple[int, int, Tensor, Tensor]  # the first and the last cached token, t
 Joined = tuple[Tensor, Tensor, Tensor]  # of queries and what came so far: the highest score, sums of weights and values
 
 
-def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor | None:
+def attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant, rest: Tensor | None = None
+) -> Tensor | None:
     """Attention of T tokens [B, H, T, D] to keys and values [B, K, S, ...] as they are: [B, T, H, V], or None where
-    PyTorch's kernels are the ones to use. `mask`: bool [B or 1, H or 1, T, S], or None if all is seen."""
+    PyTorch's kernels are the ones to use. `mask`: bool [B or 1, H or 1, T, S], or None if all is seen. `rest`: the last
+    channels of the keys, where these lie apart."""
     if query.shape[2] > MOST_TOKENS or not query.is_cpu or not _kernel_takes(query, key, value, mask, variant):
         return None
-    return _kernel(query, None, key, value, mask, variant)
+    if rest is not None and not (type(rest) is Tensor and rest.is_cpu and rest.dtype == query.dtype):
+        return None
+    return _kernel(query, None, key, value, mask, variant, rest)
 
 
 def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant) -> Tensor:
@@ -66,7 +71,7 @@ def attend_parts(query: Tensor, parts: Iterable[Part], mask: Mask, variant: Vari
             some = slice(begin - first, end - first)
             for start in range(0, T, rows):
                 stop = min(start + rows, T)
-                bias = None if variant.bias is None else variant.bias[..., start:stop, begin:end]
+                bias = part_of_bias(variant.bias, start, stop, begin, end)
                 seen = mask.block(start, stop, begin, end)
                 scores = _scores(query[:, :, start:stop], keys[:, :, some], seen, bias, variant)
                 joined[start] = _join(joined.get(start) or _empty(scores, start, variant), scores, values[:, :, some])
@@ -119,7 +124,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant) -> bool:
     """Whether a kernel can do this, and is there."""
     one_per_head = variant.sinks is None or variant.sinks.numel() == query.shape[1]
-    plain = variant.bias is None and not variant.dropout and one_per_head
+    plain = _adds(query, variant.bias) and not variant.dropout and one_per_head
     masks = mask is None or (mask.dtype == torch.bool and mask.device == query.device)
     same = query.dtype == keys.dtype == values.dtype and query.dtype in cpu.DTYPES
     if not (plain and masks and same and query.device == keys.device == values.device):
@@ -134,8 +139,19 @@ def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
     return query.is_cuda and not torch.compiler.is_compiling() and _triton() is not None
 
 
+def _adds(query: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is nothing to add to the scores, or the kernel can do it."""
+    return bias is None or (query.is_cpu and bias.is_cpu and bias.dtype == torch.float32 and not bias.requires_grad)
+
+
 def _kernel(
-    query: Tensor, content: Content | None, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant
+    query: Tensor,
+    content: Content | None,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    variant: Variant,
+    rest: Tensor | None = None,
 ) -> Tensor:
     query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
     if mask is not None and mask.stride(-1) != 1:
@@ -147,7 +163,16 @@ def _kernel(
     if content is not None and content.constant is not None and blocks:
         bias = content.constant.scores(query, content.first, blocks)
     kernels = cpu_decode.library() if query.is_cpu else None
-    return cpu_decode.attend(kernels, *what, bias) if kernels is not None else _triton().attend(*what, bias)
+    if rest is not None and rest.stride(-1) != 1:
+        rest = rest.contiguous()
+    if kernels is None:
+        return _triton().attend(*what, bias)
+    added = variant.bias
+    if added is not None and content is not None and content.skip:
+        added = torch.nn.functional.pad(added, (content.skip, 0))
+    if added is not None and added.stride(-1) != 1:
+        added = added.contiguous()
+    return cpu_decode.attend(kernels, *what, bias, rest, added)
 
 
 @cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+DETACH = torch.ops.aten.detach.default  # what checkpointing does to all that it is given
 Build = Callable[[int, int, int, int], Tensor]
 
 
@@ -20,6 +22,7 @@ class DescribedMask(Tensor):
     `build(start, stop, first, last)` gives the dense block of these queries and keys. `window`: the keys that a query
     sees end with its own and are at most this many (None: it sees all earlier ones); `causal` says whether this may be
     used to leave keys out. `runs` gives, where it can, the one run of tokens per sequence that sees itself causally.
+    `square` and `padding`: see ops.attention.Mask.
     """
 
     build: Build
@@ -27,6 +30,8 @@ class DescribedMask(Tensor):
     causal: bool
     window: int | None
     runs: Callable[[], list[tuple[int, int]] | None]
+    square: bool
+    padding: Tensor | None
     _runs: list[tuple[int, int]] | None
 
     @staticmethod
@@ -40,9 +45,12 @@ class DescribedMask(Tensor):
         causal: bool = False,
         window: int | None = None,
         runs: Callable[[], list[tuple[int, int]] | None] = lambda: None,
+        square: bool = False,
+        padding: Tensor | None = None,
     ) -> DescribedMask:
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.build, mask.offset, mask.causal, mask.window, mask.runs = build, offset, causal, window, runs
+        mask.square, mask.padding = square, padding
         return mask
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
@@ -61,6 +69,18 @@ class DescribedMask(Tensor):
             self._runs = self.runs()
         return self._runs
 
+    def windowed(self, window: int) -> DescribedMask:
+        """The same mask where a query sees the last `window` keys up to its own only."""
+
+        def build(start: int, stop: int, first: int, last: int) -> Tensor:
+            queries = torch.arange(start, stop, device=self.device)[:, None] + self.offset
+            near = torch.arange(first, last, device=self.device) > queries - window
+            return self.build(start, stop, first, last) & near
+
+        narrow = window if self.window is None else min(window, self.window)
+        shape = cast(tuple[int, int, int, int], tuple(self.shape))
+        return DescribedMask(shape, self.device, build, offset=self.offset, causal=self.causal, window=narrow)
+
     def dense(self) -> Tensor:
         return self.build(0, self.shape[-2], 0, self.shape[-1]).expand(self.shape)
 
@@ -71,8 +91,56 @@ class DescribedMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DETACH:
+            return copy.copy(args[0])
         dense = lambda mask: mask.dense()  # noqa: E731
         return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
+
+    def __copy__(self) -> DescribedMask:
+        shape = cast(tuple[int, int, int, int], tuple(self.shape))
+        other = DescribedMask(shape, self.device, self.build)
+        vars(other).update(vars(self))
+        return other
+
+
+class Carried(Tensor):
+    """A mask for code that wants a tensor and only passes it on: `content` is what our attention is to get, a mask or
+    None, plain causal attention. It reads as a bool [B, T, S], which such code does not take for one of [B, 1, T, S]
+    that it has to add something to. Any operation on it builds the dense one."""
+
+    content: Tensor | None
+
+    @staticmethod
+    def __new__(cls, content: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> Carried:
+        carried = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        carried.content = content
+        return carried
+
+    def dense(self) -> Tensor:
+        B, T, S = self.shape
+        if self.content is None:
+            return torch.ones(T, S, dtype=torch.bool, device=self.device).tril(S - T).expand(B, T, S)
+        dense = self.content.dense() if isinstance(self.content, DescribedMask) else self.content
+        return dense[:, 0]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Carried({self.content!r})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DETACH:
+            return Carried(args[0].content, tuple(args[0].shape), args[0].device)
+        dense = lambda mask: mask.dense()  # noqa: E731
+        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
+
+
+def last_keys(mask: Tensor, window: int) -> Tensor:
+    """A bool mask [..., T, S], in which the last key that a query sees is its own, cut to the `window` ending there."""
+    S = mask.shape[-1]
+    last = S - 1 - mask.int().flip(-1).argmax(-1, keepdim=True)
+    return mask & (torch.arange(S, device=mask.device) > last - window)
 
 
 def contiguous_runs(padding: Tensor) -> list[tuple[int, int]] | None:

@@ -8,6 +8,7 @@ from hf_accel_patch.passes.prefill import Prefill
 from hf_accel_patch.passes.prefixes import PrefixCache
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
+from hf_accel_patch.passes.scaling import RopeScaling
 from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "Prefill",
     "PrefixCache",
     "Quantize",
+    "RopeScaling",
     "Speculative",
 ]

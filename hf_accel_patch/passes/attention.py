@@ -10,19 +10,22 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
+from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
-from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
+from hf_accel_patch.ops.latent import Latent, attend_latents
+from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
+from hf_accel_patch.passes.handwritten import KEY, refuse_continuous_batching, replacement
+from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
-KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
 DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
 SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
@@ -47,11 +50,11 @@ class Attention:
             raise ValueError(f"attention: unknown backend {self.backend!r}; allowed: 'auto'")
 
     def inspect(self, view: View) -> Step | Skip:
-        found = view.attention_modules()
+        found, written = view.attention_modules(), handwritten_modules(view)
         skip = partial(Skip, self, bytes_now=view.weight_bytes())
         if reason := UNSUITABLE_ATTENTION.get(view.config.model_type):
             return skip(reason)
-        if not found:
+        if not found and not written:
             return skip("no module takes its attention from transformers' registry: hand-written, or no attention")
         kinds: set[Any] = {type(module) for _, module in found}
         if any(map(branches_on_name, kinds)):
@@ -66,19 +69,31 @@ class Attention:
         if view.config.is_encoder_decoder:
             return skip("it is an encoder-decoder, whose masks are its own")
         size = view.weight_bytes()
-        facts = {"exact": True, "bytes_before": size, "bytes_after": size, "modules": len(found), "was": was or "eager"}
-        return Step(self, facts, (view,))
+        latent, count = latent_modules(view), len(found) + sum(not isinstance(how, Layer) for _, how in written)
+        facts: dict[str, Any] = {"exact": True, "bytes_before": size, "bytes_after": size, "modules": count}
+        facts["was"] = "hand-written" if written else was or "eager"
+        by_hand = [module for module, _ in written]
+        return Step(self, facts | ({"latent": len(latent)} if latent else {}), (view, latent, by_hand))
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Select our function for this model only: it gets its own copy of the configuration, because the
         configuration object may be shared with models that nobody patched."""
-        (view,) = step.work
+        view, latent, by_hand = step.work
         config = copy.copy(view.config)
         vars(config)[SELECTED] = KEY
         for _, module in view.named_modules():
             if vars(module).get("config") is view.config:
                 journal.set_attribute(module, "config", config)
-        journal.bind_method(view.model, "init_continuous_batching", _init_continuous_batching)
+        absorb(latent, KEY, journal)
+        for module in by_hand:
+            kind: Any = type(module)
+            journal.change_class(module, replacement(kind))
+        if view.config.model_type in CHANGES_MASKS:
+            journal.bind_method(view.model, "create_masks_for_generate", _mask_for_generate)
+        if view.config.model_type in CACHE_OFF_BY_DEFAULT:
+            journal.bind_method(view.model, "_prepare_generation_config", _with_cache)
+        batching = refuse_continuous_batching if by_hand else _init_continuous_batching
+        journal.bind_method(view.model, "init_continuous_batching", batching)
 
 
 def register() -> None:
@@ -110,6 +125,9 @@ def attention_forward(
     """
     T, S = query.shape[2], key.shape[2]
     answer = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
+    latents = key.latents if isinstance(key, Latent) and isinstance(value, Latent) else None
+    if latents is not None and (answer or dropout or (T > 1 and attention_mask is None) or not latents.stay(T)):
+        (key, value), latents = latents.expanded, None
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -124,6 +142,8 @@ def attention_forward(
     if s_aux is not None:
         sinks = s_aux.reshape(1, -1, 1, 1)
     variant = Variant(scale, dropout, softcap, sinks, position_bias)
+    if latents is not None:
+        return attend_latents(query, latents, _mask(attention_mask, T, S, causal, query.device), variant), None
     if stored is not None:
         return attend_stored(query, stored, _mask(attention_mask, T, S, causal, query.device), variant), None
     if T <= MOST_TOKENS and not causal and not answer and not isinstance(attention_mask, DescribedMask):
@@ -155,18 +175,23 @@ def describe_mask(
 ) -> Tensor | None:
     """The mask function behind our key: what stock's `sdpa` gets, or a description of it where that would be large.
 
-    None stands for plain causal attention, as it does under `sdpa`.
+    None stands for plain causal attention, as it does under `sdpa`. A model that does something with its mask first
+    gets it wrapped.
     """
+    if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
+        return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
     dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
     small = batch_size * q_length * kv_length <= DENSE_ELEMENTS
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if small or traced or isinstance(q_offset, Tensor):
+    if small or _traced() or isinstance(q_offset, Tensor):
         options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
         return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
     windowed = local_size is not None and kv_length >= local_size
     square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     if square and (attention_mask is None or bool(attention_mask.all())):
         return None
+
+    aligned = square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)
 
     def build(start: int, stop: int, first: int, last: int) -> Tensor:
         return dense(
@@ -178,10 +203,7 @@ def describe_mask(
         )
 
     def runs() -> list[tuple[int, int]] | None:
-        plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-        if not (square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)):
-            return None
-        return contiguous_runs(attention_mask)
+        return contiguous_runs(attention_mask) if aligned and attention_mask is not None else None
 
     return DescribedMask(
         (batch_size, 1, q_length, kv_length),
@@ -191,7 +213,35 @@ def describe_mask(
         causal=allow_is_causal_skip,
         window=local_size if windowed else None,
         runs=runs,
+        square=aligned,
+        padding=attention_mask if aligned else None,
     )
+
+
+def _carried(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    **kwargs: Any,
+) -> Tensor:
+    """The mask of a model that converts it (MPT) or adds ALiBi to it (Falcon) before its attention gets it: a tensor
+    [B, T, S], which both leave alone."""
+    traced = _traced()
+    skip = not isinstance(q_offset, Tensor) and not traced
+    rest = {name: value for name, value in kwargs.items() if name != "config"}
+    sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+    content = describe_mask(*sizes, attention_mask, allow_is_causal_skip=skip, device=device, **rest)
+    if traced and content is not None:
+        return content[:, 0]
+    return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _direct(
@@ -221,6 +271,19 @@ def _mask(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.devic
     if mask is not None:
         return Dense(mask)
     return Causal(S, device) if causal else Everything(S)
+
+
+def _mask_for_generate(self: PreTrainedModel, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """What `generate` hands on with a static cache: the padding, of which the model makes its mask."""
+    return attention_mask
+
+
+def _with_cache(self: PreTrainedModel, generation_config: GenerationConfig | None, **kwargs: Any) -> Any:
+    """The settings of one call of `generate`: with a cache, unless the caller says otherwise. Tokens are the same."""
+    prepared = type(self)._prepare_generation_config(self, generation_config, **kwargs)
+    if kwargs.get("use_cache", getattr(generation_config, "use_cache", None)) is None:
+        prepared[0].use_cache = True
+    return prepared
 
 
 def _init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

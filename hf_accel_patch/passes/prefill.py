@@ -10,6 +10,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from hf_accel_patch.families import CHUNKABLE, View
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.plan import Skip, Step
 
 CHUNK_TOKENS = 1024
@@ -22,15 +23,15 @@ class Prefill:
     transformers has this (`prefill_chunk_size`) and never uses it by itself. Here it is decided per call, on the
     configuration that `generate` makes for that call, so nothing is left in `generation_config` or in a saved
     checkpoint; calls that it does not fit (no cache, a static or quantized cache, assisted decoding) run as before.
-    Used where attention is hand-written; the attention pass is linear in memory by itself. Outputs equal stock's up to
-    floating-point rounding.
+    Used where attention is hand-written and stays so; the attention pass is linear in memory by itself. Outputs equal
+    stock's up to floating-point rounding.
     """
 
     name = "prefill"
 
     def inspect(self, view: View) -> Step | Skip:
         size = view.weight_bytes()
-        if view.attention_modules():
+        if view.attention_modules() or isinstance(Attention().inspect(view), Step):
             return Skip(self, "its attention is linear in memory without chunks", size)
         if view.config.model_type not in CHUNKABLE:
             return Skip(self, "reading its prompt in chunks is not known to be exact", size)

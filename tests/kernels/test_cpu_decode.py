@@ -7,6 +7,7 @@ import torch
 
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import kv
+from hf_accel_patch.ops.attention import Variant, reference
 
 # Of the largest number in the result, with float32 results; narrower ones are rounded once more. Quantized, queries and
 # weights are integers of 15 bits, without the instructions for products of bytes of 13.
@@ -184,6 +185,20 @@ def test_a_bias_of_packed_keys(width, bits):
     cache = Cache(2, 2, 32, 48, 9, 5, torch.float32, bits)
     bias = normal(2, 8, 3, 9 * 64 + 7, seed=4)[..., : 9 * 64]
     cache.check(width, normal(2, 8, 3, 32), bias=bias, softcap=20.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("S", [1, 63, 130, 1500])
+def test_what_is_added_to_the_scores(width, S, heads, dtype):
+    query, keys, values = (normal(2, H, n, 32, seed=n).to(dtype) for H, n in ((8, 3), (2, S), (2, S)))
+    added = 5 * normal(1, heads, 1, S, seed=5)
+    mask = torch.rand(2, 1, 3, S, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask[..., 0] = True
+    call = (query, None, 8, 0, keys, values, mask, 0.2, 10.0, None)
+    ours = cpu_decode.attend(cpu_decode.library(width), *call, added=added)
+    exact = reference(query, keys, values, mask.expand(2, 8, 3, S), Variant(0.2, softcap=10.0, bias=added))
+    assert (ours.transpose(1, 2) - exact).abs().max() < (1e-5 if dtype is torch.float32 else 2e-2)
 
 
 @DTYPES

@@ -5,7 +5,7 @@ import torch
 
 from hf_accel_patch.ops import attention
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, attend, reference, scored
-from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
+from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 
 B, T, D = 2, 13, 8
 TOLERANCE = 1e-5  # float32 against float64, outputs of order one
@@ -133,3 +133,94 @@ def test_a_described_mask_is_a_dense_one_to_whoever_computes_with_it():
     assert torch.equal(mask[..., :5], dense[..., :5])
     assert torch.equal(torch.where(mask, 1.0, 2.0), torch.where(dense, 1.0, 2.0))
     assert "DescribedMask" in repr(mask)
+
+
+def row(H=4, S=T, batch=1):
+    """ALiBi, as it is for every query."""
+    slopes = 2.0 ** -torch.arange(1, H + 1).view(1, H, 1, 1)
+    return (slopes * torch.arange(1 - S, 1)).expand(batch, H, 1, S)
+
+
+def described(T_, S, padding=None, square=False):
+    def build(start, stop, first, last):
+        seen = torch.arange(first, last) <= torch.arange(start, stop)[:, None] + S - T_
+        return seen[None, None] if padding is None else seen & padding[:, None, None, first:last]
+
+    shape = (B if padding is not None else 1, 1, T_, S)
+    options = {"offset": S - T_, "causal": True, "square": square, "padding": padding}
+    return DescribedMask(shape, torch.device("cpu"), build, **options)
+
+
+PADDING = torch.arange(T) >= torch.tensor([[0], [5]])
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("padding", [None, PADDING, ~PADDING | (torch.arange(T) < 3)], ids=["whole", "left", "holes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_bias_that_is_the_same_for_all_queries(heads, padding, dtype):
+    query, key, value = inputs(*heads, dtype=dtype)
+    mask = Causal(T, query.device) if padding is None else described(T, T, padding, square=True)
+    ours = attend(query, key, value, mask, Variant(0.3, bias=row()))
+    seen = causal() if padding is None else causal() & padding[:, None, None]
+    error = (ours - reference(query, key, value, seen, Variant(0.3, bias=row()))).abs().max()
+    assert error < (2e-2 if dtype == torch.bfloat16 else TOLERANCE)
+
+
+@pytest.mark.parametrize("S", [T, 30])
+def test_a_bias_over_a_cache_that_is_continued(S):
+    query, key, value = inputs(S=S)
+    variant = Variant(0.3, bias=row(S=S))
+    ours = attend(query, key, value, described(T, S), variant)
+    assert (ours - reference(query, key, value, causal(S=S), variant)).abs().max() < TOLERANCE
+    one = attend(query[:, :, -1:], key, value, Everything(S), variant)
+    assert (one - ours[:, :, -1:]).abs().max() < TOLERANCE
+
+
+def test_queries_that_see_nothing_have_no_gradient():
+    query, key, value = (each.requires_grad_() for each in inputs(4, 4))
+    attend(query, key, value, described(T, T, PADDING, square=True), Variant(0.3, bias=row())).sum().backward()
+    assert query.grad[1, :, :5].abs().max() == key.grad[1, :, :5].abs().max() == 0
+    seen = (causal() & PADDING[:, None, None]) | torch.eye(T, dtype=torch.bool)
+    dense = [each.detach().double().requires_grad_() for each in (query, key, value)]
+    scores = 0.3 * dense[0] @ dense[1].transpose(2, 3) + row()
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) * PADDING[:, None, :, None]
+    (weights @ dense[2]).sum().backward()
+    for ours, exact in zip((query, key, value), dense, strict=True):
+        assert (ours.grad - exact.grad).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [D, 5, 20])
+def test_a_bias_as_more_channels(dtype, V):
+    """What a GPU computes, whose fused kernels take no bias; the positions are as far apart as in a long text."""
+    query, key, value = inputs(4, 4, V=V, dtype=dtype)
+    variant = Variant(0.3, bias=row() * 500)
+    ours = attention._row_as_channels(query, key, value, variant)
+    error = (ours - reference(query, key, value, causal(), variant)).abs().max()
+    assert error < (1e-4 if dtype == torch.float32 else 2e-2)
+    apart = attention._by_sequence(query, key, value, [(0, T), (5, T)], variant)
+    exact = reference(query, key, value, causal() & PADDING[:, None, None], variant)
+    assert (apart - exact)[1, :, 5:].abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("S", [T, 30])
+@pytest.mark.parametrize("window", [1, 4, 40])
+def test_masks_that_get_a_window(S, window):
+    mask = described(T, S, PADDING if S == T else None)
+    near = torch.arange(S) > torch.arange(S - T, S)[:, None] - window
+    assert torch.equal(mask.windowed(window).dense(), mask.dense() & near)
+    assert all(
+        mask.windowed(window).keys(t, t + 1)[1] - mask.windowed(window).keys(t, t + 1)[0] <= window for t in range(T)
+    )
+    real = mask.dense().any(-1, keepdim=True) & mask.dense().diagonal(S - T, -2, -1)[..., None]
+    assert torch.equal(last_keys(mask.dense(), window) & real, mask.windowed(window).dense() & real)
+
+
+def test_masks_on_their_way():
+    """What code does that hands masks on leaves them as they are; what computes with them gets the dense one."""
+    for content in (None, described(T, T), described(T, T).dense()):
+        carried = Carried(content, (1, T, T), torch.device("cpu"))
+        assert carried.to(torch.bool) is carried and carried.ndim == 3 and carried.detach().content is content
+        assert torch.equal(carried & True, torch.ones(1, T, T, dtype=torch.bool).tril())
+    mask = described(T, T)
+    assert isinstance(mask.detach(), DescribedMask) and torch.equal(mask.detach().dense(), mask.dense())

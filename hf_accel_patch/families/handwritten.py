@@ -1,0 +1,197 @@
+"""Attention that models compute by hand instead of taking it from transformers' registry, as data.
+
+The classes of the modules are listed by name, because nothing else tells how they are written. There are three ways:
+scores in a method of their own (`Scores`), scores in the middle of the forward (`Whole`), and a layer that does not
+tell its attention that its weights are asked for (`Layer`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_accel_patch.families import View
+
+# Model types that convert their mask or add to it before their attention gets it
+CHANGES_MASKS = frozenset({"falcon", "mpt"})
+
+# Model types whose configuration switches the cache off by default, so `generate` computes every token again each time
+CACHE_OFF_BY_DEFAULT = frozenset({"mpt"})
+
+HOME = "transformers.models."  # where the classes below are; one of the same name elsewhere may be another
+
+Rotate = Callable[[Any, dict[str, Any], Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Slopes = Callable[[int], tuple[float, ...]]  # of ALiBi (arXiv 2108.12409), by the number of heads
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A module whose `_attn(query, key, value, mask)` computes the output [B, H, T, D] and the weights."""
+
+    scale: Callable[[Any], float]
+    dropout: str  # the nn.Dropout
+    window: Callable[[Any], int | None] = lambda module: None  # keys that a query sees
+    listed: bool = False  # keys come transposed, causality is the method's own, and it answers a list (OpenAI GPT)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A module that computes scores in its forward, which begins with projections and ends with one."""
+
+    inputs: tuple[str, ...]  # one projection for query, key and value, or three
+    output: str  # empty: it comes in another module
+    heads: str
+    scale: Callable[[Any], float]
+    dropout: Callable[[Any], float]
+    shared: str | None = None  # where the number of key/value heads is, if it may be another than that of the heads
+    grouped: bool = False  # the one projection has head after head of keys: the queries of its group, key, value
+    limit: str | None = None  # what bounds the outputs of the projection
+    slopes: Slopes | None = None  # of an ALiBi that is made anew, in float32 and relative to the last key
+    counts_padding: bool = False  # positions of that ALiBi count the tokens that are seen
+    residual: str | None = None  # the probability of the dropout before the residual is added here
+    masked_is_true: bool = False  # in a mask [B, 1, T, S] that a user gives
+    rotate: Rotate | None = None  # query, key and value to their positions
+    causal: Callable[[Any], bool] = lambda module: True
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that hands its mask on and `output_attentions` not."""
+
+
+Handwritten = Scores | Whole | Layer
+
+
+@cache
+def bloom_slopes(heads: int) -> tuple[float, ...]:
+    """Powers of 2 ** (-8 / n) for the largest power of two n, and for the heads beyond it odd powers of its root."""
+    n = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    return tuple(first + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)])
+
+
+@cache
+def mpt_slopes(heads: int) -> tuple[float, ...]:
+    """Powers of 2 ** (-8 / n) for the next power of two n; where there are fewer heads, every second one first."""
+    n = 2 ** math.ceil(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    return tuple(slopes if n == heads else (slopes[1::2] + slopes[::2])[:heads])
+
+
+def _by_scale_attn(module: Any) -> float:
+    return 1 / float(module.scale_attn)
+
+
+def _by_file(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the function beside the class; with ALiBi, by none."""
+    query, key, value = parts
+    if given.get("alibi") is None:
+        rotate = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
+        query, key = rotate(query, key, *given["position_embeddings"])
+    return query, key, value
+
+
+def _by_method(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By a method of the module, which may rotate values as well."""
+    angles, count = given.get("sinusoidal_pos"), 3 if module.rotary_value else 2
+    if angles is None:
+        return parts  # type: ignore[return-value]
+    return (*module.apply_rotary_position_embeddings(angles, *parts[:count]), *parts[count:])
+
+
+def _masks_itself(module: Any) -> bool:
+    """Whether its model makes a causal mask. In transformers 5.17 some have none, and see everything."""
+    return "create_causal_mask" in vars(sys.modules[type(module).__module__])
+
+
+BART = Whole(  # the decoders that came from it
+    inputs=("q_proj", "k_proj", "v_proj"),
+    output="out_proj",
+    heads="num_heads",
+    scale=lambda module: float(module.scaling),
+    dropout=lambda module: float(module.dropout),
+)
+BERT = Whole(
+    inputs=("query", "key", "value"),
+    output="",
+    heads="num_attention_heads",
+    scale=lambda module: float(module.attention_head_size) ** -0.5,
+    dropout=lambda module: float(module.dropout.p),
+    causal=lambda module: bool(module.is_decoder) and _masks_itself(module),
+)
+
+
+CLASSES: dict[str, Handwritten] = {
+    "GPTJAttention": Scores(_by_scale_attn, "attn_dropout"),
+    "CodeGenAttention": Scores(_by_scale_attn, "attn_dropout"),
+    "GPTNeoSelfAttention": Scores(
+        scale=lambda module: 1.0,
+        dropout="attn_dropout",
+        window=lambda module: module.config.window_size if module.attention_type == "local" else None,
+    ),
+    "GPTNeoXJapaneseAttention": Scores(lambda module: 1 / float(module.norm_factor), "attention_dropout"),
+    "openai.Attention": Scores(
+        scale=lambda module: (module.split_size // module.n_head) ** -0.5 if module.scale else 1.0,
+        dropout="attn_dropout",
+        listed=True,
+    ),
+    "BloomAttention": Whole(
+        inputs=("query_key_value",),
+        output="dense",
+        heads="num_heads",
+        scale=lambda module: float(module.inv_norm_factor),
+        dropout=lambda module: float(module.attention_dropout.p),
+        grouped=True,
+        slopes=bloom_slopes,
+        counts_padding=True,
+        residual="hidden_dropout",
+    ),
+    "MptAttention": Whole(
+        inputs=("Wqkv",),
+        output="out_proj",
+        heads="n_heads",
+        scale=lambda module: float(module.softmax_scale),
+        dropout=lambda module: float(module.attn_dropout_p),
+        limit="clip_qkv",
+        slopes=mpt_slopes,
+        masked_is_true=True,
+    ),
+    "MptBlock": Layer(),
+    "FalconAttention": Whole(
+        inputs=("query_key_value",),
+        output="dense",
+        heads="num_heads",
+        shared="num_kv_heads",
+        scale=lambda module: float(module.inv_norm_factor),
+        dropout=lambda module: float(module.attention_dropout.p) if module.config.alibi else 0.0,
+        grouped=True,
+        rotate=_by_file,
+    ),
+    "XGLMAttention": BART,
+    "TrOCRAttention": BART,
+    "MvpAttention": BART,
+    "MegatronBertSelfAttention": BERT,
+    "RemBertSelfAttention": BERT,
+    "RoFormerSelfAttention": replace(BERT, rotate=_by_method),
+}
+
+
+def handwritten(kind: type) -> Handwritten | None:
+    """How this class is written, if it is one of those."""
+    if not kind.__module__.startswith(HOME):
+        return None
+    return CLASSES.get(kind.__name__) or CLASSES.get(f"{kind.__module__.split('.')[2]}.{kind.__name__}")
+
+
+def handwritten_modules(view: View) -> list[tuple[nn.Module, Handwritten]]:
+    """The modules of the model that are written so."""
+    found = [(module, handwritten(type(module))) for _, module in view.named_modules()]
+    if any(isinstance(how, Whole) and not how.causal(module) for module, how in found):
+        return []
+    return [(module, how) for module, how in found if how is not None]

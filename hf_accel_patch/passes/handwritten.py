@@ -1,0 +1,251 @@
+"""Hand-written attention on the attention function of transformers' registry.
+
+A module's class is changed to a subclass of its own, made once per class, that replaces what computes the scores: the
+method `_attn` where there is one, else the forward. What is particular to a model is data, in families/handwritten.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten
+from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
+from hf_accel_patch.ops.stored import Stored
+
+KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
+
+
+ELSEWHERE = ("key_value_states", "encoder_hidden_states", "attn_prompt")  # from where keys and values come as well
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A mask on its way through code that hands it on untouched, and the wish for attention weights with it."""
+
+    mask: Tensor | None
+
+
+class Replaced(nn.Module):
+    """What the subclasses share."""
+
+    made: tuple[type, Any]  # the module's own class, and how it is written
+    names: tuple[str, ...]  # of the arguments of its forward
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Classes made at run time are made again where a pickle is read."""
+        state = super().__reduce_ex__(protocol)
+        return _remake, (type(self).made[0],), state[2]
+
+
+class Asking(Replaced):
+    """A module whose forward hands its mask on: with the wish for weights, where there is one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if given.get("output_attentions"):
+            given["attention_mask"] = Asked(given.get("attention_mask"))
+        return super().forward(**given)
+
+
+class WithScores(Asking):
+    """A module whose `_attn` computes the scores."""
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, output_attentions: bool = False
+    ) -> Any:
+        how: Scores = self.made[1]
+        mask, answer = _unwrapped(attention_mask, False)
+        if how.listed:
+            key = key.transpose(-1, -2)
+            if mask is not None:  # [B, 1, 1, S], 0 or the lowest number of its dtype, and causality comes beside it
+                mask = _causal(query.shape[2], query.shape[2], query.device, mask[:, 0, 0] >= 0)
+        window = how.window(self)
+        if window is not None:
+            key, value, mask = _windowed(query, key, value, mask, window)
+        dropout = getattr(self, how.dropout).p
+        output, weights = _attend(self, query, key, value, mask, None, how.scale(self), dropout, answer)
+        output = output.transpose(1, 2)
+        if how.listed:
+            return [output, weights] if answer else [output]
+        return output, weights
+
+
+class WithForward(Replaced):
+    """A module that computes scores in its forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if any(given.get(name) is not None for name in ELSEWHERE):
+            given["attention_mask"] = _additive(given.get("attention_mask"), given["hidden_states"].dtype)
+            return super().forward(**given)
+        how: Whole = self.made[1]
+        hidden = given["hidden_states"]
+        query, key, value = _projected(self, how, hidden)
+        if how.rotate is not None:
+            query, key, value = how.rotate(self, given, query, key, value)
+        past = next((given[name] for name in ("layer_past", "past_key_values") if given.get(name) is not None), None)
+        if past is not None:
+            past = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+            key, value = past.update(key, value, self.layer_idx)
+        mask, answer = _unwrapped(given.get("attention_mask"), how.masked_is_true)
+        answer = answer or bool(given.get("output_attentions"))
+        bias = _alibi(how, query, key, mask, given.get("alibi"))
+        output, weights = _attend(self, query, key, value, mask, bias, how.scale(self), how.dropout(self), answer)
+        output = output.flatten(2)
+        output = getattr(self, how.output)(output) if how.output else output
+        if how.residual is not None:
+            probability = float(getattr(self, how.residual))
+            output = given["residual"] + F.dropout(output, p=probability, training=self.training)
+        return output, weights
+
+
+@cache
+def replacement(kind: type) -> type:
+    """The class that modules of this class are changed to. It keeps the name, for those who look for it."""
+    how = handwritten(kind)
+    assert how is not None
+    bases: dict[type, type] = {Scores: WithScores, Whole: WithForward, Layer: Asking}
+    forward: Any = vars(kind)["forward"]
+    entries = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made = type(kind.__name__, (bases[type(how)], kind), {**entries, "made": (kind, how)})
+    made.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
+    return made
+
+
+def refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stock answers, and what it answers is wrong: such attention knows nothing of the paged cache."""
+    raise UnsupportedModel(
+        f"{type(self).__name__} cannot do continuous batching (generate_batch): its attention is hand-written",
+        "call generate with a padded batch",
+    )
+
+
+def _remake(kind: type) -> Any:
+    made: Any = replacement(kind)
+    return made.__new__(made)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    answer: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output [B, T, H, V], and the weights [B, H, T, S] if asked for. It is looked up as other models do it."""
+    query, key = (each if each.dtype == value.dtype else each.to(value.dtype) for each in (query, key))
+    function = ALL_ATTENTION_FUNCTIONS[KEY]
+    dropout = dropout if module.training else 0.0
+    options = {"dropout": dropout, "scaling": scale, "position_bias": bias, "output_attentions": answer}
+    return cast(Any, function(module, query, key, value, mask, is_causal=True, **options))
+
+
+def _projected(module: Any, how: Whole, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, H, T, D], key and value [B, K, T, D]."""
+    B, T, _ = hidden.shape
+    heads = getattr(module, how.heads)
+    shared = getattr(module, how.shared) if how.shared else heads
+    parts = [getattr(module, name)(hidden) for name in how.inputs]
+    if how.limit is not None and (limit := getattr(module, how.limit)):
+        parts = [part.clamp(min=-limit, max=limit) for part in parts]
+    if how.grouped:
+        (fused,) = parts
+        fused = fused.view(B, T, shared, heads // shared + 2, -1)
+        query, key, value = fused[:, :, :, :-2].flatten(2, 3), fused[:, :, :, -2], fused[:, :, :, -1]
+    else:
+        parts = list(parts[0].chunk(3, dim=-1)) if len(parts) == 1 else parts
+        query, key, value = (part.unflatten(-1, (heads, -1)) for part in parts)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _unwrapped(mask: Any, masked_is_true: bool) -> tuple[Tensor | None, bool]:
+    """The mask as our attention takes it, and whether weights are asked for."""
+    if isinstance(mask, Asked):
+        return _unwrapped(mask.mask, masked_is_true)[0], True
+    if isinstance(mask, Carried):
+        return mask.content, False
+    if mask is None or isinstance(mask, DescribedMask):
+        return mask, False
+    if mask.ndim == 3:  # of a graph that is being traced
+        return mask[:, None], False
+    return ~mask if masked_is_true and mask.dtype == torch.bool else mask, False
+
+
+def _alibi(how: Whole, query: Tensor, key: Tensor, mask: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The bias [B or 1, H, 1, S] in float32."""
+    (B, H, _, D), S = query.shape, key.shape[2]
+    if how.slopes is not None:
+        seen = _seen(mask) if how.counts_padding else None
+        if seen is None:
+            positions = torch.arange(1 - S, 1, device=query.device)
+        else:
+            positions = (seen.cumsum(-1) - seen.sum(-1, keepdim=True))[:, None, None]
+        return torch.tensor(how.slopes(H), device=query.device)[None, :, None, None] * positions
+    if given is None or given.ndim == 4:  # then it is in the mask already, which a user gave
+        return None
+    row = given.view(B, H, 1, -1).float() / math.sqrt(D)
+    return F.pad(row, (0, S - row.shape[-1])) if row.shape[-1] < S else row  # room of a static cache, never seen
+
+
+def _seen(mask: Tensor | None) -> Tensor | None:
+    """The keys that the last query sees, [B or 1, S]; None: all."""
+    if mask is None:
+        return None
+    if isinstance(mask, DescribedMask):
+        T, S = mask.shape[-2:]
+        return mask.block(T - 1, T, 0, S)[:, 0, 0]  # type: ignore[index]
+    return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+
+
+def _windowed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of a layer whose queries see the last `window` keys only."""
+    T, S = query.shape[2], key.shape[2]
+    if window >= S:
+        return key, value, mask
+    if isinstance(mask, DescribedMask):
+        return key, value, mask.windowed(window)
+    if mask is not None:
+        return key, value, last_keys(mask, window) if mask.dtype == torch.bool else mask
+    if T == 1 and not isinstance(key, Stored):
+        return key[:, :, -window:], value[:, :, -window:], None
+    return key, value, _causal(T, S, query.device).windowed(window)
+
+
+def _causal(T: int, S: int, device: torch.device, padding: Tensor | None = None) -> DescribedMask:
+    """Queries from the first key on, or one query at the last key. `padding`: the keys that are seen, bool [B, S]."""
+    offset = S - T if T == 1 else 0
+
+    def build(start: int, stop: int, first: int, last: int) -> Tensor:
+        rows = torch.arange(start, stop, device=device)[:, None] + offset
+        seen = (torch.arange(first, last, device=device) <= rows)[None, None]
+        return seen if padding is None else seen & padding[:, None, None, first:last]
+
+    shape = (1 if padding is None else len(padding), 1, T, S)
+    if padding is None:
+        return DescribedMask(shape, device, build, offset=offset, causal=True)
+    runs = partial(contiguous_runs, padding)
+    return DescribedMask(shape, device, build, causal=True, runs=runs, square=True, padding=padding)
+
+
+def _additive(mask: Any, dtype: torch.dtype) -> Any:
+    """As eager code takes it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
