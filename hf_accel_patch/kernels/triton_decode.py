@@ -229,7 +229,8 @@ def _weights(logits, m, total):
 def _attend(
     q, k, v, key_codes, key_scales, value_codes, value_scales, mask, sinks, bias, stats, out,
     K, G, T, D, V, blocks, R, steps, scale, cap,
-    q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t, o_b, o_h, o_t,
+    q_b, q_h, q_t, k_b, k_k, k_r, v_b, v_k, v_r, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b, m_h, m_t,
+    o_b, o_h, o_t,
     KEY: tl.constexpr, VALUE: tl.constexpr, groups: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, DIGITS: tl.constexpr, DP: tl.constexpr,
     KC: tl.constexpr, KCS: tl.constexpr, VC: tl.constexpr, VCS: tl.constexpr,

@@ -1,9 +1,9 @@
 """The part that all keys of a layer have in common, held apart from what is quantized.
 
 A bias of the key projection adds a constant to every key before it is rotated to its position. In Qwen2.5 it is tens of
-times larger than the rest, which is what breaks other 4-bit caches there; and where it rotates fast, no scale of a block
-fits both. So the constant c is taken off before keys are packed, k - R(p) c at place p, and q R(p) c is added to their
-scores.
+times larger than the rest, which is what breaks other 4-bit caches there; and where it rotates fast, no scale of a
+block fits both. So the constant c is taken off before keys are packed, k - R(p) c at place p, and q R(p) c is added to
+their scores.
 """
 
 from __future__ import annotations

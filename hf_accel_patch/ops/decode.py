@@ -52,7 +52,7 @@ def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant)
 
 
 def pack_blocks(keys: Tensor, values: Tensor, bits: Bits) -> Packed:
-    """Quantize keys [B, K, 64 N, D] and values [B, K, 64 N, V]: `ops.kv.pack`, by the compiled kernel where it is there."""
+    """`ops.kv.pack` of keys [B, K, 64 N, D] and values [B, K, 64 N, V], by the compiled kernel if it is there."""
     kernels = cpu_decode.library() if cpu.readable(keys) and cpu.readable(values) else None
     if kernels is None or keys.dtype != values.dtype or keys.dtype not in cpu.DTYPES:
         return pack(keys, values, bits)

@@ -40,8 +40,8 @@ RENEWING = threading.Lock()
 @dataclass(frozen=True)
 class Speculative:
     """Draft tokens and verify them in one pass of the model. The tokens are those of plain decoding, sampled ones
-    too, as far as a pass over several tokens rounds as passes over one do: in bfloat16 a near tie can fall the other way.
-    With a quantized cache they are those of another, equally good rounding.
+    too, as far as a pass over several tokens rounds as passes over one do: in bfloat16 a near tie can fall the other
+    way. With a quantized cache they are those of another, equally good rounding.
 
     "ngram": drafts are what followed, in the prompt and the output, or in outputs of earlier calls (`history` bytes),
     the longest n-gram with which the text ends. How many tokens are drafted follows what passes cost on this machine
