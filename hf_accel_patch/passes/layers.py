@@ -81,6 +81,12 @@ class _InPlace(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         return self._append(key_states, value_states)
 
+    def reset(self) -> None:
+        """Forget everything; transformers before 5.23 would keep as many zeros."""
+        self._keys = self._values = None
+        self.is_initialized = False
+        super().reset()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams that stay where they are need no copy."""
         if self._keys is None or not all_stay(beam_idx, self._keys.buffer.shape[0]):
