@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Pass(Protocol):
@@ -104,6 +107,18 @@ def in_words(size_bytes: int) -> str:
         if size_bytes >= divisor:
             return f"{size_bytes / divisor:.2f} {unit}"
     return f"{size_bytes} B"
+
+
+def size_in_bytes(size: int | str) -> int:
+    """2147483648 or "2GiB" as bytes. Raises ValueError."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", size)
+        if found is None or found[2].upper() not in UNITS:
+            raise ValueError(f"a size of {size!r}; give a number of bytes, or a text such as '2GiB' or '500MB'")
+        size = int(float(found[1]) * UNITS[found[2].upper()])
+    if size <= 0:
+        raise ValueError(f"a size of {size} bytes; give a positive one")
+    return size
 
 
 def _output(row: dict[str, Any]) -> str:

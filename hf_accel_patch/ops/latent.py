@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.ops.attention import Mask, Variant, attend
 from hf_accel_patch.ops.decode import MOST_TOKENS, PART_TOKENS, Part, attend_cached, attend_parts
+from hf_accel_patch.ops.lazy import Lazy
 from hf_accel_patch.ops.stored import Stored
 
 ADVANTAGE = 2  # of expanding, for it is one large product: this many operations take the time of one
@@ -66,13 +66,10 @@ class Latents:
             yield first, last, keys, keys[..., : latent.shape[-1]]
 
 
-class Latent(Tensor):
-    """The keys [B, H, S, N + P] or the values [B, H, S, V] of some `Latents`, without memory of their own.
+class Latent(Lazy):
+    """The keys [B, H, S, N + P] or the values [B, H, S, V] of some `Latents`, which attention reads instead."""
 
-    Any operation on them expands all of them first, so code that computes with them stays right; the package's
-    attention reads `latents` instead.
-    """
-
+    fixed = "keys and values of latents cannot be changed in place"
     latents: Latents
     part: int  # 0 keys, 1 values
 
@@ -87,20 +84,10 @@ class Latent(Tensor):
 
     def dense(self) -> Tensor:
         """As the model's own method gives it."""
-        return self.latents.expanded[self.part]
+        return self.latents.expanded[self.part].contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Latent(shape={tuple(self.shape)}, part={self.part})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise RuntimeError(f"{func}: keys and values of latents cannot be changed in place")
-        dense = lambda latent: latent.dense().contiguous()  # noqa: E731  (as the tensor says that it is)
-        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
 
 
 def attend_latents(query: Tensor, latents: Latents, mask: Mask, variant: Variant) -> Tensor:

@@ -8,16 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-DETACH = torch.ops.aten.detach.default  # what checkpointing does to all that it is given
+from hf_accel_patch.ops.lazy import Lazy
+
 Build = Callable[[int, int, int, int], Tensor]
 
 
-class DescribedMask(Tensor):
-    """A bool mask [B, 1, T, S] that takes no memory. Shape, dtype and device are those of the dense mask; any operation
-    on it builds the dense one first, so code that works on masks stays right, and code that only passes them on is
-    spared them. The package's attention asks for the blocks that it needs.
+class DescribedMask(Lazy):
+    """A bool mask [B, 1, T, S] that takes no memory. The package's attention asks for the blocks that it needs.
 
     `build(start, stop, first, last)` gives the dense block of these queries and keys. `window`: the keys that a query
     sees end with its own and are at most this many (None: it sees all earlier ones); `causal` says whether this may be
@@ -87,14 +85,8 @@ class DescribedMask(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DescribedMask(shape={tuple(self.shape)}, window={self.window})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DETACH:
-            return copy.copy(args[0])
-        dense = lambda mask: mask.dense()  # noqa: E731
-        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
+    def detached(self) -> DescribedMask:
+        return copy.copy(self)
 
     def __copy__(self) -> DescribedMask:
         shape = cast(tuple[int, int, int, int], tuple(self.shape))
@@ -103,10 +95,10 @@ class DescribedMask(Tensor):
         return other
 
 
-class Carried(Tensor):
+class Carried(Lazy):
     """A mask for code that wants a tensor and only passes it on: `content` is what our attention is to get, a mask or
     None, plain causal attention. It reads as a bool [B, T, S], which such code does not take for one of [B, 1, T, S]
-    that it has to add something to. Any operation on it builds the dense one."""
+    that it has to add something to."""
 
     content: Tensor | None
 
@@ -126,14 +118,8 @@ class Carried(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Carried({self.content!r})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DETACH:
-            return Carried(args[0].content, tuple(args[0].shape), args[0].device)
-        dense = lambda mask: mask.dense()  # noqa: E731
-        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
+    def detached(self) -> Carried:
+        return Carried(self.content, cast(tuple[int, int, int], tuple(self.shape)), self.device)
 
 
 def last_keys(mask: Tensor, window: int) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.ops.constant import Constant
 from hf_accel_patch.ops.kv import BLOCK, Bits, Packed, unpack_keys, unpack_values
+from hf_accel_patch.ops.lazy import Lazy
 
 UNPACK_BLOCKS = 16  # blocks that are unpacked at a time: 1024 tokens
 
@@ -66,13 +66,10 @@ class Content:
         return torch.cat((self.unpacked(part, 0, self.blocks)[:, :, self.skip :], latest), dim=2)
 
 
-class Stored(Tensor):
-    """The keys [B, K, S, D] or the values [B, K, S, V] of a `Content`, without memory of their own.
+class Stored(Lazy):
+    """The keys [B, K, S, D] or the values [B, K, S, V] of a `Content`, which attention reads instead."""
 
-    Any operation on them unpacks all of them first, so code that computes with a cache stays right; the package's
-    attention reads `content` instead.
-    """
-
+    fixed = "what a quantized cache holds cannot be changed in place"
     content: Content
     part: int  # 0 keys, 1 values
 
@@ -90,13 +87,3 @@ class Stored(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Stored(shape={tuple(self.shape)}, bits={self.content.bits})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise RuntimeError(f"{func}: what a quantized cache holds cannot be changed in place")
-        dense = lambda stored: stored.dense()  # noqa: E731
-        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))

@@ -26,10 +26,10 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
 from hf_accel_patch.passes.layers import IN_PLACE
-from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache, size_in_bytes
+from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
 from hf_accel_patch.passes.quantized_layers import QUANTIZED
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
-from hf_accel_patch.plan import Skip, Step
+from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
 Kind = Literal["exact", "int8", "int4", "sinks"]
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}

@@ -107,13 +107,13 @@ class InPlaceLayer(_InPlace):
     """Full attention."""
 
 
-class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
-    """Sliding windows and chunks: what has left the window makes room for what comes."""
-
-    _slack, _least = WINDOW_SLACK, WINDOW_LEAST
+class Windowed(DynamicSlidingWindowLayer):
+    """What a layer with a window knows beside its tokens: how many it has seen. To be put before the class that
+    keeps the tokens, whose `state` it completes."""
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"seen": torch.tensor(self.cumulative_length)}
+        state: dict[str, Tensor] = super().state()
+        return state | {"seen": torch.tensor(self.cumulative_length)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
@@ -124,6 +124,12 @@ class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
+
+
+class InPlaceSlidingWindowLayer(Windowed, _InPlace, DynamicSlidingWindowLayer):
+    """Sliding windows and chunks: what has left the window makes room for what comes."""
+
+    _slack, _least = WINDOW_SLACK, WINDOW_LEAST
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

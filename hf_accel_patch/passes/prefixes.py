@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 import threading
 import uuid
@@ -28,9 +27,9 @@ from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, dtype_of
+from hf_accel_patch.plan import size_in_bytes
 
 logger = logging.get_logger(__name__)
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
 OWNER = "model.json"  # in the folder: which model its prefixes are of
 FILES = f"prefix-{'?' * 32}.safetensors"  # in the folder, where others may keep weights in such files
@@ -313,18 +312,6 @@ class PrefillWithPrefixes:
         if len(input_ids) == 1 and known < len(tokens) - read:
             self.prefixes.keep(tokens, outputs.past_key_values, made_by)
         return outputs
-
-
-def size_in_bytes(size: int | str) -> int:
-    """2147483648 or "2GiB" as bytes. Raises ValueError."""
-    if isinstance(size, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", size)
-        if found is None or found[2].upper() not in UNITS:
-            raise ValueError(f"a size of {size!r}; give a number of bytes, or a text such as '2GiB' or '500MB'")
-        size = int(float(found[1]) * UNITS[found[2].upper()])
-    if size <= 0:
-        raise ValueError(f"a size of {size} bytes; give a positive one")
-    return size
 
 
 def _weights(model: PreTrainedModel) -> str:

@@ -15,7 +15,7 @@ from hf_accel_patch.ops.decode import pack_blocks
 from hf_accel_patch.ops.growing import Growing
 from hf_accel_patch.ops.kv import BLOCK, Bits, Packed
 from hf_accel_patch.ops.stored import Content, Stored
-from hf_accel_patch.passes.layers import all_stay
+from hf_accel_patch.passes.layers import Windowed, all_stay
 
 PACK_BLOCKS = 16  # packed at a time: more would hold more of a prompt in float32
 SLACK = 1 / 64  # of the packed blocks: what is empty counts, and a block is copied 64 times for 64 tokens
@@ -240,21 +240,8 @@ class QuantizedLayer(DynamicLayer):
         self._first = 0
 
 
-class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):
+class QuantizedSlidingWindowLayer(Windowed, QuantizedLayer, DynamicSlidingWindowLayer):
     """Blocks that have left the window are dropped; tokens of the first block that have left it are not seen."""
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"seen": torch.tensor(self.cumulative_length)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        super().restore(state)
-        self.cumulative_length = int(state["seen"])
-
-    def whole(self) -> bool:
-        return self.cumulative_length < self.sliding_window
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._latest is not None and not self.record_past:

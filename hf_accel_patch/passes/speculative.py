@@ -22,9 +22,8 @@ from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.drafting import Drafter, Tally, decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
-from hf_accel_patch.passes.prefixes import size_in_bytes
 from hf_accel_patch.passes.streaming import PrefillInChunks
-from hf_accel_patch.plan import Skip, Step
+from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
 logger = logging.get_logger(__name__)
 Method = Literal["ngram", "self", "model"]

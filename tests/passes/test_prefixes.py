@@ -20,7 +20,8 @@ from transformers.generation import GenerationMixin
 
 import hf_accel_patch
 from hf_accel_patch import KVCache, PrefixCache, Quantize, UnsupportedModel, patch, unpatch
-from hf_accel_patch.passes.prefixes import LEAST_TOKENS, size_in_bytes
+from hf_accel_patch.passes.prefixes import LEAST_TOKENS
+from hf_accel_patch.plan import size_in_bytes
 
 MODEL = Path(hf_accel_patch.__file__).parent / "models" / "code-llama-8m"
 WITHOUT_MASKS = "_mask_length" in inspect.getsource(GenerationMixin.generate)  # transformers that drop masks of ones
