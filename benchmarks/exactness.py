@@ -1,6 +1,6 @@
 """Where stock's hand-written attention is wrong, by how much, and how far the patched model is from what is right.
 
-    PYTHONPATH=tests python benchmarks/exactness.py
+    PYTHONPATH=.:tests python benchmarks/exactness.py  # rows to benchmarks/results/exactness.jsonl
 
 Differences are the largest ones of logits, in standard deviations of the right ones. Tiny random models on a CPU.
 """
@@ -17,6 +17,7 @@ from cases import build, greedy, logits, prompt, relative_error
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
 
+from benchmarks.decode import RESULTS, record, start
 from hf_accel_patch import patch
 
 ALIBI = {"alibi": True, "multi_query": False, "num_kv_heads": 4}
@@ -55,7 +56,13 @@ def batched(model: PreTrainedModel) -> str:
 
 
 def main() -> None:
-    ids = prompt(50)
+    ids, run = prompt(50), start("cpu")
+
+    def show(name: str, stock: str, patched: str) -> None:
+        row = {"part": "exactness", "what": name, "stock": stock, "patched": patched}
+        record(run, [row], RESULTS / "exactness.jsonl")
+        print(f"| {name} | {stock} | {patched} |", flush=True)
+
     rows: list[tuple[str, Callable[[PreTrainedModel], object], tuple[PreTrainedModel, ...]]] = []
     long = logits(build("mpt"), prompt(200))
     rows.append(
@@ -79,7 +86,7 @@ def main() -> None:
     for name in ("gptj", "bloom", "falcon"):
         rows.append((f"{name}, generate_batch", batched, pair(name)))
     for name, measure, models in rows:
-        print(f"| {name} | {' | '.join(tried(measure, model) for model in models)} |", flush=True)
+        show(name, *(tried(measure, model) for model in models))
     for tokens in (1024, 4096):
         stock = build("bloom")
         half = copy.deepcopy(stock).to(torch.bfloat16)
@@ -87,15 +94,15 @@ def main() -> None:
         errors = [
             relative_error(logits(m, prompt(tokens))[:, -256:], right) for m in (half, patch(copy.deepcopy(half)))
         ]
-        print(f"| bloom in bfloat16, the last 256 of {tokens} tokens | {errors[0]:.2f} | {errors[1]:.2f} |", flush=True)
+        show(f"bloom in bfloat16, the last 256 of {tokens} tokens", *(f"{error:.2f}" for error in errors))
     seconds = []
     for model in pair("mpt", max_seq_len=1024):
         start = time.perf_counter()
         greedy(model, prompt(256), 128)
         seconds.append(time.perf_counter() - start)
-    print(f"| mpt, generate 128 tokens after 256, seconds | {seconds[0]:.1f} | {seconds[1]:.1f} |")
+    show("mpt, generate 128 tokens after 256, seconds", *(f"{each:.1f}" for each in seconds))
     sizes = [m(ids, use_cache=True).past_key_values.layers[0].keys.numel() * 4 for m in pair("falcon", **NEW)]
-    print(f"| falcon, new decoder, 4 heads, 1 of them cached: bytes of keys of 50 tokens | {sizes[0]} | {sizes[1]} |")
+    show("falcon, new decoder, 4 heads, 1 of them cached: bytes of keys of 50 tokens", *map(str, sizes))
 
 
 if __name__ == "__main__":
