@@ -97,9 +97,9 @@ def main() -> None:
         show(f"bloom in bfloat16, the last 256 of {tokens} tokens", *(f"{error:.2f}" for error in errors))
     seconds = []
     for model in pair("mpt", max_seq_len=1024):
-        start = time.perf_counter()
+        began = time.perf_counter()
         greedy(model, prompt(256), 128)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - began)
     show("mpt, generate 128 tokens after 256, seconds", *(f"{each:.1f}" for each in seconds))
     sizes = [m(ids, use_cache=True).past_key_values.layers[0].keys.numel() * 4 for m in pair("falcon", **NEW)]
     show("falcon, new decoder, 4 heads, 1 of them cached: bytes of keys of 50 tokens", *map(str, sizes))
