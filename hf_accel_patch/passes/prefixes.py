@@ -5,34 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, dtype_of
+from hf_accel_patch.passes.prefix_folder import Entry, PrefixFolder, remove, touch
+from hf_accel_patch.passes.prefix_folder import read as read_file
 from hf_accel_patch.plan import size_in_bytes
 
 logger = logging.get_logger(__name__)
 LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
-OWNER = "model.json"  # in the folder: which model its prefixes are of
-FILES = f"prefix-{'?' * 32}.safetensors"  # in the folder, where others may keep weights in such files
 ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT: which of them are on
 SAMPLE = 16  # numbers of each weight that identify a model
 PLAIN = frozenset(  # arguments of a forward under which a prompt is nothing but its tokens
@@ -40,19 +35,6 @@ PLAIN = frozenset(  # arguments of a forward under which a prompt is nothing but
 )
 
 Key = tuple[str, bytes]  # what made it, the tokens
-State = list[dict[str, Tensor]]  # what each layer of a cache holds
-
-
-@dataclass
-class Entry:
-    """The cache of one prompt."""
-
-    tokens: Tensor  # int64 [T], on the CPU
-    state: State | None  # None: on the disk only
-    croppable: bool  # whether a shorter beginning can be used, too
-    bytes: int
-    made_by: str  # weights and options
-    path: Path | None = None
 
 
 class PrefixCache:
@@ -69,6 +51,7 @@ class PrefixCache:
     def __init__(self, limit: int | str, folder: str | os.PathLike[str] | None = None, tokenizer: Any = None) -> None:
         self.limit = size_in_bytes(limit)
         self.folder = None if folder is None else Path(folder)
+        self._disk = None if self.folder is None else PrefixFolder(self.folder)
         self.tokenizer = "" if tokenizer is None else _digest(sorted(tokenizer.get_vocab().items()))
         self.hits = self.misses = self.reused_tokens = 0
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
@@ -94,39 +77,20 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget all of them, those in the folder too."""
         with self._lock:
-            for path in self._files():
-                _remove(path)
+            for path in self._disk.files() if self._disk else ():
+                remove(path)
             self._entries.clear()
 
     def check(self, view: View) -> None:
         """Raise UnsupportedModel if the folder belongs to another model or tokenizer."""
-        if self.folder is None:
-            return
-        mine = self._owner_facts = self._owner(view)  # before other passes change the weights
-        if not (self.folder / OWNER).exists():
-            return
-        try:
-            owner = dict(json.loads((self.folder / OWNER).read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{self.folder / OWNER} does not say of which model its prefixes are: {error}",
-                "give PrefixCache a folder of its own",
-            ) from error
-        for key in ("model", "tokenizer"):
-            if owner.get(key, "") != mine[key] and (mine[key] or key != "tokenizer"):
-                raise UnsupportedModel(
-                    f"the prefixes in {self.folder} are of another {key} ({owner.get('name') or 'without a name'})",
-                    "give PrefixCache a folder for each model, or delete this one",
-                )
+        if self._disk is not None:
+            self._owner_facts = self._owner(view)  # before other passes change the weights
+            self._disk.check(self._owner_facts)
 
     def open(self, view: View) -> None:
-        """Take possession of the folder, and learn which prefixes it has."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / OWNER).exists():
-            facts = self._owner_facts or self._owner(view)
-            _write(self.folder / OWNER, lambda path: path.write_text(json.dumps(facts, indent=1)))
+        """Take possession of the folder."""
+        if self._disk is not None:
+            self._disk.claim(self._owner_facts or self._owner(view))
 
     def restore(self, tokens: Tensor, cache: DynamicCache, device: torch.device, made_by: str, read: int = 1) -> int:
         """Fill an empty cache on `device` with the longest known beginning of `tokens` [T] that `made_by` has, all but
@@ -141,14 +105,12 @@ class PrefixCache:
                     return 0
                 entry = self._entries[key]
                 if entry.state is None:
-                    entry.state = self._read(entry)
+                    entry.state = read_file(entry)
                 if entry.state is not None:
                     break
                 del self._entries[key]  # gone from the disk
             self._entries.move_to_end(key)
-            if entry.path is not None:
-                with suppress(OSError):
-                    os.utime(entry.path)
+            touch(entry.path)
             for layer, state in zip(cache.layers, entry.state, strict=True):
                 layer.restore({name: tensor.to(device) for name, tensor in state.items()})
             if length < len(entry.tokens):
@@ -173,8 +135,8 @@ class PrefixCache:
                 for other in [k for k, e in self._entries.items() if e.croppable and _extends(key, k)]:
                     self._forget(other)
             self._entries[key] = entry
-            if self.folder is not None and " " not in made_by:
-                self._save(entry)
+            if self._disk is not None and " " not in made_by:
+                self._disk.save(entry)
             self._shrink()
 
     def follow(self, model: PreTrainedModel, kind: str) -> str:
@@ -191,10 +153,8 @@ class PrefixCache:
             if new in {taken.split()[0] for _, taken in self._models.values()}:
                 new += f" {uuid.uuid4().hex}"  # numbers that the digest has not seen may differ
             self._models[model] = (now, new)
-            for path in self._files() if " " not in new else ():
-                entry = self._index(path, new)
-                if entry is not None:
-                    self._entries.setdefault((new, entry.tokens.numpy().tobytes()), entry)
+            for entry in self._disk.found(new) if self._disk and " " not in new else ():
+                self._entries.setdefault((new, entry.tokens.numpy().tobytes()), entry)
             return new
 
     def _common(self, entry: Entry, tokens: Tensor, read: int) -> int:
@@ -213,63 +173,16 @@ class PrefixCache:
                 del self._entries[key]
             else:
                 entry.state = None
-        files = [(path, _size(path)) for path in self._files()]
-        used = sum(size for _, size in files)
-        for path, size in files:
-            if used <= self.limit:
-                break
-            used -= size
-            _remove(path)
-
-    def _files(self) -> list[Path]:
-        """Of ours, the least recently used first. Other processes may take any of them away."""
-        return sorted(self.folder.glob(FILES), key=_age) if self.folder else []
+        if self._disk is not None:
+            self._disk.shrink(self.limit)
 
     def _forget(self, key: Key) -> None:
-        entry = self._entries.pop(key)
-        if entry.path is not None:
-            _remove(entry.path)
+        remove(self._entries.pop(key).path)
 
     def _owner(self, view: View) -> dict[str, str]:
         config = {k: v for k, v in view.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
         model = _digest((config, str(dtype_of(view.model)), _weights(view.model)))
         return {"model": model, "tokenizer": self.tokenizer, "name": view.model.name_or_path or view.subject}
-
-    def _save(self, entry: Entry) -> None:
-        assert self.folder is not None and entry.state is not None
-        tensors = {f"{i}.{name}": t.contiguous() for i, each in enumerate(entry.state) for name, t in each.items()}
-        facts = {"made_by": entry.made_by, "croppable": str(entry.croppable), "layers": str(len(entry.state))}
-        name = hashlib.sha256(entry.tokens.numpy().tobytes() + entry.made_by.encode()).hexdigest()[:32]
-        path = self.folder / f"prefix-{name}.safetensors"
-        try:
-            _write(path, lambda path: save_file({**tensors, "tokens": entry.tokens}, path, facts))
-            entry.path = path
-        except (OSError, SafetensorError) as error:  # a full disk is no reason to stop
-            logger.warning_once(f"prefixes are kept in memory only: {error}")
-
-    def _index(self, path: Path, made_by: str) -> Entry | None:
-        """What a file holds, without reading it; None if it is of other weights, or is none of ours."""
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("made_by") != made_by:
-                    return None
-                croppable, size = facts["croppable"] == "True", path.stat().st_size
-                return Entry(file.get_tensor("tokens"), None, croppable, size, made_by, path)
-        except (OSError, SafetensorError, KeyError):
-            return None
-
-    def _read(self, entry: Entry) -> State | None:
-        try:
-            with safe_open(entry.path, "pt") as file:
-                state: State = [{} for _ in range(int((file.metadata() or {})["layers"]))]
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    layer, _, what = name.partition(".")
-                    if what:
-                        state[int(layer)][what] = file.get_tensor(name)
-                return state
-        except (OSError, SafetensorError, KeyError, ValueError, IndexError):
-            return None
 
 
 @dataclass(frozen=True)
@@ -351,30 +264,3 @@ def _extends(longer: Key, shorter: Key) -> bool:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _age(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _write(path: Path, write: Any) -> None:
-    """Under another name first: others may read the folder."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        write(whole)
-        os.replace(whole, path)
