@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -56,6 +57,9 @@ CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
 # Where a configuration says how many query heads and how many key/value heads there are
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+# The source of a class is found by parsing its file, and CPython's parser is not safe in several threads
+PARSING = threading.Lock()
 
 # In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
 LATENTS = re.compile(r", k_(rot|pe) = \w*past_key_values\.update\(")
@@ -207,7 +211,7 @@ def takes_cache(kind: type) -> bool:
 def cache_rows(view: View) -> list[CacheRow]:
     """The layers that cache keys and values, by the configuration."""
     config = view.config
-    latent = any(LATENTS.search(_source(type(module))) for _, module in view.attention_modules())
+    latent = any(caches_latents(type(module)) for _, module in view.attention_modules())  # type: ignore[arg-type]
     layers, each_own = DynamicCache(config=config).layers, getattr(config, "per_layer_config", None)
     configs = each_own if isinstance(each_own, Sequence) else [config] * len(layers)  # sizes may differ by layer
     return [
@@ -273,9 +277,16 @@ def unknown_arguments(kind: type) -> tuple[str, ...]:
     return tuple(sorted(set(inspect.signature(eager).parameters) - ATTENTION_ARGUMENTS)) if eager else ()
 
 
+@cache
+def caches_latents(kind: type) -> bool:
+    """Whether this attention class caches a latent and the rotated part of its keys."""
+    return bool(LATENTS.search(_source(kind)))
+
+
 def _source(thing: Any) -> str:
     try:
-        return inspect.getsource(thing)
+        with PARSING:
+            return inspect.getsource(thing)
     except (OSError, TypeError):
         return ""
 
