@@ -7,6 +7,7 @@ import os
 for _name in [name for name in os.environ if name.startswith("HF_ACCEL")]:
     del os.environ[_name]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for others, of which some run elsewhere, sleep
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hf_accel_patch import HfAccelError, demo
+from hf_accel_patch.cli import main
 from hf_accel_patch.demo import BUNDLED, Settings
 from hf_accel_patch.shapes import SHAPES, empty_model
 from hf_accel_patch.texts import CALIBRATION, HELD_OUT, calibration_texts, held_out_text, source_files
@@ -65,12 +66,21 @@ def test_plan_of_a_path():
     ],
     ids=lambda value: " ".join(value).replace(str(BUNDLED), "BUNDLED") if isinstance(value, tuple) else "",
 )
-def test_bad_arguments_are_one_line_and_exit_code_2(arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, words, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert words in said.err
+    assert len(said.err.splitlines()) == 1, said.err
+
+
+def test_the_command_answers_with_the_exit_code():
+    done = command("plan", "/no/such/model")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
 
 
 def test_a_shape_that_memory_does_not_hold_is_refused_before_it_is_built(monkeypatch):

@@ -55,6 +55,9 @@ ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "l
 CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
 
 # Where a configuration says how many query heads and how many key/value heads there are
+# Model types that widen masks and positions for images, so they take none that are made for each token
+WIDENS_MASKS = frozenset({"git"})
+
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
 

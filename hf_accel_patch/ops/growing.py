@@ -69,6 +69,18 @@ class Growing:
         self.stop += added
         return self.view()
 
+    def write(self, new: Tensor, places: Tensor, stop: int) -> Tensor:
+        """The entries up to `stop`, with `new` [B, K, m, ...] at `places` [B, m] of each sequence. Entries that were
+        never written are zero."""
+        more = max(0, stop - len(self))
+        if self.stop + more > self.buffer.shape[2] or self._read_only():
+            self._make_room(more)
+        self.buffer.narrow(2, self.stop, more).zero_()
+        self.stop = self.start + stop
+        rows = torch.arange(len(new), device=new.device)[:, None]
+        self.view()[rows, :, places] = new.transpose(1, 2)
+        return self.view()
+
     def writable(self) -> Tensor:
         """The content, to be changed in place."""
         if self._read_only():

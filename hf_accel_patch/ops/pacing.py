@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A draft that is to be had for one sequence: how it was found, how often such tokens are right before that is
+    known, at most how many tokens there are, and what a token of this sequence counts."""
+
+    kind: int
+    prior: float
+    most: int
+    weight: float = 1.0
 
 
 @dataclass
@@ -22,24 +34,30 @@ class Pace:
     skipped: dict[int, int] = field(default_factory=dict)
     hopeless: set[int] = field(default_factory=set)  # kinds that would not pay if they were always right
 
-    def choose(self, kind: int, prior: float, most: int, draft_cost: float = 0.0) -> int:
-        """How many of at most `most` tokens to draft, for `draft_cost` seconds each, and verify; 0 where a plain pass
-        is the better choice."""
-        chance = self.chances.get(kind, prior)
-        plain = self.cost(1)
-        if plain is None:
+    def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
+        """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
+        verify; 0 where a plain pass is the better choice."""
+        plain, most = self.cost(1), max(guess.most for guess in guesses)
+        if plain is None or not most:
             return 0
-        best, choice, right = GAIN / plain, 0, 0.0
+        chances = [self.chances.get(guess.kind, guess.prior) for guess in guesses]
+        weights = sum(guess.weight for guess in guesses)
+        best, choice, right = GAIN * weights / plain, 0, 0.0
         for width in WIDTHS:
             if width > most:
                 break
             cost = self.cost(1 + width)
             if cost is None:  # the first time
                 return min(most, 4)
-            rate = expected(chance, width) / (cost + width * draft_cost)
-            right = max(right, expected(1, width) / (cost + width * draft_cost))
-            if rate > best:
-                best, choice = rate, width
+            cost += width * draft_cost
+            tokens = certain = 0.0
+            for guess, chance in zip(guesses, chances, strict=True):
+                tokens += guess.weight * expected(chance, min(width, guess.most))
+                certain += guess.weight * expected(1, min(width, guess.most))
+            right = max(right, certain / cost)
+            if tokens / cost > best:
+                best, choice = tokens / cost, width
+        kind = max(zip(chances, guesses, strict=True), key=lambda pair: (pair[1].most > 0, pair[0]))[1].kind
         if choice:
             self.skipped[kind] = 0
             self.hopeless.discard(kind)
@@ -47,7 +65,7 @@ class Pace:
         (self.hopeless.discard if right > best else self.hopeless.add)(kind)
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
         wait = self.waits.setdefault(kind, LEAST_WAIT)
-        if most and self.skipped[kind] >= wait:
+        if self.skipped[kind] >= wait:
             self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
             return 1
         return 0

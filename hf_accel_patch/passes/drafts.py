@@ -16,9 +16,9 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
 from hf_accel_patch.ops.modules import QuantizedLinear, Spec, Specs
 from hf_accel_patch.ops.ngrams import LENGTHS, History, NGrams
-from hf_accel_patch.ops.pacing import Pace
+from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.ops.packing import block_on, pack
-from hf_accel_patch.passes.drafting import DecodingState, Draft
+from hf_accel_patch.passes.choosing import DecodingState, Draft
 from hf_accel_patch.passes.quantize import Quantize
 
 FIRST = 8  # tokens that are drafted with the prompt
@@ -58,7 +58,7 @@ class NGramDrafter:
         if length < self.least:
             return None
         kind, prior = _kind(length, len(live)), PRIORS[length]
-        width = pace.choose(kind, prior, min(len(tokens) for tokens, _ in live))
+        width = pace.choose([Guess(kind, prior, min(len(tokens) for tokens, _ in live))])
         if not width:
             return None
         rows = zip(self.texts, found, strict=True)
@@ -70,8 +70,12 @@ class NGramDrafter:
             for text in self.texts:
                 self.history.add(text)
 
-    def _look_up(self, text: NGrams, most: int) -> tuple[list[int], int]:
-        most, end = min(most, self.most), text.tokens[-LENGTHS[0] :]
+    def of_row(self, row: int, ahead: list[int], most: int) -> tuple[list[int], Guess]:
+        tokens, length = self._look_up(self.texts[row], most, ahead)
+        return tokens, Guess(_kind(length, 1), PRIORS.get(length, 0.0), len(tokens))
+
+    def _look_up(self, text: NGrams, most: int, ahead: Sequence[int] = ()) -> tuple[list[int], int]:
+        most, end = min(most, self.most), [*text.tokens[-LENGTHS[0] :], *ahead][-LENGTHS[0] :]
         found = text.draft(end, most)
         if self.history is not None and found[1] < LENGTHS[0]:
             other = self.history.draft(end, most, found[1])
@@ -93,7 +97,7 @@ class ModelDrafter(NGramDrafter):
         if found is not None:
             return found
         most = min(most, self.most, MODEL_MOST)
-        width = pace.choose(MODEL_KIND, MODEL_PRIOR, most, pace.draft_cost)
+        width = pace.choose([Guess(MODEL_KIND, MODEL_PRIOR, most)], pace.draft_cost)
         if not width:
             return None
         started = time.perf_counter()

@@ -7,6 +7,7 @@ cache, and whatever it was told, stays as it is.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,8 +104,24 @@ class _InPlace(DynamicLayer):
         return self._keys.append(keys), self._values.append(values)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where each sequence of a batch goes on, for one pass: entries [B, T], and the number of entries with them."""
+
+    entries: Tensor
+    stop: int
+
+
 class InPlaceLayer(_InPlace):
     """Full attention."""
+
+    apart: Places | None = None  # while the sequences of a batch go on at their own pace
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.apart is None or self._keys is None or self._values is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        entries, stop = self.apart.entries, self.apart.stop
+        return self._keys.write(key_states, entries, stop), self._values.write(value_states, entries, stop)
 
 
 class Windowed(DynamicSlidingWindowLayer):

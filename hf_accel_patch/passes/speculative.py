@@ -16,11 +16,13 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View, find_model, layer_list, weight_bytes
+from hf_accel_patch.families import WIDENS_MASKS, View, find_model, first_cached_module, layer_list, weight_bytes
+from hf_accel_patch.families.handwritten import handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.drafting import Drafter, Tally, decode
+from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
+from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
@@ -88,12 +90,12 @@ class Speculative:
             raise UnsupportedModel(f"speculative={self.method!r}: {reason}", "leave the keyword out")
         size = view.weight_bytes()
         facts = {"exact": True, "bytes_before": size, "bytes_after": size, "method": self.method}
-        return Step(self, facts, (view,), of_weights=False)
+        return Step(self, facts, (view, _takes_places(view)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        (view,) = step.work
+        view, apart = step.work
         history = History(size_in_bytes(self.history)) if self.history else None
-        speculating = Speculating(self, history)
+        speculating = Speculating(self, history, apart)
         if self.method == "self":
             speculating.renew(view.model)
         journal.set_attribute(view.model, SPECULATING, speculating)
@@ -112,6 +114,8 @@ class Speculative:
             return "it is an encoder-decoder"
         if getattr(view.model, "_is_stateful", False) or not view.model._supports_default_dynamic_cache():
             return "it has a recurrent state, which cannot be taken back"
+        if first_cached_module(view) is None:
+            return "no layer of it takes a cache"
         layers = DynamicCache(config=view.config).layers
         if self.draft is not None and (reason := _why_no_draft(find_model(self.draft), view)):
             return reason
@@ -126,6 +130,13 @@ class Speculative:
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
             return f"its cache cannot be taken back: {', '.join(sorted(other))}"
         return ""
+
+
+def _takes_places(view: View) -> bool:
+    """Whether a forward can be told where each token stands and what it sees: positions, and a mask [B, 1, T, S]."""
+    parameters = inspect.signature(type(view.model).forward).parameters
+    takes = {"position_ids", "attention_mask"} <= parameters.keys() and view.config.model_type not in WIDENS_MASKS
+    return takes and not handwritten_modules(view)
 
 
 def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
@@ -151,6 +162,7 @@ class Speculating:
 
     options: Speculative
     history: History | None = None
+    apart: bool = True  # whether the sequences of a batch may go on at their own pace
     tally: Tally = field(default_factory=Tally)
     paces: dict[int, Pace] = field(default_factory=dict)  # by the sequences of a batch
     warned: set[str] = field(default_factory=set)
@@ -181,7 +193,8 @@ class Speculating:
         elif any(getattr(config, "stop_strings", None) for config in configs):
             self.fall_back(model, "stop_strings are in the generation config")
             return generate(model, *args, **kwargs)
-        return generate(model, *args, custom_generate=_Loop(self, given.get("streamer")), **kwargs)
+        loop = _Loop(self, given.get("streamer"), handed=given.get("past_key_values") is not None)
+        return generate(model, *args, custom_generate=loop, **kwargs)
 
     def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
         """Why this call runs as before."""
@@ -233,7 +246,7 @@ class Speculating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
         """A copy of the model makes its own copy."""
-        return Speculating(self.options, self.history)
+        return Speculating(self.options, self.history, self.apart)
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,7 @@ class _Loop:
 
     speculating: Speculating
     streamer: Any
+    handed: bool  # whether the caller has the cache
 
     def __call__(
         self,
@@ -256,10 +270,10 @@ class _Loop:
         reason = ours.why_not(model, generation_config, cache)
         if not reason and not generation_config.is_assistant:
             pace = ours.paces.setdefault(len(input_ids), Pace())
-            return decode(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, model_kwargs,
-                ours.drafter(model), pace, ours.tally,
-            )  # fmt: skip
+            chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, self.streamer)
+            what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally
+            apart = ours.apart and ours.options.method == "ngram" and not self.handed  # a model drafts for all
+            return decode(*what, apart=apart)
         if reason:
             ours.fall_back(model, reason)
         mode = GenerationMode(generation_config.get_generation_mode())

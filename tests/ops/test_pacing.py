@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_accel_patch.ops.pacing import GAIN, LEAST_WAIT, MOST_WAIT, WIDTHS, Pace, expected
+from hf_accel_patch.ops.pacing import GAIN, LEAST_WAIT, MOST_WAIT, WIDTHS, Guess, Pace, expected
 
 KIND, PRIOR = 64, 0.7
 
@@ -22,7 +22,7 @@ def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, n
     tokens = spent = 0.0
     widths = []
     for _ in range(passes):
-        width = pace.choose(KIND, PRIOR, most, draft_cost)
+        width = pace.choose([Guess(KIND, PRIOR, most)], draft_cost)
         widths.append(width)
         took = seconds(1 + width, slope) * (1 + noise * draw.random())
         accepted = 0
@@ -90,14 +90,14 @@ def test_a_draft_that_costs_as_much_as_it_saves_is_not_made():
 @pytest.mark.parametrize("most", [0, 1, 2, 7])
 def test_no_more_than_asked_for(most):
     pace = Pace()
-    assert pace.choose(KIND, PRIOR, most) == 0, "the cost of a plain pass is not known yet"
+    assert pace.choose([Guess(KIND, PRIOR, most)]) == 0, "the cost of a plain pass is not known yet"
     for _ in range(300):
-        width = pace.choose(KIND, 0.99, most)
+        width = pace.choose([Guess(KIND, 0.99, most)])
         assert 0 <= width <= most
         pace.timed(1 + width, 1.0)
         if width:
             pace.learn(KIND, 0.99, width, width)
-    assert pace.choose(KIND, 0.99, most) == max((width for width in WIDTHS if width <= most), default=0)
+    assert pace.choose([Guess(KIND, 0.99, most)]) == max((width for width in WIDTHS if width <= most), default=0)
 
 
 def test_kinds_of_drafts_are_judged_apart():
@@ -107,8 +107,10 @@ def test_kinds_of_drafts_are_judged_apart():
     for _ in range(100):
         pace.learn(1, 0.5, 4, 0)
         pace.learn(2, 0.5, 4, 4)
-    assert pace.choose(1, 0.5, 8) == 0 and pace.choose(2, 0.5, 8) == 8
-    assert pace.choose(3, 0.9, 8) > 0 and pace.choose(4, 0.01, 8) == 0, "one that is not known is what its prior says"
+    assert pace.choose([Guess(1, 0.5, 8)]) == 0 and pace.choose([Guess(2, 0.5, 8)]) == 8
+    assert pace.choose([Guess(3, 0.9, 8)]) > 0 and pace.choose([Guess(4, 0.01, 8)]) == 0, (
+        "one that is not known is what its prior says"
+    )
 
 
 def test_costs_between_and_beyond_what_was_timed():
@@ -153,7 +155,7 @@ def test_threads_share_a_pace():
         draw = random.Random(seed)
         try:
             for _ in range(2000):
-                width = pace.choose(draw.randrange(5), PRIOR, 16)
+                width = pace.choose([Guess(draw.randrange(5), PRIOR, 16)])
                 pace.timed(1 + draw.randrange(400), draw.random() + 0.1)
                 pace.learn(draw.randrange(5), PRIOR, width, 0)
         except Exception as error:

@@ -24,9 +24,10 @@ from transformers import (
 
 import hf_accel_patch
 from hf_accel_patch import KVCache, PrefixCache, Quantize, Speculative, UnsupportedModel, patch, plan, report, unpatch
-from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes import drafts
-from hf_accel_patch.passes.drafting import Draft
+from hf_accel_patch.ops.pacing import Guess, Pace
+from hf_accel_patch.passes import apart as passes_apart
+from hf_accel_patch.passes import drafting, drafts
+from hf_accel_patch.passes.choosing import Draft
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter
 from hf_accel_patch.passes.speculative import SPECULATING
 
@@ -42,7 +43,11 @@ EVERY = [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for 
 @pytest.fixture
 def always(monkeypatch):
     """Drafts are tried wherever there are any."""
-    monkeypatch.setattr(Pace, "choose", lambda self, kind, prior, most, draft_cost=0.0: min(most, 4))
+    monkeypatch.setattr(Pace, "choose", as_many_as(4))
+
+
+def as_many_as(limit):
+    return lambda self, guesses, draft_cost=0.0: min(max(guess.most for guess in guesses), limit)
 
 
 @pytest.fixture
@@ -57,9 +62,19 @@ def oracle(monkeypatch):
             end = truth[:, place : place + width]
             if not end.shape[1]:
                 return None
-            fault = torch.rand(end.shape, generator=draw) < {"right": 0.0, "wrong": 1.0, "mixed": 0.25}[mode]
-            return Draft(((end + fault.long() * 3) % VOCABULARY).tolist())
+            return Draft(spoilt(end).tolist())
 
+        def spoilt(end):
+            fault = torch.rand(end.shape, generator=draw) < {"right": 0.0, "wrong": 1.0, "mixed": 0.25}[mode]
+            return (end + fault.long() * 3) % VOCABULARY
+
+        def of_row(self, row, ahead, most):
+            place = len(self.texts[row].tokens) + len(ahead)
+            found = spoilt(truth[row, place : place + min(most, 5)]).tolist()
+            return found, Guess(0, 0.5, len(found))
+
+        monkeypatch.setattr(Pace, "choose", as_many_as(5))
+        monkeypatch.setattr(NGramDrafter, "of_row", of_row)
         monkeypatch.setattr(NGramDrafter, "first", tokens)
         monkeypatch.setattr(NGramDrafter, "draft", lambda self, most, running, state, pace: tokens(self, most))
 
@@ -119,8 +134,8 @@ def warned():
 
 @pytest.mark.parametrize("family", EVERY)
 def test_tokens_are_those_of_stock(family, oracle):
-    """Alone with our cache and attention, and padded with transformers' own."""
-    for inputs, options in ((prompt(), {}), (left_padded(), BARE)):
+    """Alone and padded with our cache and attention, and padded with transformers' own."""
+    for inputs, options in ((prompt(), {}), (left_padded(), {}), (left_padded(), BARE)):
         model = tiny(family)
         truth, plain = passes(model, lambda model=model, inputs=inputs: generate(model, inputs))
         patch(model, speculative="ngram", **options)
@@ -131,6 +146,97 @@ def test_tokens_are_those_of_stock(family, oracle):
             assert fewer <= plain if mode != "right" else fewer < plain / 2, mode
         said = entry(report(model).to_dict(), "speculative")
         assert "fallbacks" not in said and said["tokens"] > 16 and said["tokens_per_pass"] > 1
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """How often the sequences of a batch went on at their own pace."""
+    calls, inner = [], drafting.decode_apart
+    monkeypatch.setattr(drafting, "decode_apart", lambda *args: (calls.append(1), inner(*args))[1])
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "deepseek_v3"])
+def test_each_sequence_goes_on_at_its_own_pace(family, oracle, apart, monkeypatch):
+    """The first is drafted well, the second badly, the third not at all: the first needs few passes for its tokens."""
+    model, inputs = tiny(family), left_padded()
+    truth = generate(model, inputs, 40)
+    patch(model, speculative="ngram")
+    oracle(truth, "right")
+    lengths, drafted = [], NGramDrafter.of_row
+
+    def of_row(self, row, ahead, most):
+        if row == 0:
+            lengths.append(len(self.texts[0].tokens) + len(ahead))
+        found, _ = drafted(self, row, ahead, most)
+        found = [found, [(token + 1) % VOCABULARY for token in found], []][row]
+        return found, Guess(0, 0.5, len(found))
+
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(NGramDrafter, "of_row", of_row)
+    found, count = passes(model, lambda: generate(model, inputs, 40))
+    assert torch.equal(found, truth) and apart == [1] and count == 40, "as many passes as the slowest needs"
+    assert len(lengths) <= 8 and lengths[-1] - inputs["input_ids"].shape[1] > 30, (
+        "five drafted tokens and one in a pass"
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_transformers_attention_takes_sequences_of_different_lengths(implementation, oracle, apart):
+    model, inputs = tiny("llama"), left_padded()
+    model.set_attn_implementation(implementation)
+    truth = generate(model, inputs)
+    patch(model, speculative="ngram", attention=False)
+    oracle(truth, "mixed")
+    assert torch.equal(generate(model, inputs), truth) and apart == [1]
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "xlm"])
+def test_a_model_without_a_cache_is_refused(model_type):
+    with pytest.raises(UnsupportedModel, match="no layer of it takes a cache"):
+        patch(build(model_type), speculative="ngram")
+
+
+@pytest.mark.parametrize("family", ["mistral", "bloom", "gemma2"])
+def test_sequences_go_on_together_where_the_cache_or_the_attention_asks_for_it(family, oracle, apart):
+    model, inputs = tiny(family), left_padded()
+    truth = generate(model, inputs)
+    patch(model, speculative="ngram")
+    oracle(truth, "mixed")
+    assert torch.equal(generate(model, inputs), truth) and not apart
+
+
+def test_a_cache_that_is_handed_in_has_no_gaps(oracle, apart):
+    model, inputs, cache = tiny("llama"), left_padded(), DynamicCache()
+    truth = generate(model, inputs)
+    patch(model, speculative="ngram")
+    oracle(truth, "mixed")
+    assert torch.equal(generate(model, inputs, past_key_values=cache), truth) and not apart
+    assert cache.get_seq_length() == truth.shape[1] - 1
+    assert torch.equal(generate(model, inputs), truth) and apart == [1]
+
+
+def test_a_sequence_that_is_ahead_waits(oracle, apart, monkeypatch):
+    """It keeps at most so many rows of logits."""
+    monkeypatch.setattr(passes_apart, "LEAD", 8)
+    model, inputs, most = tiny("llama"), left_padded(), []
+    truth = generate(model, inputs, 40)
+    patch(model, speculative="ngram")
+    oracle(truth, "right")
+    drafted, settle = NGramDrafter.of_row, passes_apart.Row.settle
+
+    def settled(row):
+        settle(row)
+        most.append(len(row.logits))
+        assert all(each.untyped_storage().nbytes() == each.nbytes for each in row.logits)
+
+    monkeypatch.setattr(passes_apart.Row, "settle", settled)
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(
+        NGramDrafter, "of_row", lambda self, row, *rest: drafted(self, row, *rest) if row else ([], Guess(0, 0.5, 0))
+    )
+    assert torch.equal(generate(model, inputs, 40), truth) and apart == [1]
+    assert 6 <= max(most) <= 8 + 1
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bloom", "gptj"])

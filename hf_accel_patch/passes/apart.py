@@ -1,0 +1,221 @@
+"""Speculative decoding in which each sequence of a batch goes on at its own pace.
+
+Drafts are right for some sequences of a batch and wrong for others, so what one pass accepts differs. Here every
+sequence keeps what it has: the cache has an entry per token and no gaps, a pass writes each sequence's keys and values
+behind its own last entry, and a mask says how far each may look. Tokens are still chosen for all sequences together,
+one place after another, exactly as transformers does it (see `Chooser`): a sequence that is ahead keeps the logits that
+it has read, and is believed to go on with the likeliest token until the others have come as far.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hf_accel_patch.ops.pacing import Guess, Pace
+from hf_accel_patch.passes.choosing import Chooser, Draft, Drafter, Tally
+from hf_accel_patch.passes.handwritten import KEY
+from hf_accel_patch.passes.layers import InPlaceLayer, Places
+
+LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
+KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+@dataclass
+class Row:
+    """One sequence. `ahead` are tokens that the model has read beyond the chosen ones, `logits` [V] and their `best`
+    what it said before each of them and after the last: one more, or none where the last chosen token is unread."""
+
+    length: int  # entries in the cache
+    ahead: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
+    guess: Guess | None = None  # the draft of the current pass
+    before: int = 0  # entries without it
+    live = True
+
+    def read(self, tokens: list[int], logits: Tensor, best: list[int]) -> None:
+        """`tokens` went through the model; the first is the last chosen one where there is nothing ahead."""
+        self.ahead += tokens if self.logits else tokens[1:]
+        self.logits += logits.unbind(0)
+        self.best += best
+        self.length += len(tokens)
+
+    def choose(self, token: int) -> None:
+        """The next token is this one: if another was read, all from there on is void."""
+        if self.ahead and self.ahead[0] == token:
+            del self.ahead[0], self.logits[0], self.best[0]
+        else:
+            self._forget(len(self.ahead))
+            self.logits, self.best = [], []
+
+    def settle(self) -> None:
+        """Believe what is ahead as far as it is the likeliest, and keep no more of a pass's logits than that."""
+        wrong = (place for place, token in enumerate(self.ahead) if token != self.best[place])
+        self._forget(len(self.ahead) - next(wrong, len(self.ahead)))
+        self.logits = [each.clone() if each.untyped_storage().nbytes() > each.nbytes else each for each in self.logits]
+
+    def _forget(self, count: int) -> None:
+        if count:
+            self.length -= count
+            del self.ahead[-count:], self.logits[-count:], self.best[-count:]
+
+
+def why_together(model: PreTrainedModel, chooser: Chooser, cache: Cache, model_kwargs: dict[str, Any]) -> str:
+    """Why the sequences of this batch have to go on together."""
+    if len(chooser.input_ids) == 1:
+        return "there is one"
+    if model.config._attn_implementation not in (KEY, "sdpa", "eager"):
+        return "its attention may not take a mask of its own for each token"
+    if chooser.answers:
+        return "scores, logits or the cache are asked for, of all tokens"
+    if other := {name for name, value in model_kwargs.items() if value is not None} - KNOWN:
+        return f"the model is given {', '.join(sorted(other))}"
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if any(each is not None and each.ndim != 2 for each in (mask, positions)):
+        return "the mask or the positions have more than two dimensions"
+    if not all(type(layer) is InPlaceLayer and layer.is_initialized for layer in cache.layers):
+        return "a layer of the cache cannot be written at several places"
+    return ""
+
+
+def decode_apart(
+    model: PreTrainedModel,
+    chooser: Chooser,
+    outputs: Any,
+    model_kwargs: dict[str, Any],
+    draft: Draft | None,
+    drafter: Drafter,
+    pace: Pace,
+    tally: Tally,
+) -> None:
+    """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
+    sequences."""
+    cache, B, T = outputs.past_key_values, *chooser.input_ids.shape
+    rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs)
+    fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
+    for row in rows:
+        row.before = row.length
+        row.guess = None if draft is None else Guess(draft.kind, draft.prior, len(draft.tokens[0]))
+    drafting = started = 0.0
+    try:
+        while True:
+            width = max(map(len, fed))
+            logits = outputs.logits[:, -width:]
+            for row, tokens, rated, best in zip(rows, fed, logits, logits.argmax(-1).tolist(), strict=True):
+                if tokens:
+                    row.read(tokens, rated, best)
+            del outputs
+            chosen = _choose(chooser, rows, logits[:, 0])
+            for row in rows:
+                row.settle()
+            seconds = started - drafting, time.perf_counter() - started
+            _count(tally, pace, rows, len(chosen), width, seconds, prompt=not started)
+            if chooser.finished:
+                return
+            drafter.add(torch.stack(chosen, dim=1).tolist())
+            drafting = time.perf_counter()
+            fed = _feed(chooser, rows, drafter, pace)
+            started = time.perf_counter()
+            outputs = reading(rows, fed)
+    finally:
+        for layer in cache.layers:
+            layer.apart = None
+
+
+def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[Tensor]:
+    """The tokens of all places for which every sequence has logits."""
+    chosen: list[Tensor] = []
+    while not chooser.finished and all(row.logits for row in rows if row.live):
+        step = torch.stack([row.logits[0] if row.live else each for row, each in zip(rows, like, strict=True)])
+        chosen.append(chooser.step(step))
+        for row, token, live in zip(rows, chosen[-1].tolist(), chooser.live(), strict=True):
+            if row.live:
+                row.choose(token)
+            row.live = live
+    return chosen
+
+
+def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> list[list[int]]:
+    """What each sequence reads next: its last token and a draft, of the same number of tokens for all; nothing where it
+    has ended or is far ahead."""
+    room, last = chooser.room(), chooser.input_ids[:, -1].tolist()
+    drafts: list[list[int] | None] = []
+    for index, row in enumerate(rows):
+        row.guess, row.before = None, row.length
+        lead = len(row.logits)
+        ahead = [*row.ahead, row.best[-1]] if lead else []
+        if not row.live or lead >= LEAD or (lead and lead > room) or not chooser.ends.isdisjoint(ahead):
+            drafts.append(None)
+            continue
+        found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead)) if room > lead else ([], None)
+        row.guess = guess and Guess(guess.kind, guess.prior, len(found), 1 - lead / LEAD)
+        drafts.append([*(ahead[-1:] or last[index : index + 1]), *found])
+    guesses = [row.guess for row in rows if row.guess is not None]
+    width = pace.choose(guesses) if guesses else 0
+    return [[] if each is None else (each + each[-1:] * width)[: 1 + width] for each in drafts]
+
+
+class Reading:
+    """Runs the model over the next tokens of every sequence, each behind its own last entry."""
+
+    def __init__(self, model: PreTrainedModel, chooser: Chooser, cache: Cache, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.cache = model, cache
+        ids, mask = chooser.input_ids, model_kwargs.get("attention_mask")
+        self.prompt = ids.shape[1]
+        self.seen = None if mask is None or bool(mask.all()) else mask.bool()
+        positions = model_kwargs.get("position_ids")
+        last = torch.full_like(ids[:, :1], self.prompt - 1) if positions is None else positions[:, -1:]
+        self.shift, self.end = last - (self.prompt - 1), chooser.criteria.max_length or 0
+        self.kwargs = {
+            name: each for name, each in model_kwargs.items() if name not in ("attention_mask", "position_ids")
+        }
+        self.kwargs["past_key_values"] = cache
+        self.adds = model.config._attn_implementation == "eager"
+
+    def __call__(self, rows: list[Row], fed: list[list[int]]) -> Any:
+        width, device = max(map(len, fed)), self.shift.device
+        tokens = torch.tensor([each or [0] * width for each in fed], device=device)
+        starts = torch.tensor([[row.length] for row in rows], device=device)
+        places = starts + torch.arange(width, device=device)
+        stop = max(row.length for row in rows) + width
+        entries = torch.arange(stop, device=device)
+        mask = entries <= places[:, :, None]
+        if self.seen is not None:
+            mask[:, :, : self.prompt] &= self.seen[:, None]
+        if self.adds:
+            dtype = self.model.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+        for layer in self.cache.layers:
+            layer.apart = Places(places, stop)
+        positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=width, attention_mask=mask[:, None], position_ids=positions, **self.kwargs
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = width
+        return self.model(**inputs, return_dict=True)
+
+
+def _count(
+    tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: tuple[float, float], *, prompt: bool
+) -> None:
+    """`seconds`: of the draft and of the pass."""
+    drafted = accepted = 0
+    for row in rows:
+        if row.guess is not None and row.guess.most and width > 1:
+            tried = min(width - 1, row.guess.most)
+            right = min(max(row.length - row.before - 1, 0), tried)
+            pace.learn(row.guess.kind, row.guess.prior, tried, right)
+            drafted, accepted = drafted + tried, accepted + right
+    plain = pace.costs.get(1)
+    saved_s = 0.0 if plain is None else (new - prompt) * plain - (0.0 if prompt else sum(seconds))
+    tally.count(new, drafted, accepted, saved_s, prompt=prompt)
+    if not prompt:
+        pace.timed(width, seconds[1])

@@ -1,0 +1,138 @@
+"""What the loops of speculative decoding share: drafts, the choice of tokens, and the tally."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from hf_accel_patch.ops.pacing import Guess, Pace
+
+
+@dataclass
+class Draft:
+    """What may come next: for each sequence the same number of tokens. `kind` and `prior`: how it was found, and how
+    often such tokens are right before that is known."""
+
+    tokens: list[list[int]]
+    kind: int = 0
+    prior: float = 0.5
+
+
+class Drafter(Protocol):
+    """Where drafts come from, for one call of `generate`."""
+
+    def add(self, tokens: list[list[int]]) -> None:
+        """These tokens were chosen, for each sequence."""
+        ...
+
+    def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
+        """A draft of as many tokens as pay, at most `most`, for the sequences that are running."""
+        ...
+
+    def of_row(self, row: int, ahead: list[int], most: int) -> tuple[list[int], Guess]:
+        """From texts alone, for one sequence, with `ahead` behind the tokens that were chosen."""
+        ...
+
+    def first(self, most: int) -> Draft | None:
+        """A draft that is verified with the prompt."""
+        ...
+
+    def finish(self) -> None:
+        """The text is complete."""
+        ...
+
+
+@dataclass
+class DecodingState:
+    """Where the loop stands, for drafters that run a model."""
+
+    input_ids: Tensor
+    model_kwargs: dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """What speculation has done so far, in one model."""
+
+    passes: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    saved_s: float = 0.0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        if not self.passes:
+            return {"tokens": 0} | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
+        facts: dict[str, Any] = {
+            "tokens": self.tokens,
+            "tokens_per_pass": round(self.tokens / self.passes, 2),
+            "acceptance": round(self.accepted / max(self.drafted, 1), 3),
+            "saved_s": round(self.saved_s, 2),
+        }
+        return facts | ({"fallbacks": dict(self.fallbacks)} if self.fallbacks else {})
+
+    def count(self, new: int, drafted: int, accepted: int, saved_s: float, *, prompt: bool = False) -> None:
+        """A pass has given each sequence `new` tokens. Of the prompt's, only what it brought beyond its own counts."""
+        self.passes += not prompt
+        self.tokens += new - prompt
+        self.drafted += drafted
+        self.accepted += accepted
+        self.saved_s += saved_s
+
+
+class Chooser:
+    """Chooses tokens as `_sample` does, with the same calls of processors, of the random generator, of stopping
+    criteria and of the streamer, one after another."""
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any,
+    ) -> None:
+        self.input_ids, self.finished = input_ids, False
+        self.processor, self.criteria, self.streamer = logits_processor, stopping_criteria, streamer
+        self.samples = generation_config.do_sample
+        self.answers = bool(generation_config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if self.answers and generation_config.output_scores else None
+        self.raw: tuple[Tensor, ...] | None = () if self.answers and generation_config.output_logits else None
+        ends = [criteria.eos_token_id for criteria in stopping_criteria if hasattr(criteria, "eos_token_id")]
+        self.pads, self.ends = bool(ends), {int(token) for some in ends for token in some}
+        pad = generation_config._pad_token_tensor
+        self.pad = torch.tensor(0) if pad is None else pad.to(input_ids.device)
+        self.running = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+
+    def step(self, logits: Tensor) -> Tensor:
+        """The next tokens [B], from [B, V]."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self.processor(self.input_ids, logits)
+        self.scores = self.scores if self.scores is None else (*self.scores, scores)
+        self.raw = self.raw if self.raw is None else (*self.raw, logits)
+        if self.samples:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(scores, dim=-1)
+        if self.pads:
+            tokens = tokens * self.running + self.pad * (1 - self.running)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        self.running = self.running & ~self.criteria(self.input_ids, self.scores)
+        self.finished = not bool(self.running.any())
+        return tokens
+
+    def live(self) -> list[bool]:
+        """Which sequences go on. Without an end token all do, to the end."""
+        return [bool(each) for each in self.running.tolist()] if self.pads else [True] * len(self.input_ids)
+
+    def room(self) -> int:
+        """How many tokens may follow the next one; 0 if nothing says so."""
+        return self.criteria.max_length - self.input_ids.shape[1] - 1 if self.criteria.max_length else 0
