@@ -24,6 +24,7 @@ from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.layers import InPlaceLayer, Places
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
+ENOUGH = 16  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
 KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
@@ -155,7 +156,7 @@ def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> li
             drafts.append(None)
             continue
         found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead)) if room > lead else ([], None)
-        row.guess = guess and Guess(guess.kind, guess.prior, len(found), 1 - lead / LEAD)
+        row.guess = guess and Guess(guess.kind, guess.prior, len(found), max(0.0, 1 - lead / ENOUGH))
         drafts.append([*(ahead[-1:] or last[index : index + 1]), *found])
     guesses = [row.guess for row in rows if row.guess is not None]
     width = pace.choose(guesses) if guesses else 0
@@ -180,27 +181,41 @@ class Reading:
         self.adds = model.config._attn_implementation == "eager"
 
     def __call__(self, rows: list[Row], fed: list[list[int]]) -> Any:
-        width, device = max(map(len, fed)), self.shift.device
+        width, device, live = max(map(len, fed)), self.shift.device, [row.length for row in rows if row.live]
         tokens = torch.tensor([each or [0] * width for each in fed], device=device)
-        starts = torch.tensor([[row.length] for row in rows], device=device)
+        starts = torch.tensor([[row.length if row.live else live[0]] for row in rows], device=device)
         places = starts + torch.arange(width, device=device)
-        stop = max(row.length for row in rows) + width
-        entries = torch.arange(stop, device=device)
-        mask = entries <= places[:, :, None]
-        if self.seen is not None:
-            mask[:, :, : self.prompt] &= self.seen[:, None]
-        if self.adds:
-            dtype = self.model.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
-        for layer in self.cache.layers:
-            layer.apart = Places(places, stop)
         positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
+        together = min(live) == max(live)
+        mask = self._together(live[0], width) if together else self._apart(places, max(live) + width)
         inputs = self.model.prepare_inputs_for_generation(
-            tokens, next_sequence_length=width, attention_mask=mask[:, None], position_ids=positions, **self.kwargs
+            tokens, next_sequence_length=width, attention_mask=mask, position_ids=positions, **self.kwargs
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width
         return self.model(**inputs, return_dict=True)
+
+    def _together(self, length: int, width: int) -> Tensor | None:
+        """All go on at the same place, so nothing is new to the model: it gets the padding."""
+        for layer in self.cache.layers:
+            layer.apart = None
+            layer.crop(length - layer.get_seq_length())
+        if self.seen is None:
+            return None
+        return torch.nn.functional.pad(self.seen, (0, length + width - self.prompt), value=True)
+
+    def _apart(self, places: Tensor, stop: int) -> Tensor:
+        """What each token sees, [B, 1, T, S]."""
+        for layer in self.cache.layers:
+            layer.apart = Places(places, stop)
+        mask = torch.arange(stop, device=places.device) <= places[:, :, None]
+        if self.seen is not None:
+            mask[:, :, : self.prompt] &= self.seen[:, None]
+        if not self.adds:
+            return mask[:, None]
+        dtype = self.model.dtype
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return added.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
 
 
 def _count(
@@ -215,7 +230,8 @@ def _count(
             pace.learn(row.guess.kind, row.guess.prior, tried, right)
             drafted, accepted = drafted + tried, accepted + right
     plain = pace.costs.get(1)
-    saved_s = 0.0 if plain is None else (new - prompt) * plain - (0.0 if prompt else sum(seconds))
+    paid = width > 1 and plain is not None
+    saved_s = (new - prompt) * (plain or 0.0) - (0.0 if prompt else sum(seconds)) if paid else 0.0
     tally.count(new, drafted, accepted, saved_s, prompt=prompt)
     if not prompt:
         pace.timed(width, seconds[1])
