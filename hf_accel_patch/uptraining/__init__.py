@@ -19,7 +19,18 @@ from hf_accel_patch.families import View, bind, check_weights, find_model
 from hf_accel_patch.uptraining.data import Windows, cut
 from hf_accel_patch.uptraining.folder import HINT, Folder
 from hf_accel_patch.uptraining.result import Uptrained
-from hf_accel_patch.uptraining.run import Run, Settings, device_of, mean_loss, modes_kept
+from hf_accel_patch.uptraining.run import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    SAVE_EVERY,
+    STEPS,
+    WARMUP,
+    Run,
+    Settings,
+    device_of,
+    mean_loss,
+    modes_kept,
+)
 from hf_accel_patch.uptraining.shown import Show, shown
 
 if TYPE_CHECKING:
@@ -32,17 +43,17 @@ SAME_LOSS = 0.01  # nats by which the same conversion may differ on another mach
 def uptrain(
     model: object,
     texts: Sequence[Any] | str | Tensor,
-    steps: int = 150,
+    steps: int = STEPS,
     *,
     tokenizer: Any = None,
-    batch_size: int = 2,
+    batch_size: int = BATCH_SIZE,
     window: int | None = None,
-    learning_rate: float = 1e-3,
-    warmup: int = 10,
+    learning_rate: float = LEARNING_RATE,
+    warmup: int = WARMUP,
     original: PreTrainedModel | str | os.PathLike[str] | None = None,
     distill: float = 0.0,
     folder: str | os.PathLike[str] | None = None,
-    save_every: int = 50,
+    save_every: int = SAVE_EVERY,
     progress: bool = True,
     seed: int = 0,
 ) -> Uptrained:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_accel_patch.cli import add_json, positive
-
-STEPS, BATCH_SIZE, LEARNING_RATE, SAVE_EVERY = 150, 2, 1e-3, 50  # as uptrain() has them
+from hf_accel_patch.uptraining.run import BATCH_SIZE, LEARNING_RATE, SAVE_EVERY, STEPS, Settings
 
 
 def add_uptrain(commands: Any) -> None:
@@ -32,7 +31,7 @@ def add_uptrain(commands: Any) -> None:
     added.add_argument(
         "--original",
         metavar="PATH_OR_ID",
-        help="the model before it was converted, to compare with (with --gqa: MODEL)",
+        help="the model before it was converted, compared with (--gqa: MODEL)",
     )
     added.add_argument(
         "--distill", type=float, default=0.0, metavar="SHARE", help="share of the original's predictions in the aim (0)"
@@ -40,7 +39,7 @@ def add_uptrain(commands: Any) -> None:
     added.add_argument(
         "--checkpoints",
         metavar="FOLDER",
-        help="from which a killed run goes on (default: OUTPUT.checkpoints, till done)",
+        help="from where a killed run goes on (default: OUTPUT.checkpoints, till done)",
     )
     added.add_argument(
         "--save-every", type=positive, default=SAVE_EVERY, metavar="N", help=f"steps between them ({SAVE_EVERY})"
@@ -58,7 +57,6 @@ def _uptrain(options: argparse.Namespace) -> None:
     from hf_accel_patch import patch, plan
     from hf_accel_patch.uptraining import uptrain
     from hf_accel_patch.uptraining.folder import clear
-    from hf_accel_patch.uptraining.run import Settings
 
     Settings(options.steps, options.batch_size, options.learning_rate, 0, options.distill, options.seed)
     original = options.original or (options.model if options.gqa else None)

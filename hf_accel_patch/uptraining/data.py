@@ -49,6 +49,8 @@ def cut(texts: Sequence[Any] | str | Tensor, model: PreTrainedModel, tokenizer: 
 
     Raises ValueError for a window longer than what the model was made for, and for less text than two windows.
     """
+    if window is not None and window < 2:
+        raise ValueError(f"window={window}; give 2 tokens or more")
     config = model.config.get_text_config(decoder=True)
     context = context_tokens(config)
     if window is not None and context is not None and window > context:

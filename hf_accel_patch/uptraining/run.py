@@ -20,6 +20,7 @@ from hf_accel_patch.errors import HfAccelError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, SAVE_EVERY = 150, 2, 1e-3, 10, 50  # where nothing else is asked for
 BETAS, LARGEST_NORM, LAST_RATE = (0.9, 0.95), 1.0, 0.0  # of AdamW; of the gradient; of the schedule, as a share
 
 
