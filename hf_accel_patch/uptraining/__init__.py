@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_accel_patch.api import report
 from hf_accel_patch.errors import HfAccelError
-from hf_accel_patch.families import View, bind, check_weights, find_model
+from hf_accel_patch.families import View, bind, check_weights, find_model, takes_cache
 from hf_accel_patch.uptraining.data import Windows, cut
 from hf_accel_patch.uptraining.folder import HINT, Folder
 from hf_accel_patch.uptraining.result import Uptrained
 from hf_accel_patch.uptraining.run import (
     BATCH_SIZE,
-    LEARNING_RATE,
     SAVE_EVERY,
     STEPS,
     WARMUP,
+    WIDTH_RATE,
     Run,
     Settings,
     device_of,
@@ -36,6 +37,7 @@ from hf_accel_patch.uptraining.shown import Show, shown
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Parts = Literal["attention", "all"]
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
 SAME_LOSS = 0.01  # nats by which the same conversion may differ on another machine
 
@@ -48,7 +50,8 @@ def uptrain(
     tokenizer: Any = None,
     batch_size: int = BATCH_SIZE,
     window: int | None = None,
-    learning_rate: float = LEARNING_RATE,
+    train: Parts = "attention",
+    learning_rate: float | None = None,
     warmup: int = WARMUP,
     original: PreTrainedModel | str | os.PathLike[str] | None = None,
     distill: float = 0.0,
@@ -59,8 +62,11 @@ def uptrain(
 ) -> Uptrained:
     """Train a causal LM in place for a few steps, to get back what a conversion such as `patch(model, gqa=2)` lost.
 
-    All parameters that require gradients are trained, by AdamW with a warmup and a cosine. With `accelerate launch`
-    every process reads `batch_size` windows per step and their gradients are averaged; mixed precision is as it says.
+    What is trained are the parameters of the attention that require gradients: a conversion of heads leaves the rest as
+    good as it was, and to leave it alone recovers more and takes less memory; or `train="all"`. AdamW with a warmup and
+    a cosine, at a `learning_rate` of 0.5 / hidden size unless another is given: Adam's best rate falls with the width
+    (muP, arXiv:2203.03466); it was measured at 256. With `accelerate launch` every process reads `batch_size` windows
+    per step, and their gradients are averaged; mixed precision is as it says.
     Modes, gradients, devices and random numbers are as before afterwards, also after an exception or Ctrl-C, and the
     weights are then those of the last whole step.
 
@@ -79,19 +85,23 @@ def uptrain(
     Raises ValueError for impossible options and too little text, UnsupportedModel or HfAccelError for what cannot be
     trained, all before anything is touched; HfAccelError when the loss is not finite any more.
     """
-    settings = Settings(steps, batch_size, learning_rate, warmup, distill, seed)
+    settings = Settings(steps, batch_size, 1.0 if learning_rate is None else learning_rate, warmup, distill, seed)
+    if train not in get_args(Parts):
+        raise ValueError(f"train={train!r}; give one of {', '.join(get_args(Parts))}")
     if save_every < 1:
         raise ValueError(f"save_every={save_every}; give a whole number from 1 on")
     if distill and original is None:
         raise ValueError(f"distill={distill} needs the original model: give original=")
     view = bind(model)
-    parameters = _trainable(view)
+    parameters = _trainable(view, train)
+    if learning_rate is None:
+        settings = replace(settings, learning_rate=WIDTH_RATE / view.model.get_input_embeddings().weight.shape[1])
     if original is not None:
         _check_vocabulary(original, view)
     windows = cut(texts, view.model, tokenizer or view.tokenizer, window)
     accelerator = _accelerator()
     with ExitStack() as stack:
-        stack.enter_context(_as_before(view.model, accelerator))
+        stack.enter_context(_as_before(view.model, parameters, accelerator))
         loss_original, teacher = None, None
         if original is not None:
             with ExitStack() as measured:
@@ -138,7 +148,8 @@ def _accelerator() -> Accelerator:
     """What accelerate finds: one process, or those of `accelerate launch`. Raises HfAccelError for sharded ones."""
     from accelerate import Accelerator
 
-    found = Accelerator()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # which accelerate overlooks where there is no accelerator
+    found = Accelerator(cpu=True) if several and not torch.accelerator.is_available() else Accelerator()
     if found.distributed_type.value in SHARDED:
         raise HfAccelError(
             f"uptrain() trains whole copies of a model, not the shards of {found.distributed_type.value}",
@@ -147,9 +158,9 @@ def _accelerator() -> Accelerator:
     return found
 
 
-def _trainable(view: View) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name. Raises UnsupportedModel or HfAccelError where there are none, and
-    for quantized weights: nothing of what they lose would be trained back."""
+def _trainable(view: View, train: Parts) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name. Raises UnsupportedModel or HfAccelError where there are none, and for quantized
+    weights: nothing of what they lose would be trained back."""
     check_weights(view)
     ours = any(row["pass"] == "quantize" and "reason" not in row for row in report(view.model).rows)
     if ours or getattr(view.model, "is_quantized", False):
@@ -157,7 +168,24 @@ def _trainable(view: View) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in view.model.named_parameters() if p.requires_grad and p.is_floating_point()}
     if not found:
         raise HfAccelError(f"no parameter of {view.subject} requires gradients", "call model.requires_grad_(True)")
+    if train == "attention":
+        inside = {id(parameter) for module in _caching_modules(view) for parameter in module.parameters()}
+        found = {name: parameter for name, parameter in found.items() if id(parameter) in inside}
+    if not found:
+        raise HfAccelError(f"no parameter of an attention of {view.subject} requires gradients", "give train='all'")
     return found
+
+
+def _caching_modules(view: View) -> list[nn.Module]:
+    """The innermost modules that are handed the cache: the attention of every layer, or what stands in its place."""
+    taking = {
+        module
+        for _, module in view.named_modules()
+        if any(
+            takes_cache(kind) for kind in type(module).__mro__ if issubclass(kind, nn.Module)
+        )  # beneath a patch, too
+    }
+    return [module for module in taking if not taking & set(module.modules()) - {module}]
 
 
 def _check_vocabulary(original: Any, view: View) -> None:
@@ -217,20 +245,23 @@ def _folder(path: str | os.PathLike[str], run: Run, windows: Windows) -> Folder:
 
 
 @contextmanager
-def _as_before(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
-    """On the accelerator's device and without gradients inside the block; modes, gradients, device and the state of
-    random numbers as before behind it."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _as_before(model: PreTrainedModel, parameters: dict[str, nn.Parameter], accelerator: Accelerator) -> Iterator[None]:
+    """Inside the block the model is on the accelerator's device, and only `parameters` require gradients and have none;
+    modes, gradients, device and the state of random numbers are as before behind it."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    taken = {id(parameter) for parameter in parameters.values()}
     several = accelerator.num_processes > 1
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with modes_kept(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
-            for parameter, _ in gradients:
+            for parameter, _, _ in before:
                 parameter.grad = None
+                parameter.requires_grad = id(parameter) in taken
             with _on(model, accelerator.device, exactly=several):
                 yield
         finally:
-            for parameter, gradient in gradients:
+            for parameter, required, gradient in before:
+                parameter.requires_grad = required
                 parameter.grad = gradient
 
 

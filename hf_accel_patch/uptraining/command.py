@@ -6,10 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hf_accel_patch.cli import add_json, positive
-from hf_accel_patch.uptraining.run import BATCH_SIZE, LEARNING_RATE, SAVE_EVERY, STEPS, Settings
+from hf_accel_patch.uptraining import Parts, uptrain
+from hf_accel_patch.uptraining.run import BATCH_SIZE, SAVE_EVERY, STEPS, Settings
 
 
 def add_uptrain(commands: Any) -> None:
@@ -27,7 +28,10 @@ def add_uptrain(commands: Any) -> None:
         "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help=f"windows per step ({BATCH_SIZE})"
     )
     added.add_argument("--window", type=positive, metavar="N", help="tokens (512, or what the model was made for)")
-    added.add_argument("--learning-rate", type=float, default=LEARNING_RATE, metavar="X", help=f"({LEARNING_RATE})")
+    added.add_argument(
+        "--train", choices=get_args(Parts), default="attention", help="which parameters (those of the attention)"
+    )
+    added.add_argument("--learning-rate", type=float, metavar="X", help="(0.5 / hidden size)")
     added.add_argument(
         "--original",
         metavar="PATH_OR_ID",
@@ -55,10 +59,10 @@ def _uptrain(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_accel_patch import patch, plan
-    from hf_accel_patch.uptraining import uptrain
     from hf_accel_patch.uptraining.folder import clear
 
-    Settings(options.steps, options.batch_size, options.learning_rate, 0, options.distill, options.seed)
+    rate = 1.0 if options.learning_rate is None else options.learning_rate
+    Settings(options.steps, options.batch_size, rate, 0, options.distill, options.seed)
     original = options.original or (options.model if options.gqa else None)
     if options.distill and original is None:
         raise ValueError("--distill needs --gqa or --original, the model to learn from")
@@ -83,6 +87,7 @@ def _uptrain(options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         batch_size=options.batch_size,
         window=options.window,
+        train=options.train,
         learning_rate=options.learning_rate,
         original=original,
         distill=options.distill,
@@ -107,12 +112,13 @@ def _uptrain(options: argparse.Namespace) -> None:
 
 def _keywords(options: argparse.Namespace) -> dict[str, Any]:
     """Of `patch`: what generation would be faster with is left out."""
-    if not options.gqa:
-        return {}
-    from hf_accel_patch import GQA
+    keywords: dict[str, Any] = {"cache": False, "linear": False}
+    if options.gqa:
+        from hf_accel_patch import GQA
 
-    how = {"merge": options.merge} if options.merge else {}
-    return {"gqa": GQA(options.gqa, originals="discard", **how), "cache": False, "linear": False}
+        how = {"merge": options.merge} if options.merge else {}
+        keywords["gqa"] = GQA(options.gqa, originals="discard", **how)
+    return keywords
 
 
 def _read(names: Sequence[str]) -> list[str]:

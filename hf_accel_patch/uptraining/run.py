@@ -20,7 +20,7 @@ from hf_accel_patch.errors import HfAccelError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, SAVE_EVERY = 150, 2, 1e-3, 10, 50  # where nothing else is asked for
+STEPS, BATCH_SIZE, WIDTH_RATE, WARMUP, SAVE_EVERY = 150, 2, 0.5, 10, 50  # where nothing else is asked for
 BETAS, LARGEST_NORM, LAST_RATE = (0.9, 0.95), 1.0, 0.0  # of AdamW; of the gradient; of the schedule, as a share
 
 
@@ -163,8 +163,8 @@ class Run:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
-            for parameter in self.parameters.values():
-                broadcast(parameter.data)
+            for parameter in self.model.parameters():
+                broadcast(parameter.detach())
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
