@@ -178,14 +178,13 @@ def _trainable(view: View, train: Parts) -> dict[str, nn.Parameter]:
 
 def _caching_modules(view: View) -> list[nn.Module]:
     """The innermost modules that are handed the cache: the attention of every layer, or what stands in its place."""
-    taking = {
-        module
-        for _, module in view.named_modules()
-        if any(
-            takes_cache(kind) for kind in type(module).__mro__ if issubclass(kind, nn.Module)
-        )  # beneath a patch, too
-    }
+    taking = {module for _, module in view.named_modules() if any(map(takes_cache, _classes(module)))}
     return [module for module in taking if not taking & set(module.modules()) - {module}]
+
+
+def _classes(module: nn.Module) -> list[Any]:
+    """Its class and those beneath it, for a patch may have put one on top."""
+    return [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module)]
 
 
 def _check_vocabulary(original: Any, view: View) -> None:
