@@ -40,7 +40,7 @@ def pattern(rows=24, length=66):
 
 
 def trained(model, steps=4, texts=None, **options):
-    given = dict(window=WINDOW, warmup=2, learning_rate=1e-3, train="all", progress=False) | options
+    given = dict(window=WINDOW, learning_rate=1e-3, train="all", progress=False) | options
     return uptrain(model, pattern() if texts is None else texts, steps, **given)
 
 
@@ -77,16 +77,14 @@ def kl(model, teacher, ids):
 
 
 def test_the_steps_are_those_of_a_plain_loop():
-    """In float64, with the loss of transformers: AdamW without decay, clipped gradients, a warmup, a cosine."""
+    """In float64, with the loss of transformers: AdamW without decay, clipped gradients, a cosine."""
     model, reference = tiny("llama"), tiny("llama").double().train()
     windows = cut(pattern(), model, None, WINDOW)
     done = trained(model, 5, batch_size=3, learning_rate=3e-3)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    rates = [1.5e-3, 3e-3, 3e-3, 3e-3 * 0.75, 3e-3 * 0.25]
-    seen = []
+    rates = [3e-3 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
     for step, rate in enumerate(rates):
         ids = windows.batch(step, 3, 0)
-        seen += ids.tolist()
         optimizer.param_groups[0]["lr"] = rate
         reference(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -168,7 +166,26 @@ def test_the_rate_falls_with_the_width(monkeypatch):
     model = tiny("llama")
     before = weights(model)
     uptrain(model, pattern(), 1, window=WINDOW, progress=False)
-    assert rates == [0.5 / 64] and equal(weights(model), before)
+    assert rates == [0.75 / 64] and equal(weights(model), before)
+
+
+def test_the_rate_rises_and_then_falls_to_nothing():
+    settings = Settings(steps=60, batch_size=1, learning_rate=2.0, distill=0.0, seed=0)
+    rates = [settings.rate(step) for step in range(61)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[32] == pytest.approx(1.0) and rates[60] == 0.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_a_step_in_parts_is_the_same_step(monkeypatch):
+    whole, parts, sizes = tiny("llama"), tiny("llama"), []
+    trained(whole, 3, batch_size=5)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    parts.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    trained(parts, 3, batch_size=5)
+    assert [size for size in sizes if size > 1] == [3, 2] * 3  # what is measured on is read one by one
+    before, expected = weights(tiny("llama")), weights(whole)
+    for name, weight in weights(parts).items():
+        assert (weight - expected[name]).abs().max() < 0.02 * (expected[name] - before[name]).abs().max(), name
 
 
 def test_distillation_brings_the_predictions_nearer():
@@ -196,7 +213,7 @@ def test_small_updates_of_bfloat16_weights_are_not_lost():
         naive(input_ids=(ids := windows.batch(step, 2, 0)), labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    trained(model, steps, warmup=0, learning_rate=rate)
+    trained(model, steps, learning_rate=rate)
     large = {name: weight.abs() > 2**-6 for name, weight in before.items()}  # one step is below half their spacing
     moved = [
         sum((weights(each)[name] != weight)[large[name]].sum().item() for name, weight in before.items())
@@ -500,7 +517,6 @@ TEXT = "for x in range(10):\n    print(x)\n"
         (ValueError, "steps=0", {"steps": 0}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
         (ValueError, "save_every=0", {"save_every": 0}),
-        (ValueError, "warmup=-1", {"warmup": -1}),
         (ValueError, "learning_rate=nan", {"learning_rate": math.nan}),
         (ValueError, "train='heads'; give one of attention, all", {"train": "heads"}),
         (ValueError, "distill=1.5", {"distill": 1.5}),
@@ -599,7 +615,7 @@ def test_the_command_in_two_processes(damaged, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said["processes"] == 2 and said["loss_after"] < said["loss_before"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == said["parameters"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > said["parameters"] > 0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from hf_accel_patch.uptraining.run import (
     BATCH_SIZE,
     SAVE_EVERY,
     STEPS,
-    WARMUP,
     WIDTH_RATE,
     Run,
     Settings,
@@ -52,7 +51,6 @@ def uptrain(
     window: int | None = None,
     train: Parts = "attention",
     learning_rate: float | None = None,
-    warmup: int = WARMUP,
     original: PreTrainedModel | str | os.PathLike[str] | None = None,
     distill: float = 0.0,
     folder: str | os.PathLike[str] | None = None,
@@ -64,9 +62,10 @@ def uptrain(
 
     What is trained are the parameters of the attention that require gradients: a conversion of heads leaves the rest as
     good as it was, and to leave it alone recovers more and takes less memory; or `train="all"`. AdamW with a warmup and
-    a cosine, at a `learning_rate` of 0.5 / hidden size unless another is given: Adam's best rate falls with the width
+    a cosine, at a `learning_rate` of 0.75 / hidden size unless another is given: Adam's best rate falls with the width
     (muP, arXiv:2203.03466); it was measured at 256. With `accelerate launch` every process reads `batch_size` windows
-    per step, and their gradients are averaged; mixed precision is as it says.
+    per step, and their gradients are averaged. Its mixed precision counts, and so do its gradient accumulation steps:
+    in so many parts are the windows of a step read.
     Modes, gradients, devices and random numbers are as before afterwards, also after an exception or Ctrl-C, and the
     weights are then those of the last whole step.
 
@@ -85,7 +84,7 @@ def uptrain(
     Raises ValueError for impossible options and too little text, UnsupportedModel or HfAccelError for what cannot be
     trained, all before anything is touched; HfAccelError when the loss is not finite any more.
     """
-    settings = Settings(steps, batch_size, 1.0 if learning_rate is None else learning_rate, warmup, distill, seed)
+    settings = Settings(steps, batch_size, 1.0 if learning_rate is None else learning_rate, distill, seed)
     if train not in get_args(Parts):
         raise ValueError(f"train={train!r}; give one of {', '.join(get_args(Parts))}")
     if save_every < 1:
@@ -236,7 +235,7 @@ def _train(
 
 def _folder(path: str | os.PathLike[str], run: Run, windows: Windows) -> Folder:
     settings = run.settings
-    same: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "learning_rate", "warmup", "distill")}
+    same: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "learning_rate", "distill")}
     same |= {"seed": settings.seed, "windows per step": settings.batch_size * run.accelerator.num_processes}
     same |= {"texts": windows.digest(), "window": windows.training.shape[1]}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in run.parameters.items()}
@@ -276,8 +275,6 @@ def _on(model: PreTrainedModel, device: torch.device, exactly: bool = False) -> 
         yield
     finally:
         if moved:
-            for parameter in model.parameters():
-                parameter.grad = None
             model.to(home)
 
 

@@ -20,8 +20,9 @@ from hf_accel_patch.errors import HfAccelError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STEPS, BATCH_SIZE, WIDTH_RATE, WARMUP, SAVE_EVERY = 150, 2, 0.5, 10, 50  # where nothing else is asked for
-BETAS, LARGEST_NORM, LAST_RATE = (0.9, 0.95), 1.0, 0.0  # of AdamW; of the gradient; of the schedule, as a share
+STEPS, BATCH_SIZE, WIDTH_RATE, SAVE_EVERY = 150, 2, 0.75, 50  # where nothing else is asked for
+WARMUP = 15  # one of so many steps
+BETAS, LARGEST_NORM = (0.9, 0.95), 1.0  # of AdamW; of the gradient
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Settings:
     steps: int
     batch_size: int  # windows per process and step
     learning_rate: float
-    warmup: int  # steps
     distill: float  # share of the objective
     seed: int
 
@@ -39,8 +39,6 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give a whole number from 1 on")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}; give a number of steps")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}; give a positive number")
         if not 0 <= self.distill <= 1:
@@ -48,10 +46,11 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up in a line, then down along a cosine."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+        warmup = self.steps // WARMUP
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / (self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Run:
@@ -84,16 +83,19 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(number)
         torch.manual_seed((self.settings.seed * 1_000_003 + number) * 1024 + self.accelerator.process_index)
-        with self.accelerator.autocast():
-            objective = self._objective(ids, teacher)
-        self.scaler.scale(objective).backward()
+        mean = torch.zeros((), device=ids.device)
+        for part in ids.chunk(self.accelerator.gradient_accumulation_steps):
+            with self.accelerator.autocast():
+                objective = self._objective(part, teacher) * (len(part) / len(ids))
+            self.scaler.scale(objective).backward()
+            mean += objective.detach()
         for name, parameter in self.parameters.items():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
             self.masters[name].grad = self._mean(gradient.float())
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.masters.values(), LARGEST_NORM)
-        value = self._mean(objective.detach().float()).item()
+        value = self._mean(mean).item()
         if not self.scaler.is_enabled() and not math.isfinite(norm.item() + value):
             raise HfAccelError(
                 f"the loss is {value} and its gradient {norm.item()} after {number} steps",

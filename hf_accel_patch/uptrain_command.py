@@ -31,7 +31,7 @@ def add_uptrain(commands: Any) -> None:
     added.add_argument(
         "--train", choices=get_args(Parts), default="attention", help="which parameters (those of the attention)"
     )
-    added.add_argument("--learning-rate", type=float, metavar="X", help="(0.5 / hidden size)")
+    added.add_argument("--learning-rate", type=float, metavar="X", help="(0.75 / hidden size)")
     added.add_argument(
         "--original",
         metavar="PATH_OR_ID",
@@ -62,7 +62,7 @@ def _uptrain(options: argparse.Namespace) -> None:
     from hf_accel_patch.uptraining.folder import clear
 
     rate = 1.0 if options.learning_rate is None else options.learning_rate
-    Settings(options.steps, options.batch_size, rate, 0, options.distill, options.seed)
+    Settings(options.steps, options.batch_size, rate, options.distill, options.seed)
     original = options.original or (options.model if options.gqa else None)
     if options.distill and original is None:
         raise ValueError("--distill needs --gqa or --original, the model to learn from")
