@@ -43,7 +43,7 @@ class Group:
 def token_ids(texts: Sequence[Any], model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
     """Token ids [1, T] of texts, cut into windows."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
-    ids = tokenized(texts, model, tokenizer, "calibrate", "give Quantize(..., tokenizer=tokenizer)")
+    ids = tokenized(texts, model, tokenizer, "calibrate", "give tokenizer= beside calibrate=")
     size = min(limit, WINDOW)
     windows = [torch.tensor([row[i : i + size]]) for row in ids for i in range(0, len(row), size)]
     if not windows:

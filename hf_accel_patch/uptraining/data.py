@@ -57,7 +57,7 @@ def cut(texts: Sequence[Any] | str | Tensor, model: PreTrainedModel, tokenizer: 
         raise ValueError(f"window={window} tokens, but the model was made for {context}")
     size = window or min(WINDOW, context or WINDOW)
     texts = [texts] if isinstance(texts, str | Tensor) else list(texts)
-    rows = tokenized(texts, model, tokenizer, "texts", "give uptrain(..., tokenizer=tokenizer)")
+    rows = tokenized(texts, model, tokenizer, "texts", "give tokenizer= beside the texts")
     end = _end_token(config)
     ids = [token for row in rows for token in (row if row[-1:] == end else row + end)]
     count = len(ids) // size
