@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_accel_patch.errors import AlreadyPatched, HfAccelError, NotReversible, UnsupportedModel
     from hf_accel_patch.loading import HfAccelConfig
     from hf_accel_patch.passes import Attention, KVCache, PrefixCache, Quantize, RopeScaling, Speculative
+    from hf_accel_patch.uptraining import uptrain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,15 +44,16 @@ __all__ = [
     "plan",
     "report",
     "unpatch",
+    "uptrain",
 ]
 
 
 def _load() -> None:
     """Import everything and register. The names are set here, because two of them are those of modules as well."""
-    from hf_accel_patch import api, checkpoints, errors, loading, passes
+    from hf_accel_patch import api, checkpoints, errors, loading, passes, uptraining
     from hf_accel_patch.passes import attention
 
-    homes = (passes, errors, loading, checkpoints, api)
+    homes = (passes, errors, loading, checkpoints, api, uptraining)
     globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
     attention.register()
     loading.register()

@@ -38,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
+    from hf_accel_patch.uptrain_command import add_uptrain
+
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan):
+    for add in (_add_demo, _add_plan, add_uptrain):
         add(commands)
     return found
 

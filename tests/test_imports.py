@@ -24,6 +24,7 @@ ROOMS = (
     "reading",
     "loading",
     "checkpoints",
+    "uptraining",
 )
 FILES = sorted(ROOT.rglob("*.py"))
 

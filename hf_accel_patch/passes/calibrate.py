@@ -43,25 +43,34 @@ class Group:
 def token_ids(texts: Sequence[Any], model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
     """Token ids [1, T] of texts, cut into windows."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
-    if any(isinstance(text, str) for text in texts):
-        source = tokenizer or model.name_or_path
-        if not source:
-            raise HfAccelError("the model does not know its tokenizer", "give Quantize(..., tokenizer=tokenizer)")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else source
-        except (OSError, ValueError) as error:
-            raise HfAccelError(
-                f"there is no tokenizer at {source}: {error}", "give Quantize(..., tokenizer=)"
-            ) from error
-    ids = [tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text for text in texts]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if any(not 0 <= token < vocabulary for row in ids for token in row):
-        raise ValueError(f"calibrate= holds token ids that are not in 0..{vocabulary - 1}")
+    ids = tokenized(texts, model, tokenizer, "calibrate", "give tokenizer= beside calibrate=")
     size = min(limit, WINDOW)
     windows = [torch.tensor([row[i : i + size]]) for row in ids for i in range(0, len(row), size)]
     if not windows:
         raise ValueError("calibrate= holds no text")
     return windows
+
+
+def tokenized(texts: Sequence[Any], model: PreTrainedModel, tokenizer: Any, keyword: str, hint: str) -> list[list[int]]:
+    """Token ids of texts: strings, tensors [T] or [B, T], or lists of ids. `keyword` and `hint` are for the errors."""
+    if any(isinstance(text, str) for text in texts):
+        source = tokenizer or model.name_or_path
+        if not source:
+            raise HfAccelError("the model does not know its tokenizer", hint)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source) if isinstance(source, str) else source
+        except (OSError, ValueError) as error:
+            raise HfAccelError(f"there is no tokenizer at {source}: {error}", hint) from error
+    rows: list[list[int]] = []
+    for text in texts:
+        if isinstance(text, Tensor):
+            rows += text.reshape(-1, text.shape[-1]).tolist()
+        else:
+            rows.append(list(tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if any(not 0 <= token < vocabulary for row in rows for token in row):
+        raise ValueError(f"{keyword}= holds token ids that are not in 0..{vocabulary - 1}")
+    return rows
 
 
 def calibrated(
