@@ -44,7 +44,7 @@ def attend_cached(
 def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant) -> Tensor:
     """Attention of T tokens [B, H, T, D] to a quantized cache: [B, T, H, V]. No gradients flow into the cache."""
     T, S = query.shape[2], content.length
-    if T <= MOST_TOKENS:
+    if T <= MOST_TOKENS and content.near:
         seen = mask.block(0, T, 0, S)
         if _kernel_takes(query, content.keys, content.values, seen, variant):
             return _kernel(query, content, content.keys, content.values, _skipping(seen, content), variant)
@@ -53,7 +53,8 @@ def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant)
 
 def pack_blocks(keys: Tensor, values: Tensor, bits: Bits) -> Packed:
     """`ops.kv.pack` of keys [B, K, 64 N, D] and values [B, K, 64 N, V], by the compiled kernel if it is there."""
-    kernels = cpu_decode.library() if cpu.readable(keys) and cpu.readable(values) else None
+    readable = bits < 16 and cpu.readable(keys) and cpu.readable(values)
+    kernels = cpu_decode.library() if readable else None
     if kernels is None or keys.dtype != values.dtype or keys.dtype not in cpu.DTYPES:
         return pack(keys, values, bits)
     keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (keys, values))

@@ -28,7 +28,7 @@ class Growing:
     def with_room(cls, content: Tensor, capacity: int, slack: float, least: int) -> Growing:
         """A copy of the content, with room for `capacity` entries."""
         length = content.shape[2]
-        buffer = content.new_empty((*content.shape[:2], max(length, capacity), *content.shape[3:]))
+        buffer = _empty(content, (*content.shape[:2], max(length, capacity), *content.shape[3:]))
         held = cls(buffer, slack, least)
         held.shared, held.stop = False, length
         held.view().copy_(content)
@@ -111,9 +111,17 @@ class Growing:
             self.buffer.narrow(2, 0, length).copy_(content.clone() if self.start < length else content)
         else:
             room = (*content.shape[:2], length + added + spare, *content.shape[3:])
-            self.buffer, self.shared = content.new_empty(room), False
+            self.buffer, self.shared = _empty(content, room), False
             self.buffer.narrow(2, 0, length).copy_(content)
         self.start, self.stop = 0, length
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Pinned if the other is, so that a GPU still fetches it without waiting."""
+    pinned = like.is_cpu and like.is_pinned()
+    return (
+        torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=True) if pinned else like.new_empty(shape)
+    )
 
 
 def _start(content: Tensor, buffer: Tensor) -> int | None:

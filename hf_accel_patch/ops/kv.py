@@ -14,6 +14,9 @@ product adds up side by side, as the instructions and shaders that multiply byte
 * value scales, float16 [B, K, N, 1, 1, 64] in int8; in int4 [B, K, N, 2, groups, 64]: scales, then minima, for groups
   of 64 channels where they divide V', else for all of them.
 
+In 16 bits, which is where tokens are only kept elsewhere, codes are the keys [B, K, N, 64, D] and values as they are,
+and scales are empty.
+
 B batch, K key/value heads, N blocks of 64 tokens, D' the size of a key rounded up to a multiple of 8, V' that of a
 value rounded up to a multiple of 16, with zeros.
 """
@@ -30,7 +33,7 @@ BLOCK = 64  # tokens
 VALUE_GROUP = 64  # channels of an int4 value that share a scale
 LEAST, LARGEST = 2.0**-24, 65504.0  # of a positive float16
 
-Bits = Literal[8, 4]
+Bits = Literal[16, 8, 4]
 
 
 class Packed(NamedTuple):
@@ -44,6 +47,9 @@ class Packed(NamedTuple):
 
 def pack(keys: Tensor, values: Tensor, bits: Bits) -> Packed:
     """Quantize keys [B, K, 64 N, D] and values [B, K, 64 N, V]."""
+    if bits == 16:
+        codes = (each.unflatten(2, (-1, BLOCK)) for each in (keys, values))
+        return Packed(*(part for each in codes for part in (each, each.new_empty((*each.shape[:3], 0)))))
     return Packed(*pack_keys(keys, bits), *pack_values(values, bits))
 
 
@@ -67,7 +73,9 @@ def pack_keys(keys: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
 
 
 def unpack_keys(codes: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """Keys [B, K, 64 N, D'] in float32."""
+    """Keys [B, K, 64 N, D'] in float32, or as they were."""
+    if bits == 16:
+        return codes.flatten(2, 3)
     if bits == 4:
         codes = torch.cat((codes & 15, codes >> 4), dim=3)
     numbers = codes.transpose(3, 4).flatten(4).float()
@@ -91,7 +99,9 @@ def pack_values(values: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
 
 
 def unpack_values(codes: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """Values [B, K, 64 N, V'] in float32."""
+    """Values [B, K, 64 N, V'] in float32, or as they were."""
+    if bits == 16:
+        return codes.flatten(2, 3)
     if bits == 8:
         numbers = codes.transpose(4, 5).flatten(3, 4).float() - 128
         return (numbers * scales[..., 0, 0, :, None].float()).flatten(2, 3)

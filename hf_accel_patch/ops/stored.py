@@ -37,11 +37,17 @@ class Content:
         """Tokens that are seen."""
         return self.blocks * BLOCK - self.skip + self.keys.shape[2]
 
+    @property
+    def near(self) -> bool:
+        """Whether a kernel can read it: it is quantized, and where the latest tokens are."""
+        return self.packed is None or (self.bits < 16 and self.packed.key_codes.device == self.keys.device)
+
     def unpacked(self, part: int, first: int, last: int) -> Tensor:
         """Keys (part 0) or values (1) of blocks first..last, skipped tokens included."""
         assert self.packed is not None
-        codes, scales = (each[:, :, first:last] for each in self.packed[2 * part : 2 * part + 2])
         like = self.values if part else self.keys
+        held = (each[:, :, first:last] for each in self.packed[2 * part : 2 * part + 2])
+        codes, scales = (each.to(like.device, non_blocking=True) for each in held)
         dense = (unpack_values if part else unpack_keys)(codes, scales, self.bits)[..., : like.shape[-1]]
         if self.constant is not None and not part:
             dense = dense + self.constant.at(self.first + first * BLOCK, (last - first) * BLOCK)

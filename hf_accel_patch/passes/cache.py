@@ -26,6 +26,7 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
 from hf_accel_patch.passes.layers import IN_PLACE
+from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
 from hf_accel_patch.passes.quantized_layers import QUANTIZED
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
@@ -49,6 +50,9 @@ class KVCache:
     counted in the window (StreamingLLM, arXiv 2309.17453): `generate` without end in constant memory. Layers that have
     a sliding window keep their own.
 
+    `offload`: of long texts only so many of the latest tokens stay where the model is; the older ones go to the host's
+    memory, as they are or in 8 or 4 bits. Every step reads them over the bus: for GPUs whose memory is short.
+
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
     """
@@ -57,6 +61,7 @@ class KVCache:
     recent: int | None = None  # tokens; None: 0 for int8, 64 for int4
     window: int | None = None  # tokens, for "sinks"
     sinks: int = 4  # tokens
+    offload: int | None = None  # tokens that stay on the model's device, at least a block of 64; None: all
     prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
 
     name = "cache"
@@ -70,6 +75,10 @@ class KVCache:
             raise ValueError(f"cache: window={self.window} for {self.kind!r}; 'sinks' needs one, the others have none")
         if self.sinks < 1 or (self.window is not None and self.window < 2 * self.sinks):
             raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window}; allowed: 1 to half of it")
+        if self.offload is not None and (self.kind == "sinks" or self.offload < BLOCK):
+            raise ValueError(
+                f"cache: offload={self.offload} with {self.kind!r}; a number of tokens from {BLOCK} on, not for 'sinks'"
+            )
         if self.prefixes is not None and self.kind == "sinks":
             raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")
         if isinstance(self.prefixes, int | str):
@@ -80,8 +89,8 @@ class KVCache:
         module = first_cached_module(view)
         if reason or module is None:
             reason = reason or "no layer of it takes a cache"
-            if self.kind != "exact":
-                raise UnsupportedModel(f"cache={self.kind!r}: {reason}", "leave the keyword out")
+            if self.kind != "exact" or self.offload is not None:
+                raise UnsupportedModel(f"cache={self._asked}: {reason}", "leave the keyword out")
             return Skip(self, reason)
         found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
@@ -112,7 +121,8 @@ class KVCache:
         """What a layer of each of transformers' classes becomes."""
         if self.kind == "sinks":
             return STREAMING
-        return IN_PLACE if self.kind == "exact" else {**IN_PLACE, **QUANTIZED}
+        kinds = IN_PLACE if self.kind == "exact" else {**IN_PLACE, **QUANTIZED}
+        return kinds if self.offload is None else {**kinds, **OFFLOADED}
 
     def _check_prefixes(self, view: View) -> None:
         kept = {kind for kind, ours in self.layer_classes().items() if vars(ours).get("restores", True)}
@@ -163,6 +173,10 @@ class KVCache:
             kinds = {type(layer) for layer in DynamicCache(config=view.config).layers}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return f"transformers makes no cache from its configuration: {error}"
+        if self.offload is not None and DynamicLayer not in kinds:
+            return "every layer has a sliding window of its own, so its memory is small already"
+        if self.offload is not None and next(view.model.parameters()).device.type == HOST:
+            return "the model is in the host's memory, as is its cache"
         needed = QUANTIZED if self.kind in BITS else self.layer_classes()
         if not kinds & needed.keys():
             return f"its cache holds no keys and values: {', '.join(sorted(kind.__name__ for kind in kinds))}"
@@ -172,17 +186,22 @@ class KVCache:
         """Bytes of the cache of one sequence of the model's full context, without and with this pass."""
         context, rows = context_tokens(view.config) or 0, cache_rows(view)
         width = dtype_of(view.model).itemsize
-        before = after = 0
+        before = after = host = 0
         for row in rows:
             tokens = min(context, row.window - 1) if row.window else context
             exact = tokens * row.heads * (row.key_size + row.value_size) * width
             before += exact
             packs = self.kind in BITS and row.kind in QUANTIZED
-            after += self._packed_bytes(tokens, row, width) if packs else exact
+            packed = self._packed_bytes(tokens, row, width) if packs else exact
+            if self.offload is not None and row.kind in OFFLOADED:
+                stays = row.heads * min(tokens, self.latest + BLOCK) * (row.key_size + row.value_size) * width
+                host, packed = host + packed - stays, stays
+            after += packed
             if self.window is not None and row.window is None:
                 after -= exact - exact * min(self.window, tokens) // max(tokens, 1)
         facts = {"bytes_before": before, "bytes_after": after, "kind": self.kind, "layers": len(rows)}
-        return facts | {"context": context} if context else facts
+        facts |= {"context": context} if context else {}
+        return facts if self.offload is None else facts | {"host_bytes": host}
 
     def _packed_bytes(self, tokens: int, row: CacheRow, width: int) -> int:
         blocks = max(0, tokens - self.latest) // BLOCK
@@ -193,12 +212,17 @@ class KVCache:
     @property
     def bits(self) -> Bits:
         """Of a packed number."""
-        return BITS[self.kind]
+        return BITS.get(self.kind, 16)
 
     @property
     def latest(self) -> int:
         """Tokens that are never packed."""
-        return RECENT.get(self.kind, 0) if self.recent is None else self.recent
+        recent = RECENT.get(self.kind, 0) if self.recent is None else self.recent
+        return max(recent, self.offload or 0)
+
+    @property
+    def _asked(self) -> str:
+        return repr(self.kind) if self.offload is None else f"KVCache({self.kind!r}, offload={self.offload})"
 
 
 @dataclass(frozen=True)

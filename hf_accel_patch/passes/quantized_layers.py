@@ -76,7 +76,7 @@ class QuantizedLayer(DynamicLayer):
         """Hold what `state` said. Its tensors are read, and never written."""
         self.lazy_initialization(state["keys"], state["values"])
         self._latest = (self._room(state["keys"]), self._room(state["values"]))
-        packed = [state[name] for name in Packed._fields if name in state]
+        packed = [self._placed(state[name]) for name in Packed._fields if name in state]
         self._packed = [Growing(each, SLACK, 1) for each in packed] or None
         self._first, base = int(state["first"]), state.get("constant")
         self._constant = Constant(base, self.rotate) if base is not None and self.rotate is not None else None
@@ -126,7 +126,7 @@ class QuantizedLayer(DynamicLayer):
         self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda tensor: tensor[indices, ...])
+        self._each(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def offload(self) -> None:
         self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -174,12 +174,17 @@ class QuantizedLayer(DynamicLayer):
                 rest = rest - self._constant.at(self._first + self._blocks() * BLOCK, rest.shape[2])
             with torch.autocast(keys.device.type, enabled=False):  # which joins no float16
                 packed = pack_blocks(rest, values[:, :, span].to(rest.dtype), self.bits)
+            packed = Packed(*map(self._placed, packed))
             if self._packed is None:
                 whole = keys.shape[2] // BLOCK
                 self._packed = [Growing.with_room(each, whole + int(whole * SLACK), SLACK, 1) for each in packed]
             else:
                 for held, each in zip(self._packed, packed, strict=True):
                     held.append(each)
+
+    def _placed(self, packed: Tensor) -> Tensor:
+        """Where it is to lie."""
+        return packed
 
     def _content(self, visible: int) -> Content:
         """The last `visible` tokens."""

@@ -158,17 +158,23 @@ def test_what_an_unpatched_model_left_is_not_written_to():
 
 def quantized_pair(kind, bits, recent=None):
     stock = STOCK[kind]()
+    if bits == 16:
+        return ours(STOCK[kind](), offload=recent), stock
     return ours(STOCK[kind](), kind=f"int{bits}", recent=recent), stock
 
 
-@pytest.mark.parametrize("kind", ["full", "window", "long window"])
-@pytest.mark.parametrize("bits, recent", [(8, None), (4, None), (8, 100), (4, 0)])
+PACKED = [
+    (kind, *how) for kind in ("full", "window", "long window") for how in ((8, None), (4, None), (8, 100), (4, 0))
+]
+
+
+@pytest.mark.parametrize("kind, bits, recent", [*PACKED, ("full", 16, 64), ("full", 16, 100)])
 @pytest.mark.parametrize("seed", range(2))
 def test_quantized_layers_do_nearly_what_stock_does(kind, bits, recent, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(high, (), generator=generator))  # noqa: E731
     mine, stock = quantized_pair(kind, bits, recent)
-    batch, step = 2, 0.06 if bits == 8 else 0.6  # a little more than the range of numbers by the levels
+    batch, step = 2, {16: 1e-9, 8: 0.06, 4: 0.6}[bits]  # a little more than the range of numbers by the levels
     recording = seed == 1 and kind != "full"
     if recording:
         mine.activate_past_recording(), stock.activate_past_recording()
@@ -693,6 +699,8 @@ def test_impossible_values(value, message):
         ({"kind": "sinks"}, "window=None for 'sinks'"),
         ({"kind": "sinks", "window": 100, "sinks": 0}, "0 sinks"),
         ({"kind": "sinks", "window": 100, "recent": 3}, "recent=3"),
+        ({"offload": 63}, "offload=63 with 'exact'; a number of tokens from 64 on"),
+        ({"kind": "sinks", "window": 100, "offload": 64}, "offload=64 with 'sinks'"),
     ],
 )
 def test_impossible_options(options, message):
