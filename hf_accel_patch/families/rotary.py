@@ -27,6 +27,7 @@ ALIBI = frozenset({"bloom", "mpt"})  # and what says `alibi` in its configuratio
 TABLES = frozenset({"codegen", "gptj", "roformer"})
 WINDOWED = ("sliding", "chunked")  # in the name of a type of layers that see no distance beyond their window
 SCALED = "_hf_accel_rope"  # on a rotary module: its `Scaled`
+NO_LIMIT = 1 << 62  # tokens
 Key = tuple[int, str | None]  # which rotary module of a model, for which type of layers
 
 
@@ -150,6 +151,18 @@ def length_dependent(module: nn.Module, config: PreTrainedConfig) -> dict[str | 
         if torch.allclose(lengths.at(torch.tensor(probes)), theirs, rtol=1e-5, atol=0):
             found[layer_type] = lengths
     return found
+
+
+def unchanging(module: nn.Module, kinds: list[str | None], given: dict[str, Tensor]) -> dict[str | None, Lengths]:
+    """The same of a module whose frequencies are those of every length, for these types of layers. `given`: exact
+    ones, where its own are rounded."""
+    if not hasattr(type(module).forward, "__wrapped__"):
+        return {}
+    names = {kind: f"{_prefix(kind)}inv_freq" for kind in kinds}
+    buffers = {kind: given.get(name, module._buffers.get(name)) for kind, name in names.items()}
+    return {
+        kind: Lengths(each.float(), NO_LIMIT, longer=each.float()) for kind, each in buffers.items() if each is not None
+    }
 
 
 # ------------------------------------------------------------------------------------------- a module without a state

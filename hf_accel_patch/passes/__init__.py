@@ -9,6 +9,7 @@ from hf_accel_patch.passes.prefixes import PrefixCache
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
 from hf_accel_patch.passes.scaling import RopeScaling
+from hf_accel_patch.passes.self_extend import SelfExtend
 from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "PrefixCache",
     "Quantize",
     "RopeScaling",
+    "SelfExtend",
     "Speculative",
 ]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 from hf_accel_patch.ops.stored import Stored
 
 KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
+EXTENDED_KEY = f"{KEY}_extended"  # the same, for positions in groups
 
 
 ELSEWHERE = ("key_value_states", "encoder_hidden_states", "attn_prompt")  # from where keys and values come as well
@@ -121,14 +121,6 @@ def replacement(kind: type) -> type:
     made = type(kind.__name__, (bases[type(how)], kind), {**entries, "made": (kind, how)})
     made.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
     return made
-
-
-def refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock answers, and what it answers is wrong: such attention knows nothing of the paged cache."""
-    raise UnsupportedModel(
-        f"{type(self).__name__} cannot do continuous batching (generate_batch): its attention is hand-written",
-        "call generate with a padded batch",
-    )
 
 
 def _remake(kind: type) -> Any:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from hf_accel_patch.ops.grouped import Grouping
 from hf_accel_patch.ops.rope import stretched_base
 
 Method = Literal["linear", "dynamic", "yarn", "llama3", "longrope", "self-extend"]
@@ -14,8 +15,13 @@ OWN = {  # the options that only some methods have
     "longrope": {"attention_factor", "short_factor", "long_factor"},
     "llama3": {"low_freq_factor", "high_freq_factor"},
     "dynamic": {"length"},
+    "self-extend": {"attention_factor", "window", "group"},
 }
-ALLOWED = "'linear:F', 'dynamic:F', 'yarn:F' or 'llama3:F' with a factor of at least 1, a RopeScaling, or None"
+WINDOW_SHARE = 8  # of the trained length, neighbours of "self-extend"; see docs/positions.md
+ALLOWED = (
+    "'linear:F', 'dynamic:F', 'yarn:F', 'llama3:F' or 'self-extend:F' with a factor of at least 1, a RopeScaling, or "
+    "None"
+)
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,18 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()  # of "longrope", up to the trained length
     long_factor: tuple[float, ...] = ()  # and beyond it
+    window: int | None = None  # neighbours that "self-extend" leaves where they are, in tokens; None: an eighth
+    group: int | None = (
+        None  # tokens that share a position beyond them; None: so many that the distances of the longest text are known
+    )
 
     def __post_init__(self) -> None:
         known = get_args(Method)
         if self.type not in known:
             raise ValueError(f"rope: unknown type {self.type!r}; allowed: {', '.join(map(repr, known))}")
-        if self.type == "self-extend":
-            raise ValueError("rope: 'self-extend' is not in this version; 'yarn' and 'dynamic' need no training either")
         if not (isinstance(self.factor, int | float) and math.isfinite(self.factor) and self.factor >= 1):
             raise ValueError(f"rope: factor {self.factor!r}; allowed: a number of at least 1")
-        for name in ("original", "length"):
+        for name in ("original", "length", "window", "group"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"rope: {name}={value!r}; allowed: a number of tokens")
@@ -89,6 +97,14 @@ class RopeScaling:
     def context(self, trained: int) -> int:
         """Tokens that it is made for, with a model that was trained on so many."""
         return self.length or math.floor(trained * self.factor)
+
+    def grouping(self, trained: int) -> Grouping:
+        """Of "self-extend". Raises ValueError for a window that leaves no room."""
+        window = self.window or max(1, trained // WINDOW_SHARE)
+        if window >= trained:
+            raise ValueError(f"rope: window={window} of a model that was trained on {trained} tokens; allowed: fewer")
+        group = self.group or max(1, math.ceil((self.context(trained) - window) / (trained - window)))
+        return Grouping(window, group, trained, self.attention_factor)
 
     def parameters(self, before: dict[str, Any], trained: int, channels: int) -> dict[str, Any]:
         """The `rope_parameters` of the default type `before`, scaled. `channels`: that are rotated."""

@@ -252,7 +252,6 @@ def test_scaling_twice():
         ("yarn:four", "'yarn:F'"),
         ("ntk:4", "'ntk'.*'dynamic'"),
         (4, "RopeScaling"),
-        ("self-extend:4", "not in this version"),
         ("longrope:4", "lists"),
     ],
 )
