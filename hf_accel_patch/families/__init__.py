@@ -78,6 +78,7 @@ class View:
     subject: str
     parts: tuple[tuple[str, nn.Module], ...]
     tokenizer: Any = None  # of the pipeline around it
+    context: int | None = None  # tokens that it is to be used with, where that was said
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the language model once, with its qualified name in `model`."""
@@ -88,6 +89,10 @@ class View:
     def follow(self, config: PreTrainedConfig) -> None:
         """A pass has given the model another configuration: it is what the passes after it see."""
         object.__setattr__(self, "config", config)
+
+    def expect(self, tokens: int) -> None:
+        """Texts of so many tokens are what the passes after this one are asked for."""
+        object.__setattr__(self, "context", tokens)
 
     def weight_bytes(self) -> int:
         """Bytes of the model's parameters and buffers; tied and shared ones count once."""

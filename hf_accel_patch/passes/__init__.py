@@ -2,6 +2,7 @@
 
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.cache import KVCache
+from hf_accel_patch.passes.context import Context
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
@@ -14,6 +15,7 @@ from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
     "Attention",
+    "Context",
     "Frequencies",
     "KVCache",
     "Later",
