@@ -31,7 +31,7 @@ from hf_accel_patch import HfAccelError, RopeScaling, patch
 from hf_accel_patch.texts import held_out_text
 
 PARTS = ("perplexity", "passkey", "cache")
-METHODS = ("unscaled", "linear", "dynamic", "dynamic-fixed", "yarn", "llama3")
+METHODS = ("unscaled", "linear", "dynamic", "dynamic-fixed", "yarn", "llama3", "self-extend")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the text, where the number is told
 ABLE = 0.8  # of the numbers within the trained length, below which a model is not asked further
 Rows = list[dict[str, Any]]

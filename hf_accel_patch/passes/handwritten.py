@@ -19,6 +19,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten
+from hf_accel_patch.families.tables import growing
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 from hf_accel_patch.ops.stored import Stored
 
@@ -45,7 +46,8 @@ class Replaced(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
         state = super().__reduce_ex__(protocol)
-        return _remake, (type(self).made[0],), state[2]
+        kind = type(self).made[0]
+        return _remake, (getattr(kind, "grown_from", kind), hasattr(kind, "grown_from")), state[2]
 
 
 class Asking(Replaced):
@@ -123,8 +125,8 @@ def replacement(kind: type) -> type:
     return made
 
 
-def _remake(kind: type) -> Any:
-    made: Any = replacement(kind)
+def _remake(kind: type, grown: bool) -> Any:
+    made: Any = replacement(growing(kind) if grown else kind)
     return made.__new__(made)
 
 

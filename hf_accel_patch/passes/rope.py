@@ -26,6 +26,7 @@ from hf_accel_patch.families.rotary import (
     why_not_scaled,
 )
 from hf_accel_patch.families.rotation import moves
+from hf_accel_patch.families.tables import growing, table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.placed import ConvertingToPlaced, Found, Rotated
 from hf_accel_patch.passes.scaling import RopeScaling
@@ -46,6 +47,7 @@ class Changes:
     rotated: Callable[..., Rotated] = Turning  # what is made of that
     classes: Mapping[type, type] = field(default_factory=lambda: TURNING)  # what layers of a cache become
     context: int | None = None
+    tables: list[nn.Module] = field(default_factory=list)  # that grow as needed
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Frequencies:
     error of 0.4 % becomes a phase error of radians after some thousand tokens. `from_pretrained(dtype=...)` keeps them
     in float32, so what stock itself means is restored. Only frequencies that are exactly the rounding of what the
     configuration gives are touched.
+
+    Tables of sines (GPT-J) that end at the trained length: longer ones are read where a text needs them.
 
     Dynamic NTK and longrope: frequencies are those of each call's own length, where stock's depend on earlier calls and
     on other threads, and cached keys follow them (see passes/scaling_cache.py).
@@ -72,6 +76,9 @@ class Frequencies:
         size, rotary = view.weight_bytes(), view.rotary_modules()
         if self.scaling is not None:
             changes = self._scaled(view, self.scaling)
+        elif not rotary and (tables := table_modules(view)):
+            facts = {"exact": True, "bytes_before": size, "bytes_after": size, "tables": len(tables)}
+            return Step(self, facts, (Changes(view, view.config, tables=tables),))
         elif not rotary:
             return Skip(self, "no rotary positions with frequencies of their own", size)
         else:
@@ -155,9 +162,12 @@ def write(changes: Changes, journal: Journal) -> None:
             journal.delete_attribute(module, name)
         else:
             journal.set_attribute(module, name, value)
+    for module in changes.tables:
+        kind: Any = type(module)
+        journal.change_class(module, growing(kind))
     for module, scaled in changes.scaled:
         journal.set_attribute(module, SCALED, scaled)
-        kind: Any = type(module)
+        kind = type(module)
         journal.change_class(module, stateless(kind))
     first = first_cached_module(view)
     if any(changes.turned) and first is not None:
