@@ -31,7 +31,7 @@ from hf_accel_patch.ops.attention import (
 )
 from hf_accel_patch.ops.decode import attend_part
 
-LEAST_ROWS = 128  # of a block of queries for the fused kernels
+LEAST_ROWS = 256  # of a block of queries for the fused kernels
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def _joined(
     own = value.shape[2] - query.shape[2] + start
     last = own + stop - start
     near, far = max(0, own - window + 1), max(0, last - window)
-    skipped, rows = value.shape[2] - keys.near.shape[2], torch.arange(own, last, device=query.device)[:, None]
+    skipped, one = value.shape[2] - keys.near.shape[2], last - own == 1
+    rows = None if one else torch.arange(own, last, device=query.device)[:, None]
     plain = mask.square and mask.padding is None
 
     def part(queries: Tensor, some: Tensor, first: int, end: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,16 +164,19 @@ def _joined(
             seen = block if seen is None else seen if block is None else _both(seen, block)
         return _fused(queries[:, :, start:stop], some, value[:, :, first:end], seen, variant)
 
-    places = torch.arange(near, last, device=query.device)
-    seen = (places > rows - window) & (places <= rows) if stop - start > 1 else None
+    seen = None
+    if rows is not None:
+        places = torch.arange(near, last, device=query.device)
+        seen = (places > rows - window) & (places <= rows)
     parts = [part(query, keys.near[:, :, near - skipped : last - skipped], near, last, _four(seen))]
     first = 0
     for piece in keys.far:
         for begin, end, only in ((first, near, True), (max(first, near), far, False)):
             end = min(end, first + piece.shape[2])
             if begin < end:
-                places = torch.arange(begin, end, device=query.device)
-                seen = None if only else places <= rows - window
+                seen = None
+                if rows is not None and not only:
+                    seen = torch.arange(begin, end, device=query.device) <= rows - window
                 parts.append(part(far_query, piece[:, :, begin - first : end - first], begin, end, _four(seen)))
         first += piece.shape[2]
     if len(parts) == 1:

@@ -92,9 +92,13 @@ class Context:
         refused = []
         for way in ways:
             try:
-                return way.inspect(view)
+                decision = way.inspect(view)
             except UnsupportedModel as error:
                 refused.append(error)
+            else:
+                assert isinstance(decision, Step)  # what is asked for by name is done or refused
+                facts = decision.facts | {"chosen": f"for context={self.tokens}"}
+                return dataclasses.replace(decision, facts=facts)
         raise self._unsupported(str(refused[0]).partition("\n")[0].partition(": ")[2]) from refused[0]
 
     def _unsupported(self, reason: str) -> UnsupportedModel:

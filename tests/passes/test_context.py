@@ -23,6 +23,7 @@ def test_rotary_positions_are_scaled(name, tokens, factor):
     assert torch.equal(logits(model, LONG), logits(same, LONG))
     row = entry(report(model).to_dict(), "rope")
     assert (row["type"], row["factor"], row["context"]) == ("yarn", factor, factor * TRAINED)
+    assert row["chosen"] == f"for context={tokens}"
     assert row == entry(plan(short(name), context=tokens).to_dict(), "rope")
 
 
