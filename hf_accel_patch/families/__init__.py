@@ -288,6 +288,13 @@ def caches_latents(kind: type) -> bool:
     return bool(LATENTS.search(_source(kind)))
 
 
+@cache
+def changes_cached_keys(kind: type) -> bool:
+    """Whether this attention class computes something of the keys that the cache returns, before it attends to them."""
+    _, _, after = _source(getattr(kind, "forward", None)).partition("past_key_values.update(")
+    return bool(re.search(r"\bkey_states = ", after))
+
+
 def _source(thing: Any) -> str:
     try:
         with PARSING:

@@ -60,7 +60,7 @@ def why_not_scaled(view: View) -> str:
             "its positions are biases of the scores (ALiBi), which go on past the trained length: no scaling is needed"
         )
     if config.model_type in TABLES:
-        return "its rotary positions are a table of sines, not frequencies that could be scaled"
+        return "its rotary positions are a table of sines, for methods with fixed frequencies only"
     if not rotary:
         return "it has no rotary positions"
     found = entries(config)

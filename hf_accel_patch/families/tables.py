@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_accel_patch.families import View
 
@@ -23,7 +27,35 @@ MAKES = "create_sinusoidal_positions"  # function(positions, channels) in the fi
 TABLE = "embed_positions"  # the buffer [positions, channels] there
 KEPT = 8  # tables
 
+THETA = 10000.0  # of all of them
+SCALED_TABLE = "_hf_accel_table"  # on a module: its `ScaledTable`
+
 _needed: ContextVar[int] = ContextVar("hf_accel_positions_needed", default=0)
+
+
+@dataclass(frozen=True)
+class ScaledTable:
+    """Other frequencies than those of the model's own code, and what sines and cosines are multiplied with."""
+
+    frequencies: tuple[float, ...]
+    attention_factor: float
+
+    @classmethod
+    def of(cls, module: nn.Module, scale: Callable[[dict[str, Any], int], dict[str, Any]], trained: int) -> ScaledTable:
+        """`scale(parameters, channels)` makes the `rope_parameters`, from which transformers' own functions compute."""
+        channels = _held(module).shape[1]
+        rope = scale({"rope_type": "default", "rope_theta": THETA}, channels)
+        theta = rope["rope_theta"]
+        if rope["rope_type"] == "default":
+            return cls(tuple((theta ** -(torch.arange(0, channels, 2).double() / channels)).tolist()), 1.0)
+        sizes = {"hidden_size": channels, "num_attention_heads": 1, "head_dim": channels}
+        config = LlamaConfig(**sizes, max_position_embeddings=trained, rope_parameters=rope)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        return cls(tuple(frequencies.double().tolist()), float(factor))
+
+    def __call__(self, positions: int, channels: int) -> Tensor:
+        angles = torch.arange(positions).float()[:, None] * torch.tensor(self.frequencies)
+        return torch.cat((angles.sin(), angles.cos()), dim=1) * self.attention_factor
 
 
 def table_modules(view: View) -> list[nn.Module]:
@@ -50,19 +82,18 @@ def growing(kind: Any) -> Any:
     def with_rows(self: Any, input_ids_shape: Any, past_key_values_length: int = 0, position_ids: Any = None) -> Any:
         last = past_key_values_length + input_ids_shape[1]
         held: Tensor = self.weight
-        if position_ids is not None or last <= len(held) or torch.compiler.is_compiling():
+        scaled = vars(self).get(SCALED_TABLE)
+        if scaled is None and (position_ids is not None or last <= len(held) or torch.compiler.is_compiling()):
             return stock(self, input_ids_shape, past_key_values_length, position_ids)
-        made = _longer(_makes(kind), _room(last), held.shape[1], held.dtype, held.device)
-        return made[past_key_values_length:last]
+        made = _longer(scaled or _makes(kind), _room(max(last, len(held))), held.shape[1], held.dtype, held.device)
+        return made[past_key_values_length:last] if position_ids is None else made[position_ids]
 
     def table(self: Any) -> Tensor:
         held: Tensor = self._buffers[TABLE]
-        needed = _needed.get()
-        if needed <= len(held):
+        needed, scaled = _needed.get(), vars(self).get(SCALED_TABLE)
+        if scaled is None and needed <= len(held):
             return held
-        return _longer(
-            vars(sys.modules[kind.__module__])[MAKES], _room(needed), held.shape[1], held.dtype, str(held.device)
-        )
+        return _longer(scaled or _makes(kind), _room(max(needed, len(held))), held.shape[1], held.dtype, held.device)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
@@ -94,11 +125,15 @@ def _rows(kind: Any) -> Any:
     return lambda positions, channels: kind.create_weight(SimpleNamespace(weight=torch.empty(positions, channels)))
 
 
+def _held(module: nn.Module) -> Any:
+    return module._buffers.get(TABLE, getattr(module, "weight", None) if isinstance(module, nn.Embedding) else None)
+
+
 def _is_made(module: nn.Module) -> bool:
     """Whether its table is the one that the model's own code makes."""
-    held = module._buffers.get(TABLE, getattr(module, "weight", None) if isinstance(module, nn.Embedding) else None)
+    held = _held(module)
     make: Any = None if held is None else _makes(type(module))
-    if make is None or held is None:
+    if make is None:
         return False
     return held.is_meta or torch.equal(held, _longer(make, len(held), held.shape[1], held.dtype, held.device))
 

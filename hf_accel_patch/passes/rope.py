@@ -26,7 +26,7 @@ from hf_accel_patch.families.rotary import (
     why_not_scaled,
 )
 from hf_accel_patch.families.rotation import moves
-from hf_accel_patch.families.tables import growing, table_modules
+from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.placed import ConvertingToPlaced, Found, Rotated
 from hf_accel_patch.passes.scaling import RopeScaling
@@ -73,12 +73,11 @@ class Frequencies:
     name = "rope"
 
     def inspect(self, view: View) -> Step | Skip:
-        size, rotary = view.weight_bytes(), view.rotary_modules()
+        size, rotary, tables = view.weight_bytes(), view.rotary_modules(), table_modules(view)
+        if tables and (self.scaling is None or not self.scaling.varies):
+            return self._tables(view, tables)
         if self.scaling is not None:
             changes = self._scaled(view, self.scaling)
-        elif not rotary and (tables := table_modules(view)):
-            facts = {"exact": True, "bytes_before": size, "bytes_after": size, "tables": len(tables)}
-            return Step(self, facts, (Changes(view, view.config, tables=tables),))
         elif not rotary:
             return Skip(self, "no rotary positions with frequencies of their own", size)
         else:
@@ -105,6 +104,20 @@ class Frequencies:
 
     def apply(self, step: Step, journal: Journal) -> None:
         write(step.work[0], journal)
+
+    def _tables(self, view: View, tables: list[nn.Module]) -> Step:
+        """Tables grow as needed. No configuration can say that they are scaled, so it stays as it is."""
+        size, changes = view.weight_bytes(), Changes(view, view.config, tables=tables)
+        facts: dict[str, Any] = {"exact": self.scaling is None, "bytes_before": size, "bytes_after": size}
+        if (scaling := self.scaling) is not None:
+            trained = scaling.original or view.config.max_position_embeddings
+            changes.context = scaling.context(trained)
+
+            def scale(before: dict[str, Any], channels: int) -> dict[str, Any]:
+                return scaling.parameters(before, trained, channels)
+
+            changes.attributes = [(module, SCALED_TABLE, ScaledTable.of(module, scale, trained)) for module in tables]
+        return Step(self, facts | self._facts(changes) | {"tables": len(tables)}, (changes,))
 
     def _scaled(self, view: View, scaling: RopeScaling) -> Changes:
         """Raises UnsupportedModel, for what was asked for by name."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View
+from hf_accel_patch.families import View, changes_cached_keys
 from hf_accel_patch.families.handwritten import handwritten_modules
 from hf_accel_patch.families.rotary import Scaled, unchanging, unlimited, why_not_scaled
 from hf_accel_patch.journal import Journal
@@ -44,12 +44,13 @@ class SelfExtend:
         changes = Changes(view, copy.copy(view.config))
         if not reason:
             kinds = unlimited(view)
+            reason = "" if kinds else "every layer sees a window only, at any length"
             changes.buffers = [(module, name, exact) for _, module in rotary for name, exact in rounded(module)]
             for index, (_, module) in enumerate(rotary):
                 given = {name: exact for each, name, exact in changes.buffers if each is module}
                 if lengths := unchanging(module, kinds, given):
                     changes.scaled.append((module, Scaled(index, lengths)))
-            if len(changes.scaled) != len(rotary):
+            if kinds and len(changes.scaled) != len(rotary):
                 reason = "its rotary modules are not of transformers' usual kind"
         if reason:
             raise UnsupportedModel(f"rope='self-extend': {reason}", "leave rope out")
@@ -90,9 +91,8 @@ class SelfExtend:
             if how is None or (window is not None and window <= trained):
                 continue
             rotation, part, key = how
-            if part or type(layer) is not DynamicLayer or at not in modules:
-                kind = f"a window of {window}" if window else f"a cache of kind {type(layer).__name__}"
-                raise UnsupportedModel(f"rope='self-extend': layer {at} has {kind}", "leave rope out")
+            if reason := self._why_not_layer(layer, window, part, modules.get(at)):
+                raise UnsupportedModel(f"rope='self-extend': layer {at} {reason}", "leave rope out, or take 'yarn'")
             kept[place] = how
             extended.append((modules[at], Grouped(grouping, rotation, key)))
         if not extended:
@@ -100,3 +100,16 @@ class SelfExtend:
             reason = windows if any(found) else "how it rotates cached keys was not found"
             raise UnsupportedModel(f"rope='self-extend': {reason}", "leave rope out, or take 'yarn'")
         return tuple(kept), extended
+
+    @staticmethod
+    def _why_not_layer(layer: DynamicLayer, window: int | None, part: int, module: nn.Module | None) -> str:
+        if window:
+            return f"has a window of {window}, longer than what it was trained on"
+        if type(layer) is not DynamicLayer:
+            return f"has a cache of kind {type(layer).__name__}"
+        if part:
+            return "caches latents"
+        if module is None:
+            return "has no attention module of its own"
+        kind: Any = type(module)
+        return "computes with cached keys before it attends to them" if changes_cached_keys(kind) else ""

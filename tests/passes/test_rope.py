@@ -214,7 +214,6 @@ REFUSED = {
     "bloom": "ALiBi.*no scaling is needed",
     "mpt": "ALiBi",
     "falcon_alibi": "ALiBi",
-    "gptj": "rotary.*table",
     "gpt_oss": "scaled already, by 'yarn'",
 }
 

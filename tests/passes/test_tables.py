@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from cases import build, entry, greedy, left_padded, logits, prompt
+from cases import build, entry, greedy, left_padded, logits, prompt, relative_error
 from fingerprint import changes, fingerprint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_accel_patch import UnsupportedModel, patch, report, unpatch
+from hf_accel_patch import RopeScaling, UnsupportedModel, patch, report, unpatch
 from hf_accel_patch.families import tables
 
 TRAINED, LONGER = 64, 300
@@ -118,8 +120,51 @@ def test_a_table_of_somebody_else_is_left_alone(name):
     assert "reason" in entry(report(patch(model)).to_dict(), "rope")
 
 
+def scaled_angles(scaling, channels):
+    """Of transformers' own rotary module, with this configuration: sines and cosines [LONGER, channels / 2]."""
+    rope = {"rope_type": scaling.type, "rope_theta": 10000.0, "factor": scaling.factor}
+    if scaling.type != "linear":
+        rope["original_max_position_embeddings"] = TRAINED
+    if scaling.type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    sizes = {"hidden_size": channels, "num_attention_heads": 1, "head_dim": channels}
+    config = LlamaConfig(**sizes, max_position_embeddings=TRAINED, rope_parameters=rope)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1), torch.arange(LONGER)[None])
+    return torch.cat((sin[0, :, : channels // 2], cos[0, :, : channels // 2]), -1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 @pytest.mark.parametrize("name", FIELDS)
-def test_positions_of_a_table_are_not_scaled(name):
-    for options in ({"rope": "yarn:4"}, {"context": 4 * TRAINED}):
+def test_tables_are_scaled(name, kind):
+    """As in a model whose table has the sines of the scaled frequencies."""
+    scaling = RopeScaling(kind, 4.0)
+    model, expected = patch(short(name), rope=scaling), patch(longer(name, short(name)))
+    unscaled = logits(expected, LONG)
+    for key, each in [*expected.named_buffers(), *expected.named_parameters()]:
+        if "embed_positions" in key:
+            each.data.copy_(scaled_angles(scaling, each.shape[1]))
+    found = logits(model, LONG)
+    assert relative_error(found, logits(expected, LONG)) < 1e-4
+    assert relative_error(found, unscaled) > 1e-2, "nothing is scaled, so this proves nothing"
+    with torch.no_grad():
+        out = model(LONG[:, :60], use_cache=True)
+        rest = model(LONG[:, 60:], past_key_values=out.past_key_values, use_cache=True).logits
+    assert relative_error(torch.cat([out.logits, rest], 1), found) < 1e-4
+    assert torch.equal(logits(copy.deepcopy(model), LONG), found)
+    row = entry(report(model).to_dict(), "rope")
+    assert not row["exact"] and row["context"] == 4 * TRAINED and row["type"] == kind
+    assert torch.equal(logits(unpatch(model), prompt()), logits(short(name), prompt()))
+
+
+def test_a_fixed_base_and_a_context():
+    model = patch(short(), rope=RopeScaling("dynamic", 4.0, length=200))
+    assert relative_error(logits(model, LONG), logits(patch(short()), LONG)) > 1e-2
+    row = entry(report(patch(short(), context=200)).to_dict(), "rope")
+    assert (row["type"], row["factor"], row["context"]) == ("yarn", 4.0, 256)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_a_table_cannot_have(name):
+    for rope in ("dynamic:4", "self-extend:4"):
         with pytest.raises(UnsupportedModel, match="a table of sines"):
-            patch(short(name), **options)
+            patch(short(name), rope=rope)
