@@ -31,7 +31,8 @@ class RopeScaling:
     "linear": positions are divided by the factor (arXiv 2306.15595). "dynamic": the base grows with the length of the
     text beyond the trained one (NTK-aware scaling); with `length`, it is fixed at the base for so many tokens. "yarn"
     (arXiv 2309.00071), "llama3" (as in Llama 3.1) and "longrope" (arXiv 2402.13753, with its two lists of factors, of
-    the model's half rotated channels) treat slow and fast frequencies differently.
+    the model's half rotated channels) treat slow and fast frequencies differently. "self-extend" (arXiv 2401.01325)
+    leaves frequencies alone and groups the positions beyond a window of neighbours; see ops/grouped.py.
 
     All but "dynamic" and "longrope" are the same at every length, and so at any depth the same with and without the
     cache. With those two, cached keys are rotated anew when the frequencies change.
@@ -41,7 +42,7 @@ class RopeScaling:
     factor: float = 1.0
     original: int | None = None  # tokens that the model was trained on; None: as its configuration says
     length: int | None = None  # tokens, for "dynamic"
-    attention_factor: float | None = None  # of cos and sin; None: by the method's formula
+    attention_factor: float | None = None  # of cos and sin (of queries and keys); None: by the method's formula
     beta_fast: float | None = None  # rotations within the trained length, above which "yarn" leaves a channel alone
     beta_slow: float | None = None  # and below which it divides it by the factor
     low_freq_factor: float = 1.0  # the same for "llama3"
