@@ -8,7 +8,8 @@ Perplexity: of the same tokens, the last (trained length - 1) of each window, gi
 text is source that the bundled model was not trained on, or --text. Passkey: a number is told once, at several depths
 of a long text, and asked for at its end; counted only for models that can do it within the length that they were
 trained on. Cache: texts are read to the trained length at once and then token by token; at some places the answer is
-compared with that of a forward over all tokens so far. Rows of JSON are added to --out.
+compared with that of a forward over all tokens so far. Speed: a prompt of each context, and steps after it, by turns.
+Rows of JSON are added to --out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -30,10 +33,11 @@ from benchmarks.shapes import BUNDLED
 from hf_accel_patch import HfAccelError, RopeScaling, patch
 from hf_accel_patch.texts import held_out_text
 
-PARTS = ("perplexity", "passkey", "cache")
-METHODS = ("unscaled", "linear", "dynamic", "dynamic-fixed", "yarn", "llama3")
+PARTS = ("perplexity", "passkey", "cache", "speed")
+METHODS = ("unscaled", "linear", "dynamic", "dynamic-fixed", "yarn", "llama3", "self-extend")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the text, where the number is told
 ABLE = 0.8  # of the numbers within the trained length, below which a model is not asked further
+TURNS, STEPS = 5, 16  # of each method, and steps in a turn
 Rows = list[dict[str, Any]]
 
 
@@ -168,6 +172,35 @@ def cache(subject: Subject) -> Rows:
     return rows
 
 
+@torch.no_grad()
+def speed(subject: Subject, context: int) -> Rows:
+    """Milliseconds of a prompt of `context` tokens and of a step after it: all methods take turns."""
+    models: dict[str, Any] = {}
+    for method in subject.options.methods:
+        try:
+            models[method] = subject.scaled(method, context)
+        except HfAccelError:
+            continue
+    text, prompts, caches = subject.windows(context, 1)[0], {name: [] for name in models}, {}
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(TURNS):
+        for name in list(models)[:: -1 if turn % 2 else 1]:
+            begin = perf_counter()
+            output = models[name](text, use_cache=True, logits_to_keep=1)
+            prompts[name].append(1e3 * (perf_counter() - begin))
+            caches.setdefault(name, output.past_key_values)
+    for turn in range(TURNS):
+        for name in list(models)[:: -1 if turn % 2 else 1]:
+            for at in range(STEPS):
+                begin = perf_counter()
+                models[name](text[:, at : at + 1], past_key_values=caches[name], use_cache=True)
+                steps[name].append(1e3 * (perf_counter() - begin))
+    return [
+        {"system": name, "context": context, "prefill_ms": prompts[name], "decode_ms": median(steps[name])}
+        for name in models
+    ]
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
@@ -186,7 +219,7 @@ def main() -> None:
         for row in record(run, [{"part": f"long-context-{part}", **setting, **row} for row in rows], options.out):
             shown = {
                 key: row[key]
-                for key in ("system", "context", "perplexity", "passkey", "mean_kl", "reason")
+                for key in ("system", "context", "perplexity", "passkey", "mean_kl", "decode_ms", "reason")
                 if key in row
             }
             print(part, *(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in shown.items()))
@@ -206,6 +239,8 @@ def main() -> None:
                 save(part, [{"system": method, "context": context, **row}])
     if "cache" in options.parts:
         save("cache", cache(subject))
+    for context in subject.contexts if "speed" in options.parts else ():
+        save("speed", speed(subject, context))
 
 
 if __name__ == "__main__":

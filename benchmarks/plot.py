@@ -1,8 +1,9 @@
-"""Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed; and those of
-`benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it; and those of
-`benchmarks.speculative`: how many times as fast as stock, and what drafts of a copy can bring by their length.
+"""Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed; those of
+`benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it; those of
+`benchmarks.speculative`: how many times as fast as stock, and what drafts of a copy can bring by their length; and
+those of `benchmarks.long_context`: perplexity against the context, for each way to scale positions.
 
-    python -m benchmarks.plot        # quantize.jsonl, kvcache.jsonl, speculative.jsonl in benchmarks/results, to .png
+    python -m benchmarks.plot        # of each of these, the file in benchmarks/results, to .png
 
 Needs matplotlib, which is imported only here.
 """
@@ -33,6 +34,16 @@ CACHE_STYLES = {  # colour and dash
     "quanto-4bit": ("tab:green", "--"),
     "hqq-8bit": ("tab:purple", "--"),
     "hqq-4bit": ("tab:pink", "--"),
+}
+
+SCALING_STYLES = {  # colour and dash
+    "unscaled": ("black", "-"),
+    "linear": ("tab:gray", "--"),
+    "llama3": ("tab:purple", "--"),
+    "dynamic": ("tab:blue", "-"),
+    "dynamic-fixed": ("tab:blue", "--"),
+    "yarn": ("tab:orange", "-"),
+    "self-extend": ("tab:red", "-"),
 }
 
 SPECULATION_COLOURS = {
@@ -167,6 +178,42 @@ def plot_speculation(source: Path) -> None:
     figure.savefig(source.with_suffix(".png"), dpi=150)
 
 
+def plot_contexts(source: Path) -> None:
+    """Save an image beside a file of rows: of the model and the setting that were measured last, the perplexity of the
+    latest row of each method at each context."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [row for row in rows if row.get("part") == "long-context-perplexity" and "reason" not in row]
+    rows.sort(key=lambda row: str(row["run"]))
+    if not rows:
+        return
+    last, same = rows[-1], ("model", "trained", "factor", "windows", "dtype")
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if all(row[name] == last[name] for name in same):
+            found.setdefault(row["system"], {})[row["context"]] = row["perplexity"]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for system in (name for name in SCALING_STYLES if name in found):
+        by_context = dict(sorted(found[system].items()))
+        colour, dash = SCALING_STYLES[system]
+        style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 4, "label": system}
+        axes.plot(list(by_context), list(by_context.values()), **style)
+    contexts = sorted({context for by_context in found.values() for context in by_context})
+    axes.axvline(last["trained"], color="black", linewidth=0.8, linestyle=":")
+    label = f"perplexity of the same tokens, {last['model']}"
+    axes.set(xlabel=f"tokens of context (trained on {last['trained']})", ylabel=label, yscale="log")
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(source.with_suffix(".png"), dpi=150)
+
+
 def _with_stock(rows: list[Row]) -> list[tuple[Row, Row]]:
     """The rows that have numbers, each with stock's of the same run."""
     measured = [row for row in rows if "reason" not in row]
@@ -200,14 +247,16 @@ def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative")]
-    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these three)")
+    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative", "long_context")]
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these four)")
     for file in parser.parse_args().rows or [file for file in files if file.exists()]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         if any(row.get("part") == "cache-decode" for row in rows):
             plot_caches(file)
         elif any(str(row.get("part")).startswith("speculative-") for row in rows):
             plot_speculation(file)
+        elif any(str(row.get("part")).startswith("long-context-") for row in rows):
+            plot_contexts(file)
         else:
             plot(rows, file.with_suffix(".png"))
 

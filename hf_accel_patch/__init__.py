@@ -51,11 +51,12 @@ __all__ = [
 def _load() -> None:
     """Import everything and register. The names are set here, because two of them are those of modules as well."""
     from hf_accel_patch import api, checkpoints, errors, loading, passes, uptraining
-    from hf_accel_patch.passes import attention
+    from hf_accel_patch.passes import attention, self_extend_cache
 
     homes = (passes, errors, loading, checkpoints, api, uptraining)
     globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
     attention.register()
+    self_extend_cache.register()
     loading.register()
 
 

@@ -40,7 +40,7 @@ def patch(model: T, **options: Any) -> T:
 
     `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
     exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` or `linear=False` switches a pass
-    off.
+    off. `context=16384` scales positions as texts of so many tokens need it.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.

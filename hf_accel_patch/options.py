@@ -5,11 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from hf_accel_patch.passes import Attention, Frequencies, KVCache, Later, Linear, Prefill, Quantize, Speculative
+from hf_accel_patch.passes import (
+    Attention,
+    Context,
+    Frequencies,
+    KVCache,
+    Later,
+    Linear,
+    Prefill,
+    Quantize,
+    SelfExtend,
+    Speculative,
+)
 from hf_accel_patch.passes.scaling import ALLOWED, RopeScaling
 from hf_accel_patch.plan import Pass
 
-KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative")
+KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context")
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 LATER = {  # keyword: what stays as it is while this version has no such pass
     "gqa": "key/value heads stay as they are: no conversion in this version",
@@ -32,7 +43,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
     quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
         later["gqa"],
-        _rope(keywords.get("rope"), keywords.get("cache", True)),
+        _positions(keywords),
         quantize,
         _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True)),
@@ -41,7 +52,17 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
     )
 
 
-def _rope(value: Any, cache: Any) -> Pass:
+def _positions(keywords: dict[str, Any]) -> Pass:
+    attention, tokens = keywords.get("attention", True), keywords.get("context")
+    rope = _rope(keywords.get("rope"), keywords.get("cache", True), attention)
+    if tokens is None:
+        return rope
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"context={tokens!r}; allowed: a number of tokens, at least 1, or None")
+    return Context(tokens, rope, attention is not False)
+
+
+def _rope(value: Any, cache: Any, attention: Any) -> Frequencies | SelfExtend:
     """Where keys are packed or moved in the cache, they cannot follow frequencies that change."""
     scaling = RopeScaling.parse(value) if isinstance(value, str) else None if value is False else value
     if not isinstance(scaling, RopeScaling | None):
@@ -54,7 +75,16 @@ def _rope(value: Any, cache: Any) -> Pass:
             f"rope={scaling.type!r} with cache={kind!r}: cached keys would have to be rotated anew as the text grows, "
             f"and these cannot be; take the exact cache{hint}"
         )
-    return Frequencies(scaling, kind)
+    if scaling is None or scaling.type != "self-extend":
+        return Frequencies(scaling, kind)
+    if kind:
+        raise ValueError(
+            f"rope='self-extend' with cache={kind!r}: cached keys are rotated to their groups, and these cannot be; "
+            "take the exact cache, or 'yarn'"
+        )
+    if attention is False:
+        raise ValueError("rope='self-extend' with attention=False: it is an attention of its own")
+    return SelfExtend(scaling)
 
 
 def _quantize(value: Any, keep_originals: bool) -> Pass:

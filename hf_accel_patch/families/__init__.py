@@ -81,6 +81,7 @@ class View:
     subject: str
     parts: tuple[tuple[str, nn.Module], ...]
     tokenizer: Any = None  # of the pipeline around it
+    context: int | None = None  # tokens that it is to be used with, where that was said
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the language model once, with its qualified name in `model`."""
@@ -91,6 +92,10 @@ class View:
     def follow(self, config: PreTrainedConfig) -> None:
         """A pass has given the model another configuration: it is what the passes after it see."""
         object.__setattr__(self, "config", config)
+
+    def expect(self, tokens: int) -> None:
+        """Texts of so many tokens are what the passes after this one are asked for."""
+        object.__setattr__(self, "context", tokens)
 
     def weight_bytes(self) -> int:
         """Bytes of the model's parameters and buffers; tied and shared ones count once."""
@@ -284,6 +289,13 @@ def unknown_arguments(kind: type) -> tuple[str, ...]:
 def caches_latents(kind: type) -> bool:
     """Whether this attention class caches a latent and the rotated part of its keys."""
     return bool(LATENTS.search(_source(kind)))
+
+
+@cache
+def changes_cached_keys(kind: type) -> bool:
+    """Whether this attention class computes something of the keys that the cache returns, before it attends to them."""
+    _, _, after = _source(getattr(kind, "forward", None)).partition("past_key_values.update(")
+    return bool(re.search(r"\bkey_states = ", after))
 
 
 def _source(thing: Any) -> str:

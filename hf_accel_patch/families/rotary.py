@@ -20,25 +20,47 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View
+from hf_accel_patch.families import View, context_tokens
 from hf_accel_patch.ops.rope import Lengths
 
 ALIBI = frozenset({"bloom", "mpt"})  # and what says `alibi` in its configuration
+ALIBI_LIMITS = ("max_seq_len",)
+PADDING_ROWS = 4  # at most, in a table of learned positions
 TABLES = frozenset({"codegen", "gptj", "roformer"})
 WINDOWED = ("sliding", "chunked")  # in the name of a type of layers that see no distance beyond their window
 SCALED = "_hf_accel_rope"  # on a rotary module: its `Scaled`
+NO_LIMIT = 1 << 62  # tokens
 Key = tuple[int, str | None]  # which rotary module of a model, for which type of layers
+
+
+def has_alibi(config: PreTrainedConfig) -> bool:
+    """Whether its positions are biases of the scores."""
+    return config.model_type in ALIBI or bool(getattr(config, "alibi", False))
+
+
+def length_limit(config: PreTrainedConfig) -> str | None:
+    """The field of the configuration up to which biases of the scores are made, where they end."""
+    return next((name for name in ALIBI_LIMITS if isinstance(getattr(config, name, None), int)), None)
+
+
+def uses_learned_positions(view: View) -> bool:
+    """Whether it has a table of trained vectors, one for each position and a few for padding."""
+    positions, words = context_tokens(view.config), view.model.get_input_embeddings()
+    if positions is None or view.config.model_type in TABLES:
+        return False
+    tables = [each for _, each in view.named_modules() if isinstance(each, nn.Embedding) and each is not words]
+    return any(0 <= table.num_embeddings - positions <= PADDING_ROWS for table in tables)
 
 
 def why_not_scaled(view: View) -> str:
     """Why its positions cannot be scaled, or nothing."""
     config, rotary = view.config, view.rotary_modules()
-    if config.model_type in ALIBI or getattr(config, "alibi", False):
+    if has_alibi(config):
         return (
             "its positions are biases of the scores (ALiBi), which go on past the trained length: no scaling is needed"
         )
     if config.model_type in TABLES:
-        return "its rotary positions are a table of sines, not frequencies that could be scaled"
+        return "its rotary positions are a table of sines, for methods with fixed frequencies only"
     if not rotary:
         return "it has no rotary positions"
     found = entries(config)
@@ -150,6 +172,18 @@ def length_dependent(module: nn.Module, config: PreTrainedConfig) -> dict[str | 
         if torch.allclose(lengths.at(torch.tensor(probes)), theirs, rtol=1e-5, atol=0):
             found[layer_type] = lengths
     return found
+
+
+def unchanging(module: nn.Module, kinds: list[str | None], given: dict[str, Tensor]) -> dict[str | None, Lengths]:
+    """The same of a module whose frequencies are those of every length, for these types of layers. `given`: exact
+    ones, where its own are rounded."""
+    if not hasattr(type(module).forward, "__wrapped__"):
+        return {}
+    names = {kind: f"{_prefix(kind)}inv_freq" for kind in kinds}
+    buffers = {kind: given.get(name, module._buffers.get(name)) for kind, name in names.items()}
+    return {
+        kind: Lengths(each.float(), NO_LIMIT, longer=each.float()) for kind, each in buffers.items() if each is not None
+    }
 
 
 # ------------------------------------------------------------------------------------------- a module without a state

@@ -18,7 +18,7 @@ from hf_accel_patch.kernels import cpu
 SOURCE = Path(__file__).with_name("decode.c")
 BLOCK = 64  # tokens
 FLAGS = {64: (), 32: ("-mno-avx512f",)}  # by the bytes of a vector
-CALL = struct.Struct("@12q3P9qP3q4P8q2P3q2P4qP3q2d")  # `attention` in decode.c
+CALL = struct.Struct("@12q3P9qP3q4P8q2P3q2P4qP3q2dP")  # `attention` in decode.c
 PACKING = struct.Struct("@9q2P6q4P")  # `packing`
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # as ops/kv.py has it: key codes and scales, value codes and scales
@@ -49,6 +49,7 @@ def attend(
     bias: Tensor | None = None,
     rest: Tensor | None = None,
     added: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [B, H, T, D] over the first `blocks` blocks of `packed`, then the exact keys [B, K, R, D] and
     values [B, K, R, V]: [B, T, H, V], like the query.
@@ -58,6 +59,7 @@ def attend(
     value. `bias`, float32 [B, H, T, 64 blocks], is added to the products of query and packed keys, before the scale.
     `added`, float32 [B or 1, H or 1, T or 1, S], is added to the scores, after the scale and the cap.
     Where the last channels of exact keys lie apart, they are the `rest`, and the `keys` are the first ones.
+    `sums`, float32 [B, T, H], gets the logarithms of the sums of exp(score), -inf where no key is seen.
     Keys and values have the dtype of the query. The last dimension of every tensor is contiguous, in packed
     ones all from the third on. Sums are float32; rounding queries and weights where they meet codes costs less than
     1e-3 of the result.
@@ -80,7 +82,7 @@ def attend(
         0 if sinks is None else sinks.data_ptr(), 0 if bias is None else bias.data_ptr(),
         *((0, 0, 0) if bias is None else bias.stride()[:3]), out.data_ptr(),
         *((0, 0, 0, 0, 0) if rest is None else (rest.data_ptr(), rest.shape[3], *rest.stride()[:3])),
-        more, *more_strides, scale, softcap or 0.0,
+        more, *more_strides, scale, softcap or 0.0, 0 if sums is None else sums.data_ptr(),
     )  # fmt: skip
     if kernels.attend(arguments):
         raise MemoryError("no memory for the parts of an attention")

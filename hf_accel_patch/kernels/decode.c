@@ -101,6 +101,7 @@ typedef struct {
     const float *added; /* to the scores, after the scale and the cap */
     int64_t added_strides[3];
     double scale, softcap;
+    float *sums; /* [B, T, H], for the logarithms of the sums of exp(score), or null */
 } attention;
 
 INLINE floats load(const void *p, enum dtype dtype) {
@@ -567,6 +568,7 @@ static void join(const attention *a, int64_t b, int64_t k, int64_t r, const floa
     }
     const float inverse = total != 0 ? 1 / total : 0;
     for (int64_t i = 0; i < a->V; i++) put(a->out, a->dtype, at + i, sums[i] * inverse);
+    if (a->sums) a->sums[at / a->V] = total != 0 ? largest + logf(total) : -INFINITY;
 }
 
 int attend(const attention *a) {

@@ -144,7 +144,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         return _row_as_channels(query, key, value, variant)
     outputs = []
     row_bytes = key.shape[2] * B * (5 if fused and not biased else 8 * H)
-    for start, stop in _blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
+    for start, stop in blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
         first, last = mask.keys(start, stop)
         block, part = mask.block(start, stop, first, last), query[:, :, start:stop]
         keys, values = key[:, :, first:last], value[:, :, first:last]
@@ -163,16 +163,27 @@ def scored(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, V] and the attention weights [B, H, T, S], with every score in memory, in float32."""
-    B, H, T, D = query.shape
-    K, S = key.shape[1], key.shape[2]
-    scores = torch.matmul(query.reshape(B, K, H // K * T, D), key.transpose(-1, -2))
-    scores = scores.view(B, H, T, S).float() * variant.scale
+    scores = products(query, key).float() * variant.scale
+    return weighed(scores, value, mask, bias, variant, query.dtype)
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """The product of each query [B, H, T, D] with each key [B, K, S, D] of its group: [B, H, T, S]."""
+    (B, H, T, D), K = query.shape, key.shape[1]
+    return torch.matmul(query.reshape(B, K, H // K * T, D), key.transpose(-1, -2)).view(B, H, T, -1)
+
+
+def weighed(
+    scores: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights of scaled scores [B, H, T, S] in float32. `dtype`: of the queries."""
+    (B, H, T, S), K = scores.shape, value.shape[1]
     if variant.softcap is not None:
         scores = variant.softcap * torch.tanh(scores / variant.softcap)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        lowest = torch.finfo(query.dtype).min
+        lowest = torch.finfo(dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     if variant.sinks is None:
         weights = torch.softmax(scores, dim=-1)
@@ -305,7 +316,8 @@ def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[in
     return output
 
 
-def _blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
+def blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
+    """Of queries: the first of each, and the one behind its last."""
     rows = max(1, min(MAX_ROWS, room // max(1, bytes_per_row)))
     rows = math.ceil(length / math.ceil(length / rows)) if length else 1  # blocks of equal size
     for start in range(0, length, rows):

@@ -41,6 +41,17 @@ def attend_cached(
     return _kernel(query, None, key, value, mask, variant, rest)
 
 
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant
+) -> tuple[Tensor, Tensor] | None:
+    """`attend_cached` [B, T, H, V], and the logarithms of the sums of exp(score) [B, T, H], which join it to the
+    attention to other keys."""
+    if query.shape[2] > MOST_TOKENS or not query.is_cpu or not _kernel_takes(query, key, value, mask, variant):
+        return None
+    sums = query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=torch.float32)
+    return _kernel(query, None, key, value, mask, variant, sums=sums), sums
+
+
 def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant) -> Tensor:
     """Attention of T tokens [B, H, T, D] to a quantized cache: [B, T, H, V]. No gradients flow into the cache."""
     T, S = query.shape[2], content.length
@@ -153,6 +164,7 @@ def _kernel(
     mask: Tensor | None,
     variant: Variant,
     rest: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
     if mask is not None and mask.stride(-1) != 1:
@@ -173,7 +185,7 @@ def _kernel(
         added = torch.nn.functional.pad(added, (content.skip, 0))
     if added is not None and added.stride(-1) != 1:
         added = added.contiguous()
-    return cpu_decode.attend(kernels, *what, bias, rest, added)
+    return cpu_decode.attend(kernels, *what, bias, rest, added, sums)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.cache import KVCache
+from hf_accel_patch.passes.context import Context
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
@@ -9,10 +10,12 @@ from hf_accel_patch.passes.prefixes import PrefixCache
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.rope import Frequencies
 from hf_accel_patch.passes.scaling import RopeScaling
+from hf_accel_patch.passes.self_extend import SelfExtend
 from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
     "Attention",
+    "Context",
     "Frequencies",
     "KVCache",
     "Later",
@@ -21,5 +24,6 @@ __all__ = [
     "PrefixCache",
     "Quantize",
     "RopeScaling",
+    "SelfExtend",
     "Speculative",
 ]

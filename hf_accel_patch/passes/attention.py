@@ -22,7 +22,8 @@ from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
-from hf_accel_patch.passes.handwritten import KEY, refuse_continuous_batching, replacement
+from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
+from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
@@ -80,7 +81,8 @@ class Attention:
         configuration object may be shared with models that nobody patched."""
         view, latent, by_hand = step.work
         config = copy.copy(view.config)
-        vars(config)[SELECTED] = KEY
+        if vars(config).get(SELECTED) != EXTENDED_KEY:  # the pass for positions may have chosen that
+            vars(config)[SELECTED] = KEY
         for _, module in view.named_modules():
             if vars(module).get("config") is view.config:
                 journal.set_attribute(module, "config", config)
@@ -92,7 +94,7 @@ class Attention:
             journal.bind_method(view.model, "create_masks_for_generate", _mask_for_generate)
         if view.config.model_type in CACHE_OFF_BY_DEFAULT:
             journal.bind_method(view.model, "_prepare_generation_config", _with_cache)
-        batching = refuse_continuous_batching if by_hand else _init_continuous_batching
+        batching = refuse_continuous_batching if by_hand else init_continuous_batching
         journal.bind_method(view.model, "init_continuous_batching", batching)
 
 
@@ -143,9 +145,9 @@ def attention_forward(
         sinks = s_aux.reshape(1, -1, 1, 1)
     variant = Variant(scale, dropout, softcap, sinks, position_bias)
     if latents is not None:
-        return attend_latents(query, latents, _mask(attention_mask, T, S, causal, query.device), variant), None
+        return attend_latents(query, latents, mask_of(attention_mask, T, S, causal, query.device), variant), None
     if stored is not None:
-        return attend_stored(query, stored, _mask(attention_mask, T, S, causal, query.device), variant), None
+        return attend_stored(query, stored, mask_of(attention_mask, T, S, causal, query.device), variant), None
     if T <= MOST_TOKENS and not causal and not answer and not isinstance(attention_mask, DescribedMask):
         output = attend_cached(query, key, value, attention_mask, variant)
         if output is not None:
@@ -154,7 +156,7 @@ def attention_forward(
         described = isinstance(attention_mask, DescribedMask)
         if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= SCORE_ELEMENTS):
             return _direct(query, key, value, attention_mask, dropout, scale, causal), None
-    mask = _mask(attention_mask, T, S, causal, query.device)
+    mask = mask_of(attention_mask, T, S, causal, query.device)
     if answer:
         output, weights = scored(query, key, value, mask.block(0, T, 0, S), position_bias, variant)
         return output.transpose(1, 2).contiguous(), weights
@@ -265,7 +267,8 @@ def _direct(
     return output.transpose(1, 2).contiguous()
 
 
-def _mask(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
+def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
+    """What an attention function was given, as our own functions take it."""
     if isinstance(mask, DescribedMask):
         return mask
     if mask is not None:
@@ -284,18 +287,3 @@ def _with_cache(self: PreTrainedModel, generation_config: GenerationConfig | Non
     if kwargs.get("use_cache", getattr(generation_config, "use_cache", None)) is None:
         prepared[0].use_cache = True
     return prepared
-
-
-def _init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Continuous batching accepts only the attention names that it knows: it runs on stock's, and gets ours back when
-    its manager stops."""
-    ours = self.config._attn_implementation
-    stock = "sdpa" if self._supports_sdpa else "eager"
-    self.set_attn_implementation(stock)
-    try:
-        manager = type(self).init_continuous_batching(self, *args, **kwargs)
-    except BaseException:
-        self.set_attn_implementation(ours)
-        raise
-    manager._original_attn_impl = ours
-    return manager

@@ -183,8 +183,9 @@ class KVCache:
         return ""
 
     def _facts(self, view: View) -> dict[str, Any]:
-        """Bytes of the cache of one sequence of the model's full context, without and with this pass."""
-        context, rows = context_tokens(view.config) or 0, cache_rows(view)
+        """Bytes of the cache of one sequence, of the context that was asked for or else of the model's full one,
+        without and with this pass."""
+        context, rows = view.context or context_tokens(view.config) or 0, cache_rows(view)
         width = dtype_of(view.model).itemsize
         before = after = host = 0
         for row in rows:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten
+from hf_accel_patch.families.tables import growing
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 from hf_accel_patch.ops.stored import Stored
 
 KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
+EXTENDED_KEY = f"{KEY}_extended"  # the same, for positions in groups
 
 
 ELSEWHERE = ("key_value_states", "encoder_hidden_states", "attn_prompt")  # from where keys and values come as well
@@ -45,7 +46,8 @@ class Replaced(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
         state = super().__reduce_ex__(protocol)
-        return _remake, (type(self).made[0],), state[2]
+        kind = type(self).made[0]
+        return _remake, (getattr(kind, "grown_from", kind), hasattr(kind, "grown_from")), state[2]
 
 
 class Asking(Replaced):
@@ -123,16 +125,8 @@ def replacement(kind: type) -> type:
     return made
 
 
-def refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock answers, and what it answers is wrong: such attention knows nothing of the paged cache."""
-    raise UnsupportedModel(
-        f"{type(self).__name__} cannot do continuous batching (generate_batch): its attention is hand-written",
-        "call generate with a padded batch",
-    )
-
-
-def _remake(kind: type) -> Any:
-    made: Any = replacement(kind)
+def _remake(kind: type, grown: bool) -> Any:
+    made: Any = replacement(growing(kind) if grown else kind)
     return made.__new__(made)
 
 

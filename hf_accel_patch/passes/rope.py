@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +26,12 @@ from hf_accel_patch.families.rotary import (
     why_not_scaled,
 )
 from hf_accel_patch.families.rotation import moves
+from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.passes.placed import ConvertingToPlaced, Found, Rotated
 from hf_accel_patch.passes.scaling import RopeScaling
-from hf_accel_patch.passes.scaling_cache import ConvertingToTurning
+from hf_accel_patch.passes.scaling_cache import TURNING, Turning
 from hf_accel_patch.plan import Skip, Step
-
-Found = tuple[tuple[Any, ...] | None, ...]
 
 
 @dataclass(eq=False)
@@ -44,7 +44,10 @@ class Changes:
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     scaled: list[tuple[nn.Module, Scaled]] = field(default_factory=list)
     turned: Found = ()  # of each layer that holds keys, how they are rotated
+    rotated: Callable[..., Rotated] = Turning  # what is made of that
+    classes: Mapping[type, type] = field(default_factory=lambda: TURNING)  # what layers of a cache become
     context: int | None = None
+    tables: list[nn.Module] = field(default_factory=list)  # that grow as needed
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Frequencies:
     error of 0.4 % becomes a phase error of radians after some thousand tokens. `from_pretrained(dtype=...)` keeps them
     in float32, so what stock itself means is restored. Only frequencies that are exactly the rounding of what the
     configuration gives are touched.
+
+    Tables of sines (GPT-J) that end at the trained length: longer ones are read where a text needs them.
 
     Dynamic NTK and longrope: frequencies are those of each call's own length, where stock's depend on earlier calls and
     on other threads, and cached keys follow them (see passes/scaling_cache.py).
@@ -68,22 +73,24 @@ class Frequencies:
     name = "rope"
 
     def inspect(self, view: View) -> Step | Skip:
-        size, rotary = view.weight_bytes(), view.rotary_modules()
+        size, rotary, tables = view.weight_bytes(), view.rotary_modules(), table_modules(view)
+        if tables and (self.scaling is None or not self.scaling.varies):
+            return self._tables(view, tables)
         if self.scaling is not None:
             changes = self._scaled(view, self.scaling)
         elif not rotary:
             return Skip(self, "no rotary positions with frequencies of their own", size)
         else:
             changes = Changes(view, view.config)
-            changes.buffers = [(module, name, exact) for _, module in rotary for name, exact in _rounded(module)]
+            changes.buffers = [(module, name, exact) for _, module in rotary for name, exact in rounded(module)]
         for index, (_, module) in enumerate(rotary):
             own = changes.config if self.scaling is not None else vars(module).get("config")
             lengths = length_dependent(module, own) if own is not None else {}
             if lengths:
                 changes.scaled.append((module, Scaled(index, lengths)))
         if changes.scaled and not self.packed:
-            changes.turned = _turned(view, [module for _, module in rotary], changes.scaled)
-            if self.scaling is not None and not any(changes.turned) and not _is_meta(view):
+            changes.turned = turned(view, [module for _, module in rotary], changes.scaled)
+            if self.scaling is not None and not any(changes.turned) and not is_meta(view):
                 raise UnsupportedModel(
                     f"rope={self.scaling.type!r}: how it rotates cached keys was not found, so they could not follow "
                     "frequencies that change with the length",
@@ -96,27 +103,21 @@ class Frequencies:
         return Step(self, facts | self._facts(changes), (changes,))
 
     def apply(self, step: Step, journal: Journal) -> None:
-        (changes,) = step.work
-        view: View = changes.view
-        if changes.config is not view.config:
-            _configure(view, changes.config, journal)
-        for module, name, exact in changes.buffers:
-            journal.set_buffer(module, name, exact, persistent=False)
-        for module, name, value in changes.attributes:
-            if value is _GONE:
-                journal.delete_attribute(module, name)
-            else:
-                journal.set_attribute(module, name, value)
-        for module, scaled in changes.scaled:
-            journal.set_attribute(module, SCALED, scaled)
-            kind: Any = type(module)
-            journal.change_class(module, stateless(kind))
-        first = first_cached_module(view)
-        if any(changes.turned) and first is not None:
-            journal.add_forward_pre_hook(first, ConvertingToTurning(changes.turned))
-        tokenizer, context = view.tokenizer, changes.context
-        if context is not None and tokenizer is not None and tokenizer.model_max_length < context:
-            journal.set_attribute(tokenizer, "model_max_length", context)
+        write(step.work[0], journal)
+
+    def _tables(self, view: View, tables: list[nn.Module]) -> Step:
+        """Tables grow as needed. No configuration can say that they are scaled, so it stays as it is."""
+        size, changes = view.weight_bytes(), Changes(view, view.config, tables=tables)
+        facts: dict[str, Any] = {"exact": self.scaling is None, "bytes_before": size, "bytes_after": size}
+        if (scaling := self.scaling) is not None:
+            trained = scaling.original or view.config.max_position_embeddings
+            changes.context = scaling.context(trained)
+
+            def scale(before: dict[str, Any], channels: int) -> dict[str, Any]:
+                return scaling.parameters(before, trained, channels)
+
+            changes.attributes = [(module, SCALED_TABLE, ScaledTable.of(module, scale, trained)) for module in tables]
+        return Step(self, facts | self._facts(changes) | {"tables": len(tables)}, (changes,))
 
     def _scaled(self, view: View, scaling: RopeScaling) -> Changes:
         """Raises UnsupportedModel, for what was asked for by name."""
@@ -162,6 +163,33 @@ class Frequencies:
         return facts
 
 
+def write(changes: Changes, journal: Journal) -> None:
+    """Carry them out."""
+    view = changes.view
+    if changes.config is not view.config:
+        _configure(view, changes.config, journal)
+    for module, name, exact in changes.buffers:
+        journal.set_buffer(module, name, exact, persistent=False)
+    for module, name, value in changes.attributes:
+        if value is _GONE:
+            journal.delete_attribute(module, name)
+        else:
+            journal.set_attribute(module, name, value)
+    for module in changes.tables:
+        kind: Any = type(module)
+        journal.change_class(module, growing(kind))
+    for module, scaled in changes.scaled:
+        journal.set_attribute(module, SCALED, scaled)
+        kind = type(module)
+        journal.change_class(module, stateless(kind))
+    first = first_cached_module(view)
+    if any(changes.turned) and first is not None:
+        journal.add_forward_pre_hook(first, ConvertingToPlaced(changes.classes, changes.turned, changes.rotated))
+    tokenizer, context = view.tokenizer, changes.context
+    if context is not None and tokenizer is not None and tokenizer.model_max_length < context:
+        journal.set_attribute(tokenizer, "model_max_length", context)
+
+
 class _Gone:
     """Marks an attribute that goes."""
 
@@ -203,13 +231,14 @@ def _configure(view: View, config: PreTrainedConfig, journal: Journal) -> None:
     view.follow(config)
 
 
-def _is_meta(view: View) -> bool:
+def is_meta(view: View) -> bool:
+    """Whether it is only planned for."""
     return next(view.model.parameters()).is_meta
 
 
-def _turned(view: View, rotary: list[nn.Module], scaled: list[tuple[nn.Module, Scaled]]) -> Found:
+def turned(view: View, rotary: list[nn.Module], scaled: list[tuple[nn.Module, Scaled]]) -> Found:
     """How each layer's keys are rotated whose frequencies depend on the length."""
-    if _is_meta(view):  # only planned
+    if is_meta(view):  # only planned
         return ()
     with _undisturbed(rotary):
         found = moves(view)
@@ -239,7 +268,7 @@ def _undisturbed(modules: list[nn.Module]) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _rounded(module: nn.Module) -> list[tuple[str, Tensor]]:
+def rounded(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers of a rotary module that are roundings of float32 frequencies, with the exact ones."""
     low = {n: b for n, b in module._buffers.items() if n.endswith("inv_freq") and b is not None and _is_half(b)}
     if not low or not hasattr(module, "config"):

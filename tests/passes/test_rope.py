@@ -214,7 +214,6 @@ REFUSED = {
     "bloom": "ALiBi.*no scaling is needed",
     "mpt": "ALiBi",
     "falcon_alibi": "ALiBi",
-    "gptj": "rotary.*table",
     "gpt_oss": "scaled already, by 'yarn'",
 }
 
@@ -252,7 +251,6 @@ def test_scaling_twice():
         ("yarn:four", "'yarn:F'"),
         ("ntk:4", "'ntk'.*'dynamic'"),
         (4, "RopeScaling"),
-        ("self-extend:4", "not in this version"),
         ("longrope:4", "lists"),
     ],
 )

@@ -1,0 +1,239 @@
+"""Cached keys whose positions are remembered, for what rotates them again later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from hf_accel_patch.families.rotary import Key, Turn, cos_sin, latest
+from hf_accel_patch.families.rotation import Rotation
+from hf_accel_patch.passes.layers import _InPlace
+
+MARK = "_hf_accel_turning"  # on a cache whose layers turn their keys
+MOST_PARTS = 64  # steps whose positions are kept apart
+Found = tuple[tuple[Rotation, int, Key] | None, ...]  # of each layer that holds keys, how they are rotated
+KEPT_STEPS = 4  # from one set of positions to the next ones, which layers share
+
+
+class Places:
+    """The positions [R, S] of cached tokens, R the batch or 1. Never changed, so that the layers of a cache, which go
+    through the same steps, share one, and the angles computed from it."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts if len(parts) <= MOST_PARTS else (_joined(parts),)
+        self.length = sum(part.shape[1] for part in parts)
+        self._next: tuple[tuple[Any, Places], ...] = ()
+        self._angles: dict[Key, tuple[object, Any]] = {}
+
+    def __deepcopy__(self, memo: Any) -> Places:
+        return self
+
+    def append(self, positions: Tensor) -> Places:
+        return self._then(positions, lambda: Places(*self.parts, positions))
+
+    def first(self, count: int) -> Places:
+        return self if count >= self.length else self._then(("first", count), lambda: Places(self.whole()[:, :count]))
+
+    def last(self, count: int) -> Places:
+        if count >= self.length:
+            return self
+        return self._then(("last", count), lambda: Places(self.whole()[:, self.length - count :]))
+
+    def between(self, first: int, last: int) -> Places:
+        return self._then(("between", first, last), lambda: Places(self.whole()[:, first:last]))
+
+    def select(self, rows: Tensor) -> Places:
+        whole = self.whole()
+        return self if len(whole) == 1 else self._then(rows, lambda: Places(whole[rows.to(whole.device)]))
+
+    def repeat(self, repeats: int) -> Places:
+        whole = self.whole()
+        return self if len(whole) == 1 else Places(whole.repeat_interleave(repeats, dim=0))
+
+    def whole(self) -> Tensor:
+        if len(self.parts) > 1:
+            self.parts = (_joined(self.parts),)
+        return self.parts[0]
+
+    def angles(self, key: Key, turn: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives for this turn, computed once."""
+        held = self._angles.get(key)
+        if held is None or held[0] is not turn:
+            held = self._angles[key] = (turn, make())
+        return held[1]
+
+    def _then(self, step: Any, make: Callable[[], Places]) -> Places:
+        found = next((places for held, places in self._next if _is_same(held, step)), None)
+        if found is None:
+            found = make()
+            self._next = ((step, found), *self._next[: KEPT_STEPS - 1])
+        return found
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and a == b)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    rows = max(len(part) for part in parts)
+    return torch.cat([part.expand(rows, -1) for part in parts], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """How the keys of one layer are rotated."""
+
+    rotation: Rotation
+    part: int  # of keys and values, which has them
+    key: Key
+
+    def __deepcopy__(self, memo: Any) -> Rotated:
+        return self  # a copy of a cache is one of the same model
+
+    def by(self, keys: Tensor, places: Places, turn: object, frequencies: Tensor, at: Tensor, back: bool) -> Tensor:
+        """`keys` at `places`, rotated by `frequencies` times `at`, or back; the angles are computed once a turn."""
+
+        def make() -> Any:
+            like = torch.empty(0, dtype=torch.float32, device=at.device)
+            return cos_sin(self.rotation.rotary, frequencies, like, at, self.key[1], scaling=1.0)
+
+        cos, sin = places.angles(self.key, turn, make)
+        return self.rotation.by(keys, cos.to(keys.device), (-sin if back else sin).to(keys.device))
+
+
+class PlacedLayer(_InPlace):
+    """Keys and values, with the positions of their tokens. Some keys may be held in another rotation than they came in,
+    until they are unsettled."""
+
+    turning: Any  # a Rotated
+    places: Places | None = None
+    _met: Turn | None = None  # the latest
+
+    def unsettle(self) -> None:
+        """Hold all keys as they came."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Other keys are held now, and none is settled."""
+        raise NotImplementedError
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        before = self._count()
+        super().crop(*args, **kwargs)
+        if self.places is not None and (gone := before - self._count()) > 0:
+            self.places = self.places.first(self.places.length - gone)
+
+    def reset(self) -> None:
+        super().reset()
+        if not self._count():  # older transformers only writes zeros
+            self.places = None
+            self.forget()
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        super().take(keys, values)
+        self.begin()
+
+    def begin(self) -> None:
+        """What it holds was cached elsewhere, in one piece from position 0, as short texts rotate it."""
+        held = (self._keys, self._values)[self.turning.part]
+        if held is not None and len(held):
+            self.places = Places(torch.arange(len(held), device=held.buffer.device)[None])
+
+    def state(self) -> dict[str, Tensor]:
+        self.unsettle()
+        return super().state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.forget()
+        self.begin()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.places = self.places and self.places.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.places = self.places and self.places.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.places = self.places and self.places.repeat(repeats)
+
+    def _turn(self, new: int) -> Turn:
+        """The call of the rotary module that this many new tokens come from."""
+        turn = latest(self.turning.key)
+        if turn is None or turn is self._met or turn.positions.shape[1] != new:
+            raise RuntimeError(
+                f"{new} keys were cached without a call of the rotary module in this thread, or under torch.compile, "
+                "so their positions are unknown"
+            )
+        self._met = turn
+        return turn
+
+    def _held(self, part: int) -> Any:
+        return (self._keys, self._values)[part]
+
+    def _count(self) -> int:
+        held = self._held(self.turning.part)
+        return 0 if held is None else len(held)
+
+
+def fresh(turn: Turn) -> Places:
+    """The places of a turn's own tokens."""
+    if "places" not in turn.angles:
+        turn.angles["places"] = Places(turn.positions)
+    found: Places = turn.angles["places"]
+    return found
+
+
+@dataclass(frozen=True)
+class ConvertingToPlaced:
+    """The hook on the first layer that meets a cache: those of its layers whose keys need it become ones that know
+    their positions."""
+
+    classes: Mapping[type, type]
+    found: Found = field(repr=False)
+    rotated: Callable[..., Rotated]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
+        if cache is None or vars(cache).get(MARK) or torch.compiler.is_compiling():
+            return
+        vars(cache)[MARK] = True
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        turnings = [each and self.rotated(*each) for each in self.found]
+        holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        if len(holding) == len(turnings):
+            for layer, turning in zip(holding, turnings, strict=True):
+                if turning is not None and type(layer) in self.classes:
+                    _convert(layer, self.classes[type(layer)], turning)
+        elif not holding and cache.layer_class_to_replicate in self.classes:
+            same = {each and (each.part, each.key) for each in turnings}
+            if len(same) == 1 and turnings[0] is not None:
+                kind = self.classes[cache.layer_class_to_replicate]
+                cache.layer_class_to_replicate = partial(_new, kind, turnings[0])
+
+
+def _convert(layer: Any, kind: type, turning: Rotated) -> None:
+    held = isinstance(layer, _InPlace)
+    keys, values = (None, None) if held else (vars(layer).pop(name, None) for name in ("keys", "values"))
+    layer.__class__ = kind
+    layer.turning = turning
+    if keys is not None and keys.ndim == 4:
+        layer.take(keys, values)
+    elif held:
+        layer.begin()
+
+
+def _new(kind: Any, turning: Rotated) -> Any:
+    layer = kind()
+    layer.turning = turning
+    return layer
