@@ -2,6 +2,7 @@
 
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.cache import KVCache
+from hf_accel_patch.passes.gqa import GQA
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
@@ -12,6 +13,7 @@ from hf_accel_patch.passes.scaling import RopeScaling
 from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
+    "GQA",
     "Attention",
     "Frequencies",
     "KVCache",
