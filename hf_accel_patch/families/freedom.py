@@ -96,8 +96,8 @@ def _tried(view: View, layouts: list[Layout], size: float) -> Seen:
                 stack.callback(layout.output.register_forward_pre_hook(hook).remove)
         view.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
     for layout in layouts:
-        index = vars(layout.module).get("layer_idx", vars(layout.module).get("layer_id"))
-        layer: Any = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+        index = layout.index
+        layer: Any = cache.layers[index] if index is not None and index < len(cache.layers) else None
         for name, width in (("keys", layout.key_size), ("values", layout.value_size)):
             held = getattr(layer, name, None)
             if isinstance(held, Tensor) and held.ndim == 4 and held.shape[2:] == (2, width):
@@ -108,7 +108,7 @@ def _tried(view: View, layouts: list[Layout], size: float) -> Seen:
 def _replacing(layout: Layout, part: nn.Module, size: float) -> Callable[..., Tensor]:
     """A hook that puts a unit vector for each key and value, another in each row of the batch, and zeros for queries,
     so that every key is seen alike."""
-    roles: list[Role] = [role for role in ("key", "value") if getattr(layout, role) is part]  # type: ignore[misc]
+    roles: list[Role] = [role for role in ("key", "value") if getattr(layout, role) is part]
     features = out_features(part)
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:

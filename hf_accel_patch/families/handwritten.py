@@ -253,7 +253,7 @@ def without_shared(kind: type) -> Whole | None:
 def handwritten(kind: type) -> Handwritten | None:
     """How this class is written, if it is one of those."""
     made: Any = vars(kind).get("made")  # of a class that a patch has made from it
-    if made is not None:
+    if isinstance(made, tuple) and isinstance(made[1], Scores | Whole | Layer):
         return made[1]
     if not kind.__module__.startswith(HOME):
         return None

@@ -55,6 +55,11 @@ class Layout:
     def fused(self) -> bool:
         return self.order != "separate"
 
+    @property
+    def index(self) -> int | None:
+        """The number of its layer, by which it finds its part of the cache."""
+        return vars(self.module).get("layer_idx", vars(self.module).get("layer_id"))
+
     def with_heads(self, shared: int) -> Layout:
         return replace(self, shared=shared)
 
@@ -136,12 +141,17 @@ def linear(module: Any) -> bool:
     return weight is not None and weight.ndim == 2 and weight.is_floating_point()
 
 
+def features_axis(module: Any, parameter: Tensor) -> int:
+    """Along which axis a parameter of a projection has its output features."""
+    return 1 if isinstance(module, Conv1D) and parameter.ndim == 2 else 0
+
+
 def out_features(module: Any) -> int:
     return int(module._parameters["weight"].shape[1 if isinstance(module, Conv1D) else 0])
 
 
 def query_heads(config: PreTrainedConfig) -> int:
-    return next((int(found) for name in HEADS + ("num_heads",) if (found := getattr(config, name, None))), 0)
+    return next((int(found) for name in (*HEADS, "num_heads") if (found := getattr(config, name, None))), 0)
 
 
 def shared_heads(config: PreTrainedConfig) -> int:
@@ -161,7 +171,7 @@ def grouped_config(config: PreTrainedConfig, shared: int) -> PreTrainedConfig:
     known = [name for name in SHARED_HEADS if hasattr(new, name)]
     for name in known or SHARED_HEADS[:1]:
         setattr(new, name, shared)
-    inner = getattr(new, "attn_config", None)
+    inner: Any = getattr(new, "attn_config", None)
     if hasattr(inner, "kv_n_heads"):
         inner.kv_n_heads = shared
     if shared == 1 and hasattr(new, "multi_query"):
@@ -208,10 +218,10 @@ def _layout(name: str, module: nn.Module, config: PreTrainedConfig, K: int) -> L
             return Layout(name, module, query, key, value, output if plain else None, "separate", H, K, D, V)
     for each, order in FUSED.items():
         if each in parts and H:
-            fused, rows = parts[each], out_features(parts[each])
-            if rows % (H + 2 * K):
+            fused, features = parts[each], out_features(parts[each])
+            if features % (H + 2 * K):
                 return None
-            D = rows // (H + 2 * K)
+            D = features // (H + 2 * K)
             plain = output is not None and _inputs(output) == H * D
             order = "side by side" if kind.__name__ in SIDE_BY_SIDE else order
             return Layout(name, module, fused, fused, fused, output if plain else None, order, H, K, D, D)
@@ -223,7 +233,7 @@ def _inputs(module: Any) -> int:
 
 
 def _heads(module: nn.Module) -> int | None:
-    return next((found for name in HEADS + ("num_heads",) if isinstance(found := vars(module).get(name), int)), None)
+    return next((found for name in (*HEADS, "num_heads") if isinstance(found := vars(module).get(name), int)), None)
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ def compared(view: View, found: list[Layout], fresh: PreTrainedModel, shared: in
         after = layout.with_heads(shared)
         for role in ("query", "key", "value"):
             part = getattr(layout, role)
-            size = after.features(role)  # type: ignore[arg-type]
+            size = after.features(role)
             shapes = {"bias": torch.Size([size])}
             shapes["weight"] = _shape(part, size)
             expected[id(part)] = shapes

@@ -54,7 +54,7 @@ class Heads:
         K = len(order)
 
         def moved(x: Tensor) -> Tensor:
-            return x.unflatten(0, (K, -1))[order].flatten(0, 1)
+            return _by_key(x, K)[order].flatten(0, 1)
 
         return Heads(moved(self.query), self.key[order], self.value[order], moved(self.output))
 
@@ -103,11 +103,10 @@ class Aligned:
     @classmethod
     def of(cls, heads: Heads, moments: Tensor, keys: Freedom, values: Freedom) -> Aligned:
         K = len(heads.key)
-        query, output = (x.unflatten(0, (K, -1)) for x in (heads.query, heads.output))
+        query, output = _by_key(heads.query, K), _by_key(heads.output, K)
         weight = torch.einsum("khdf,khef->kde", query @ moments, query)
         out = torch.einsum("khve,khwe->kvw", output, output)
-        grams = (_gram(x, moments) for x in (heads.key, heads.value))
-        return cls(heads, keys, values, *grams, weight, out)
+        return cls(heads, keys, values, _gram(heads.key, moments), _gram(heads.value, moments), weight, out)
 
     def cost(self) -> Tensor:
         """What merging two heads loses [K, K]: of the scores and of the values, each as a share of all."""
@@ -117,7 +116,7 @@ class Aligned:
     def merged(self, groups: list[list[int]]) -> Heads:
         """The heads of each group merged into one; those that read them lie together."""
         K = len(self.heads.key)
-        query, output = self.heads.query.unflatten(0, (K, -1)), self.heads.output.unflatten(0, (K, -1))
+        query, output = _by_key(self.heads.query, K), _by_key(self.heads.output, K)
         queries, keys, values, outputs = [], [], [], []
         for group in groups:
             key, maps = _merged(self.heads.key[group], self.key_gram, self.weight, self.keys, group)
@@ -134,13 +133,18 @@ def pooled(heads: Heads, groups: int, merge: str, generator: torch.Generator) ->
     baselines of arXiv 2305.13245)."""
 
     def merged(x: Tensor) -> Tensor:
-        parts = x.unflatten(0, (groups, -1))
+        parts = _by_key(x, groups)
         if merge == "random":
             drawn = torch.randn(parts[:, 0].shape, generator=generator, dtype=torch.float64)
             return drawn.to(x) * x.square().mean().sqrt()
         return parts[:, 0] if merge == "first" else parts.mean(1)
 
     return replace(heads, key=merged(heads.key), value=merged(heads.value))
+
+
+def _by_key(x: Tensor, K: int) -> Tensor:
+    """[H, ...] as [K, H / K, ...]"""
+    return x.reshape(K, -1, *x.shape[1:])
 
 
 def _gram(x: Tensor, moments: Tensor) -> Tensor:

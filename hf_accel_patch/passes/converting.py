@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from hf_accel_patch.families import View
 from hf_accel_patch.families.freedom import freedom
 from hf_accel_patch.families.heads import Layout, Role, heads_move
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.heads import Aligned, Freedom, Heads, pooled
+from hf_accel_patch.ops.heads import Aligned, Freedom, Heads, partition, pooled
 from hf_accel_patch.passes.calibrate import Enough, evaluating
 from hf_accel_patch.passes.rope import undisturbed
 
@@ -72,7 +72,7 @@ def converted(work: Conversion, journal: Journal, keep: bool) -> Iterator[Layout
 def _merge(
     work: Conversion,
     layout: Layout,
-    heads: Heads | None,
+    heads: Heads,
     moments: Tensor | None,
     free: tuple[Freedom, Freedom],
     movable: bool,
@@ -81,7 +81,6 @@ def _merge(
     """The merged heads, and which of the old ones are in each group."""
     K, m = layout.shared, layout.shared // work.shared
     consecutive = [list(range(start, start + m)) for start in range(0, K, m)]
-    assert heads is not None
     if work.merge != "aligned" or layout.output is None:
         kind = "mean" if work.merge == "aligned" else work.merge
         return pooled(heads, work.shared, kind, torch.Generator().manual_seed(index)), consecutive
@@ -91,8 +90,6 @@ def _merge(
     before = Aligned.of(heads, moments, keys, values)
     groups = consecutive
     if movable and layout.movable() and work.shared > 1:
-        from hf_accel_patch.ops.heads import partition
-
         groups = partition(before.cost(), work.shared)
     return before.merged(groups), groups
 
@@ -117,7 +114,7 @@ def _read(layout: Layout) -> Heads:
         return Heads(empty, key, value, empty)
     output: Any = layout.output
     columns = output.weight if isinstance(output, Conv1D) else output.weight.T
-    return Heads(rows("query"), key, value, columns.double().unflatten(0, (layout.heads, layout.value_size)))
+    return Heads(rows("query"), key, value, columns.double().reshape(layout.heads, layout.value_size, -1))
 
 
 def _write(before: Layout, after: Layout, heads: Heads, groups: list[list[int]], journal: Journal, keep: bool) -> None:
@@ -128,7 +125,7 @@ def _write(before: Layout, after: Layout, heads: Heads, groups: list[list[int]],
     written: list[tuple[nn.Module, str, Tensor]] = []
     touched = before.output is not None
     for part in {id(p): p for p in (before.query, before.key, before.value)}.values():
-        roles: list[Role] = [role for role in ("query", "key", "value") if getattr(before, role) is part]  # type: ignore[misc]
+        roles: list[Role] = [role for role in ("query", "key", "value") if getattr(before, role) is part]
         if roles == ["query"] and not touched:
             continue
         old: Any = part
@@ -159,15 +156,15 @@ def _write(before: Layout, after: Layout, heads: Heads, groups: list[list[int]],
         flat = heads.output.flatten(0, 1).to(output.weight.dtype)
         written.append((output, "weight", flat if isinstance(output, Conv1D) else flat.T.contiguous()))
     for norm, heads_of in zip(before.norms() or (), (before.heads, before.shared), strict=False):
-        weight: Any = norm._parameters.get("weight")
-        if weight is None or weight.numel() != heads_of * before.key_size:
+        scale: Any = norm._parameters.get("weight")
+        if scale is None or scale.numel() != heads_of * before.key_size:
             continue
-        by_head = weight.view(before.shared, -1, before.key_size)[order]
+        by_head = scale.view(before.shared, -1, before.key_size)[order]
         if heads_of == before.shared and norm is (before.norms() or (None, None))[1]:
             new = by_head.view(after.shared, -1, before.key_size).mean(1)
-            written.append((norm, "weight", new.reshape(-1, *weight.shape[1:])))
+            written.append((norm, "weight", new.reshape(-1, *scale.shape[1:])))
         elif moved:
-            written.append((norm, "weight", by_head.reshape(weight.shape)))
+            written.append((norm, "weight", by_head.reshape(scale.shape)))
     sinks = before.sinks()
     if sinks is not None and moved:
         old_sinks: Any = before.module._parameters[sinks]
@@ -267,6 +264,3 @@ def _random(vocabulary: int) -> list[Tensor]:
     batches, rows, length = RANDOM
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocabulary, (rows, length), generator=generator) for _ in range(batches)]
-
-
-__all__ = ["Conversion", "converted", "replace"]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View, takes_cache
+from hf_accel_patch.families import View, first_cached_module
 from hf_accel_patch.families.handwritten import without_shared
 from hf_accel_patch.families.heads import (
     Layout,
@@ -27,9 +27,10 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.calibrate import token_ids
 from hf_accel_patch.passes.converting import Conversion, converted
-from hf_accel_patch.passes.grouped import group
+from hf_accel_patch.passes.grouped import group, is_grouped
 from hf_accel_patch.passes.quantize import comparable
 from hf_accel_patch.passes.rope import configure
+from hf_accel_patch.passes.saving import make_savable
 from hf_accel_patch.plan import Skip, Step
 
 Merge = Literal["aligned", "mean", "first", "random"]
@@ -92,7 +93,7 @@ class GQA:
         stock, own = self._how(view, now, config)
         found = stock.layouts or own
         saved = sum(each.saved_bytes(self.kv_heads) for each in found)
-        facts = {"exact": False, "bytes_before": size, "bytes_after": size - saved}
+        facts: dict[str, Any] = {"exact": False, "bytes_before": size, "bytes_after": size - saved}
         facts |= {"kv_heads": self.kv_heads, "was": now, "merge": self.merge, "layers": len(found)}
         facts |= {"calibrated": "on texts"} if self.calibrate is not None else {}
         facts |= {"attention": "ours: its class has no key/value heads"} if own else {}
@@ -109,16 +110,13 @@ class GQA:
                 group(layout.module, self.kv_heads, journal)
         configure(conversion.view, conversion.config, journal)
         if conversion.own:
-            from hf_accel_patch.passes.saving import make_savable
-
             make_savable(conversion.view.model, journal)
 
     def _refuse(self, view: View, heads: int) -> None:
         """Raise UnsupportedModel for what has no key/value heads to merge, or cannot have them merged."""
         asked = f"gqa={self.kv_heads}: {view.subject}"
-        if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()) or getattr(
-            view.model, "hf_quantizer", None
-        ):
+        quantizer = getattr(view.model, "hf_quantizer", None)
+        if quantizer is not None or any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):
             raise UnsupportedModel(
                 f"{asked} has quantized weights",
                 "convert the float model first; patch(model, gqa=N, quantize=...) does",
@@ -131,13 +129,15 @@ class GQA:
             )
         if reason := why_not_merged(view):
             raise UnsupportedModel(f"{asked}: {reason}", "leave gqa out")
-        if not heads or not any(takes_cache(type(module)) for _, module in view.named_modules()):
+        if not heads or first_cached_module(view) is None:
             raise UnsupportedModel(f"{asked} has no attention with heads", "leave gqa out")
 
     def _how(self, view: View, now: int, config: PreTrainedConfig) -> tuple[Stock, list[Layout]]:
         """As the class itself is with fewer heads, or else by our own attention. Raises UnsupportedModel."""
         asked = f"gqa={self.kv_heads}: {view.subject}"
         found = layouts(view, now)
+        if any(is_grouped(each.module) for each in found):
+            return Stock([], []), found
         if not found:
             raise UnsupportedModel(f"{asked}: how its heads lie in its projections is not known", "leave gqa out")
         try:
@@ -153,7 +153,7 @@ class GQA:
         if stock.layouts:
             return stock, []
         own = [each for each in found if without_shared(type(each.module)) is not None]
-        if not own or len(own) != len(found) or getattr(view.config, "add_cross_attention", False):
+        if not own or len(own) != len(found) or len({each.index for each in own}) < len(own):  # one looks elsewhere
             raise UnsupportedModel(
                 f"{asked}: its class knows no key/value heads, and there is no attention of ours in its place",
                 "leave gqa out",

@@ -234,7 +234,10 @@ def _windowed(
     if isinstance(mask, DescribedMask):
         return key, value, mask.windowed(window)
     if mask is not None:
-        return key, value, last_keys(mask, window) if mask.dtype == torch.bool else mask
+        if mask.dtype == torch.bool:
+            return key, value, last_keys(mask, window)
+        lowest = torch.finfo(mask.dtype).min
+        return key, value, mask.masked_fill(~last_keys(mask > lowest / 2, window), lowest)
     if T == 1 and not isinstance(key, Stored):
         return key[:, :, -window:], value[:, :, -window:], None
     return key, value, _causal(T, S, query.device).windowed(window)
