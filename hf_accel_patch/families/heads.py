@@ -27,9 +27,6 @@ UNKNOWN = frozenset({"CodeGenAttention"})  # rows in an order of their own
 SIDE_BY_SIDE = frozenset({"GPTBigCodeAttention"})  # where the name of the projection says otherwise
 SINKS = ("sinks",)  # one number per query head
 NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm"))
-COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "num_key_value_groups", "kv_dim", "split_size")
-
-NOT_MERGED: dict[str, str] = {}  # model types, with the reason
 
 Role = Literal["query", "key", "value"]
 
@@ -119,11 +116,6 @@ def _per_row(module: Any, parameter: Tensor) -> int:
     if parameter.ndim == 1:
         return 1
     return int(parameter.shape[0 if isinstance(module, Conv1D) else 1])
-
-
-def why_not_merged(view: View) -> str:
-    """Why key/value heads cannot be merged, or nothing."""
-    return NOT_MERGED.get(view.config.model_type, "")
 
 
 def heads_move(view: View) -> bool:

@@ -20,7 +20,6 @@ from hf_accel_patch.families.heads import (
     layouts,
     query_heads,
     shared_heads,
-    why_not_merged,
 )
 from hf_accel_patch.families.latent import latent_sizes
 from hf_accel_patch.journal import Journal
@@ -127,8 +126,6 @@ class GQA:
             raise UnsupportedModel(
                 f"{asked} caches one latent for all heads (MLA), which is smaller than any head", "leave gqa out"
             )
-        if reason := why_not_merged(view):
-            raise UnsupportedModel(f"{asked}: {reason}", "leave gqa out")
         if not heads or first_cached_module(view) is None:
             raise UnsupportedModel(f"{asked} has no attention with heads", "leave gqa out")
 
@@ -138,6 +135,9 @@ class GQA:
         found = layouts(view, now)
         if any(is_grouped(each.module) for each in found):
             return Stock([], []), found
+        keys = [id(parameter) for each in found for parameter in each.key.parameters()]
+        if len(set(keys)) < len(keys):
+            raise UnsupportedModel(f"{asked}: its layers share their attention weights", "leave gqa out")
         if not found:
             raise UnsupportedModel(f"{asked}: how its heads lie in its projections is not known", "leave gqa out")
         try:
