@@ -157,8 +157,8 @@ def shared_heads(config: PreTrainedConfig) -> int:
     return next((int(f) for name in SHARED_HEADS if (f := getattr(config, name, None))), query_heads(config))
 
 
-def grouped_config(config: PreTrainedConfig, shared: int) -> PreTrainedConfig:
-    """A copy with this many key/value heads."""
+def grouped_config(config: PreTrainedConfig, shared: int, *, own: bool = False) -> PreTrainedConfig:
+    """A copy with this many key/value heads; `own`: of a model that our attention runs with them."""
     new = copy.deepcopy(config)
     known = [name for name in SHARED_HEADS if hasattr(new, name)]
     for name in known or SHARED_HEADS[:1]:
@@ -166,7 +166,7 @@ def grouped_config(config: PreTrainedConfig, shared: int) -> PreTrainedConfig:
     inner: Any = getattr(new, "attn_config", None)
     if hasattr(inner, "kv_n_heads"):
         inner.kv_n_heads = shared
-    if shared == 1 and hasattr(new, "multi_query"):
+    if shared == 1 and hasattr(new, "multi_query") and not own:
         new.multi_query = True
     return new
 

@@ -20,6 +20,7 @@ from hf_accel_patch.families.heads import Layout, Role, heads_move
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.heads import Aligned, Freedom, Heads, partition, pooled
 from hf_accel_patch.passes.calibrate import Enough, evaluating
+from hf_accel_patch.passes.correcting import Fit, correct, twin
 from hf_accel_patch.passes.rope import undisturbed
 
 RANDOM = (4, 4, 256)  # without texts: as many batches of so many rows of random tokens
@@ -53,17 +54,22 @@ def converted(work: Conversion, journal: Journal, keep: bool) -> Iterator[Layout
     size = sum(p.numel() for layout in work.layouts for p in layout.module.parameters())
     bar = partial(logging.tqdm, desc=f"convert to {work.shared} key/value heads", unit="layer")
     with bar(total=len(work.layouts), disable=size < PROGRESS_WEIGHTS) as progress:
-        for part in _parts(work.layouts):
+        for part in _parts(work.layouts, one=bool(work.windows) and not keep):
+            fits: list[Fit] = []
             moments = _moments(work, [work.layouts[i] for i in part], rotary) if aligned else {}
             for index in part:
                 layout = work.layouts[index]
                 heads = _read(layout)
                 found = moments.pop(layout.name, None)
                 merged, groups = _merge(work, layout, heads, found, free[index], movable, index)
+                fits += _fit(work, layout)
                 _write(layout, layout.with_heads(work.shared), merged, groups, journal, keep)
                 _follow(work, layout.module, journal)
                 progress.update(1)
                 yield layout
+            if fits:
+                with undisturbed(rotary), evaluating(view.model):
+                    correct(view.model, fits, work.windows)
     for module, name, value in work.attributes:
         if vars(module).get(name) != value:
             journal.set_attribute(module, name, value)
@@ -184,13 +190,20 @@ def _follow(work: Conversion, module: nn.Module, journal: Journal) -> None:
             journal.set_attribute(each, name, value)
 
 
-def _parts(layouts: list[Layout]) -> Iterator[list[int]]:
-    """Consecutive layers whose moments fit."""
+def _fit(work: Conversion, layout: Layout) -> list[Fit]:
+    """What a layer is now, to fit it to that; where texts say what it is fitted for."""
+    if not work.windows or layout.output is None or "forward" in vars(layout.module):
+        return []
+    return [Fit(layout, twin(layout.module))]
+
+
+def _parts(layouts: list[Layout], one: bool) -> Iterator[list[int]]:
+    """Consecutive layers whose moments fit, or `one` at a time, so that the weights before are held of one only."""
     part: list[int] = []
     held = 0
     for index, layout in enumerate(layouts):
         size = 4 * _features(layout) ** 2
-        if part and held + size > MOMENTS_BYTES:
+        if part and (one or held + size > MOMENTS_BYTES):
             yield part
             part, held = [], 0
         part.append(index)

@@ -91,6 +91,7 @@ class GQA:
         config = grouped_config(view.config, self.kv_heads)
         stock, own = self._how(view, now, config)
         found = stock.layouts or own
+        config = grouped_config(view.config, self.kv_heads, own=True) if own else config
         saved = sum(each.saved_bytes(self.kv_heads) for each in found)
         facts: dict[str, Any] = {"exact": False, "bytes_before": size, "bytes_after": size - saved}
         facts |= {"kv_heads": self.kv_heads, "was": now, "merge": self.merge, "layers": len(found)}

@@ -177,12 +177,13 @@ def _cached(model: PreTrainedModel) -> int:
     return sum(layer.keys[:, :, :30].numel() * 4 + layer.values[:, :, :30].numel() * 4 for layer in layers)
 
 
+@pytest.mark.parametrize("calibrate", [None, texts(2)], ids=["random tokens", "texts"])
 @pytest.mark.parametrize("originals", ["keep", "discard"])
-def test_originals(originals: Any) -> None:
+def test_originals(originals: Any, calibrate: Any) -> None:
     model = multi_head()
     before, stock = fingerprint(model), logits(model, prompt())
     weights = [p for name, p in model.named_parameters() if "self_attn" in name]
-    patch(model, gqa=GQA(2, originals=originals), **OFF)
+    patch(model, gqa=GQA(2, originals=originals, calibrate=calibrate), **OFF)
     assert not {id(p) for p in weights} & {id(p) for p in model.parameters()}
     if originals == "discard":
         with pytest.raises(NotReversible, match="originals='keep'"):
@@ -209,7 +210,8 @@ def test_patched_refuses_to_discard() -> None:
     assert model.config.num_key_value_heads == 4
 
 
-def test_discarding_frees_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calibrate", [None, texts(2)], ids=["random tokens", "texts"])
+def test_discarding_frees_layer_by_layer(calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a layer is written, the weights of those before it are gone."""
     import weakref
 
@@ -224,7 +226,7 @@ def test_discarding_frees_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Non
         write(*args)
 
     monkeypatch.setattr(converting, "_write", watched)
-    patch(model, gqa=GQA(2, originals="discard"), **OFF)
+    patch(model, gqa=GQA(2, originals="discard", calibrate=calibrate), **OFF)
     assert alive == [4, 3, 2, 1]
 
 
@@ -262,6 +264,48 @@ def test_calibration_looks_at_the_texts(wide: PreTrainedModel) -> None:
         error[calibrate is None] = (logits(model, few) - stock).norm().item()
         assert (said(model).get("calibrated") == "on texts") == (calibrate is not None)
     assert error[False] < 0.7 * error[True]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_outputs_are_fitted_to_the_texts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the least-squares fit of the first layer's output projection, by a solver of its own in float64."""
+    import hf_accel_patch.passes.correcting as correcting
+
+    seen: dict[str, Any] = {}
+    finish = correcting.Fit.finish
+
+    def watched(self: correcting.Fit) -> None:
+        if self.layout.index == 0:
+            weight = self.layout.output.weight
+            before = (weight if isinstance(self.layout.output, Conv1D) else weight.T).detach().double().clone()
+            finish(self)
+            after = (weight if isinstance(self.layout.output, Conv1D) else weight.T).detach().double()
+            seen.update(before=before, after=after, fit=self)
+        else:
+            finish(self)
+
+    monkeypatch.setattr(correcting.Fit, "finish", watched)
+    model = tiny(family) if family in WITHOUT else multi_head(family)
+    projection, inputs, outputs = seen, [], []
+    layout = layouts(bind(model), 4)[0]
+    hook = layout.output.register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
+    for ids in texts():
+        logits(model, ids[None])
+    hook.remove()
+    patch(model, gqa=GQA(2, calibrate=texts()))
+    hook = layout.output.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    for ids in texts():
+        logits(model, ids[None])
+    hook.remove()
+    bias = 0 if layout.output.bias is None else layout.output.bias.detach()
+    x, y = torch.cat(inputs, 1)[0].double(), (torch.cat(outputs, 1)[0] - bias).double()
+    ridge = (correcting.RIDGE * x.square().sum(0).mean()) ** 0.5
+    tall = torch.cat((x, ridge * torch.eye(x.shape[1]).double()))
+    wanted = torch.cat((y, ridge * projection["before"]))
+    expected = torch.linalg.lstsq(tall, wanted).solution
+    torch.testing.assert_close(projection["after"], expected, rtol=1e-3, atol=1e-4)
+    lost = {when: (x @ projection[when] - y).square().sum() for when in ("before", "after")}
+    assert lost["after"] < 0.9 * lost["before"]
 
 
 def test_moments_in_parts_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
