@@ -151,15 +151,16 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
 def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None) -> State:
     """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
     is done so far, whole and usable, under a report that says so."""
-    journal, rows, reshaped = journal or Journal(), [], False
+    journal, rows, left = journal or Journal(), [], list(decided.decisions)
     try:
-        for decision in decided.decisions:
-            decision = decision.by.inspect(view) if reshaped else decision
+        while left:
+            decision = left.pop(0)
             row = described(decision)
             if isinstance(decision, Step):
                 before = view.weight_bytes()
                 decision.by.apply(decision, journal)
-                reshaped = reshaped or decision.reshapes
+                if decision.reshapes:
+                    left = [each.by.inspect(view) for each in left]
                 if decision.of_weights:
                     row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
             rows.append(row)
