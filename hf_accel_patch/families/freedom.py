@@ -85,7 +85,10 @@ def _tried(view: View, layouts: list[Layout], size: float) -> Seen:
     cache = DynamicCache(config=view.config)
     ids = torch.ones(B, 2, dtype=torch.long, device=device)
     options: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(view.model.forward).parameters:
+    accepted = inspect.signature(view.model.forward).parameters
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+    if "position_ids" in accepted:
         options["position_ids"] = torch.arange(POSITION, POSITION + 2, device=device).expand(B, 2)
     with ExitStack() as stack:
         for layout in layouts:

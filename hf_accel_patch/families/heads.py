@@ -88,6 +88,11 @@ class Layout:
             for count, part in parts
         )
 
+    def token_bytes(self, shared: int) -> int:
+        """Bytes that one token takes in the cache with this many key/value heads."""
+        weight: Any = self.key._parameters["weight"]
+        return int(shared * (self.key_size + self.value_size) * weight.element_size())
+
     def norms(self) -> tuple[nn.Module, nn.Module] | None:
         """The norms of queries and keys, if it has them."""
         found = self.module._modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_accel_patch.passes.calibrate import Enough, evaluating
 from hf_accel_patch.passes.correcting import Fit, correct, twin
 from hf_accel_patch.passes.rope import undisturbed
 
-RANDOM = (4, 4, 256)  # without texts: as many batches of so many rows of random tokens
+RANDOM = (16, 256)  # without texts: as many rows of so many random tokens
 MOMENTS_BYTES = 1 << 29  # held at a time; the texts are read once for each such part of the layers
 RIDGE = 1e-5  # of the mean of the inputs' second moments, added to all
 PROGRESS_WEIGHTS = 100_000_000  # smaller models are done before a bar is seen
@@ -54,11 +54,14 @@ def converted(work: Conversion, journal: Journal, keep: bool) -> Iterator[Layout
     size = sum(p.numel() for layout in work.layouts for p in layout.module.parameters())
     bar = partial(logging.tqdm, desc=f"convert to {work.shared} key/value heads", unit="layer")
     with bar(total=len(work.layouts), disable=size < PROGRESS_WEIGHTS) as progress:
-        for part in _parts(work.layouts, one=bool(work.windows) and not keep):
+        room = MOMENTS_BYTES if keep else min(MOMENTS_BYTES, view.weight_bytes() // len(work.layouts))
+        for part in _parts(work.layouts, 0 if work.windows and not keep else room):
             fits: list[Fit] = []
             moments = _moments(work, [work.layouts[i] for i in part], rotary) if aligned else {}
             for index in part:
                 layout = work.layouts[index]
+                if not aligned:
+                    layout = replace(layout, output=None)  # queries and outputs stay as they are
                 heads = _read(layout)
                 found = moments.pop(layout.name, None)
                 merged, groups = _merge(work, layout, heads, found, free[index], movable, index)
@@ -185,6 +188,9 @@ def _write(before: Layout, after: Layout, heads: Heads, groups: list[list[int]],
 def _follow(work: Conversion, module: nn.Module, journal: Journal) -> None:
     """What this module knows of the number of heads, and its configuration."""
     inside = set(module.modules())
+    for each in inside:
+        if vars(each).get("config") is work.view.config:
+            journal.set_attribute(each, "config", work.config)
     for each, name, value in work.attributes:
         if each in inside and vars(each).get(name) != value:
             journal.set_attribute(each, name, value)
@@ -197,13 +203,14 @@ def _fit(work: Conversion, layout: Layout) -> list[Fit]:
     return [Fit(layout, twin(layout.module))]
 
 
-def _parts(layouts: list[Layout], one: bool) -> Iterator[list[int]]:
-    """Consecutive layers whose moments fit, or `one` at a time, so that the weights before are held of one only."""
+def _parts(layouts: list[Layout], room: int) -> Iterator[list[int]]:
+    """Consecutive layers whose moments fit into so many bytes, at least one. Where originals are discarded that is the
+    size of a layer; where they are needed for a fit as well, it is one at a time."""
     part: list[int] = []
     held = 0
     for index, layout in enumerate(layouts):
         size = 4 * _features(layout) ** 2
-        if part and (one or held + size > MOMENTS_BYTES):
+        if part and held + size > room:
             yield part
             part, held = [], 0
         part.append(index)
@@ -274,6 +281,6 @@ def _moments(work: Conversion, layouts: list[Layout], rotary: list[nn.Module]) -
 
 
 def _random(vocabulary: int) -> list[Tensor]:
-    batches, rows, length = RANDOM
+    rows, length = RANDOM
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, vocabulary, (rows, length), generator=generator) for _ in range(batches)]
+    return [torch.randint(0, vocabulary, (1, length), generator=generator) for _ in range(rows)]

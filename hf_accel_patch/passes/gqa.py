@@ -93,8 +93,10 @@ class GQA:
         found = stock.layouts or own
         config = grouped_config(view.config, self.kv_heads, own=True) if own else config
         saved = sum(each.saved_bytes(self.kv_heads) for each in found)
+        cached = (("before", now), ("after", self.kv_heads))
         facts: dict[str, Any] = {"exact": False, "bytes_before": size, "bytes_after": size - saved}
         facts |= {"kv_heads": self.kv_heads, "was": now, "merge": self.merge, "layers": len(found)}
+        facts |= {f"cache_bytes_per_token_{when}": sum(each.token_bytes(n) for each in found) for when, n in cached}
         facts |= {"calibrated": "on texts"} if self.calibrate is not None else {}
         facts |= {"attention": "ours: its class has no key/value heads"} if own else {}
         windows = token_ids(self.calibrate, view.model, self.tokenizer) if self.calibrate is not None else []

@@ -147,6 +147,7 @@ def test_the_model_is_one_of_its_class_with_fewer_heads() -> None:
         assert {k: vars(mine)[k] for k in plain} == plain
     row = said(model)
     assert (row["was"], row["kv_heads"], row["merge"], row["layers"], row["exact"]) == (4, 1, "aligned", 4, False)
+    assert (row["cache_bytes_per_token_before"], row["cache_bytes_per_token_after"]) == (4 * 4 * 32 * 4, 4 * 32 * 4)
     saved = 4 * 2 * 3 * 16 * 64
     assert sum(p.numel() for p in model.parameters()) == parameters - saved
     assert row["bytes_before"] - row["bytes_after"] == 4 * saved
