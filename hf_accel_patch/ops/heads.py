@@ -1,7 +1,8 @@
 """Fewer key/value heads: which heads share a group, and what one head stands for all of them.
 
 Shapes: query [H, D, F], key [K, D, F], value [K, V, F], output [H, V, E]; F counts the input features and a column for
-biases. H query heads, K key/value heads; head h reads key/value head h // (H / K). All math is in float64.
+biases. H query heads, K key/value heads; head h reads key/value head h // (H / K). All math is in float64;
+queries and outputs, which are only read head by head, may come and go in their own dtype.
 
 What a group shares is chosen for the inputs' second moments C [F, F], in closed form. Scores are bilinear, so heads
 need not be equal to be merged without loss, only equal up to a matrix that can be moved into the queries or the output
@@ -42,7 +43,7 @@ class Freedom:
 
 @dataclass(frozen=True)
 class Heads:
-    """The four projections of one attention layer, head by head."""
+    """The four projections of one attention layer, head by head; keys and values in float64."""
 
     query: Tensor
     key: Tensor
@@ -104,8 +105,8 @@ class Aligned:
     def of(cls, heads: Heads, moments: Tensor, keys: Freedom, values: Freedom) -> Aligned:
         K = len(heads.key)
         query, output = _by_key(heads.query, K), _by_key(heads.output, K)
-        weight = torch.einsum("khdf,khef->kde", query @ moments, query)
-        out = torch.einsum("khve,khwe->kvw", output, output)
+        weight = torch.stack([_second(x.double(), moments) for x in query])
+        out = torch.stack([_second(x.double(), None) for x in output])
         return cls(heads, keys, values, _gram(heads.key, moments), _gram(heads.value, moments), weight, out)
 
     def cost(self) -> Tensor:
@@ -120,9 +121,9 @@ class Aligned:
         queries, keys, values, outputs = [], [], [], []
         for group in groups:
             key, maps = _merged(self.heads.key[group], self.key_gram, self.weight, self.keys, group)
-            queries.append((maps.transpose(1, 2)[:, None] @ query[group]).flatten(0, 1))
+            queries.append(_mapped(maps, query[group]))
             value, turns = _merged(self.heads.value[group], self.value_gram, self.out, self.values, group)
-            outputs.append((turns.transpose(1, 2)[:, None] @ output[group]).flatten(0, 1))
+            outputs.append(_mapped(turns, output[group]))
             keys.append(key)
             values.append(value)
         return Heads(torch.cat(queries), torch.stack(keys), torch.stack(values), torch.cat(outputs))
@@ -145,6 +146,18 @@ def pooled(heads: Heads, groups: int, merge: str, generator: torch.Generator) ->
 def _by_key(x: Tensor, K: int) -> Tensor:
     """[H, ...] as [K, H / K, ...]"""
     return x.reshape(K, -1, *x.shape[1:])
+
+
+def _second(x: Tensor, moments: Tensor | None) -> Tensor:
+    """Second moments [D, D] of the channels of heads [H, D, F], summed over the heads."""
+    weighted = x if moments is None else x @ moments
+    return torch.einsum("hdf,hef->de", weighted, x)
+
+
+def _mapped(maps: Tensor, x: Tensor) -> Tensor:
+    """maps^T x in float64, head by head, for x [K, H / K, D, F]; [H, D, F] in the dtype of x."""
+    parts = [(each.T @ heads.double()).to(x.dtype) for each, heads in zip(maps, x, strict=True)]
+    return torch.cat(parts)
 
 
 def _gram(x: Tensor, moments: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def converted(work: Conversion, journal: Journal, keep: bool) -> Iterator[Layout
                 if not aligned:
                     layout = replace(layout, output=None)  # queries and outputs stay as they are
                 heads = _read(layout)
-                found = moments.pop(layout.name, None)
+                summed = moments.pop(layout.name, None)
+                found = None if summed is None else summed.moments(_biased(layout))
                 merged, groups = _merge(work, layout, heads, found, free[index], movable, index)
                 fits += _fit(work, layout)
                 _write(layout, layout.with_heads(work.shared), merged, groups, journal, keep)
@@ -104,26 +105,31 @@ def _merge(
 
 
 def _read(layout: Layout) -> Heads:
-    """The four projections in float64. Queries and outputs are empty where they are not to be touched."""
-    biased = any(part._parameters.get("bias") is not None for part in (layout.query, layout.key, layout.value))
+    """The four projections. Queries and outputs are empty where they are not to be touched."""
+    biased = _biased(layout)
 
     def rows(role: Role) -> Tensor:
         part: Any = getattr(layout, role)
         index = layout.rows(role).to(part.weight.device)
         weight = part.weight.T if isinstance(part, Conv1D) else part.weight
-        parts = [weight[index].double()]
+        found = weight[index]
         if biased:
             bias = part._parameters.get("bias")
-            parts.append(weight.new_zeros(*index.shape, 1).double() if bias is None else bias[index, None].double())
-        return torch.cat(parts, dim=-1)
+            last = weight.new_zeros(*index.shape, 1) if bias is None else bias[index, None]
+            found = torch.cat((found, last), dim=-1)
+        return found
 
-    key, value = rows("key"), rows("value")
+    key, value = rows("key").double(), rows("value").double()
     if layout.output is None:
         empty = key.new_zeros(layout.heads, 0, 0)
         return Heads(empty, key, value, empty)
     output: Any = layout.output
     columns = output.weight if isinstance(output, Conv1D) else output.weight.T
-    return Heads(rows("query"), key, value, columns.double().reshape(layout.heads, layout.value_size, -1))
+    return Heads(rows("query"), key, value, columns.reshape(layout.heads, layout.value_size, -1))
+
+
+def _biased(layout: Layout) -> bool:
+    return any(part._parameters.get("bias") is not None for part in (layout.query, layout.key, layout.value))
 
 
 def _write(before: Layout, after: Layout, heads: Heads, groups: list[list[int]], journal: Journal, keep: bool) -> None:
@@ -245,7 +251,7 @@ class _Sum:
         return mean
 
 
-def _moments(work: Conversion, layouts: list[Layout], rotary: list[nn.Module]) -> dict[str, Tensor]:
+def _moments(work: Conversion, layouts: list[Layout], rotary: list[nn.Module]) -> dict[str, _Sum]:
     """Second moments of the inputs of these layers, by their names."""
     model = work.view.model
     sums: dict[str, _Sum] = {}
@@ -273,11 +279,7 @@ def _moments(work: Conversion, layouts: list[Layout], rotary: list[nn.Module]) -
         for window in windows:
             with suppress(Enough):
                 model(input_ids=window.to(device), use_cache=False)
-    biased = {
-        layout.name: any(part._parameters.get("bias") is not None for part in (layout.query, layout.key, layout.value))
-        for layout in layouts
-    }
-    return {name: each.moments(biased[name]) for name, each in sums.items() if each.total.isfinite().all()}
+    return {name: each for name, each in sums.items() if each.total.isfinite().all()}
 
 
 def _random(vocabulary: int) -> list[Tensor]:
