@@ -242,9 +242,10 @@ class Stock:
     problem: str = ""  # why it cannot be converted so
 
 
-def compared(view: View, found: list[Layout], fresh: PreTrainedModel, shared: int) -> Stock:
-    """The live model beside one that was built with fewer key/value heads."""
-    theirs = dict(fresh.named_modules())
+def compared(view: View, found: list[Layout], config: PreTrainedConfig, shared: int) -> Stock:
+    """The live model beside one that was built with fewer key/value heads. What else differs from one that is built as
+    it is, as gradient checkpointing, is its user's. Raises whatever the class raises that is built."""
+    theirs, same = (dict(built(view.model, each).named_modules()) for each in (config, view.config))
     expected: dict[int, dict[str, torch.Size]] = {}
     for layout in found:
         after = layout.with_heads(shared)
@@ -257,7 +258,8 @@ def compared(view: View, found: list[Layout], fresh: PreTrainedModel, shared: in
         if (norms := layout.norms()) is not None:
             weight: Any = norms[1]._parameters.get("weight")
             if weight is not None and weight.numel() == layout.shared * layout.key_size:
-                expected[id(norms[1])] = {"weight": torch.Size([shared * layout.key_size])}
+                size = weight.shape[0] * shared // layout.shared
+                expected[id(norms[1])] = {"weight": torch.Size([size, *weight.shape[1:]])}
     attributes, changed = [], set()
     for name, module in view.named_modules():
         other = theirs.get(name)
@@ -274,11 +276,9 @@ def compared(view: View, found: list[Layout], fresh: PreTrainedModel, shared: in
                     [], [], f"{name}.{key} would be {tuple(fresh_parameter.shape)}, for which no rule is known"
                 )
             changed.add(id(module))
-        for key, value in vars(module).items():
+        for key, value in vars(same[name]).items():
             new = vars(other).get(key)
-            if key in ("config", "training") or key.startswith("_") or not _plain(value) or not _plain(new):
-                continue
-            if type(new) is type(value) and new != value:
+            if key != "config" and _plain(value) and _plain(new) and new != value:
                 attributes.append((module, key, new))
     kept = [each for each in found if id(each.key) in changed and id(each.value) in changed]
     return Stock(kept, attributes)

@@ -14,7 +14,6 @@ from hf_accel_patch.families.handwritten import without_shared
 from hf_accel_patch.families.heads import (
     Layout,
     Stock,
-    built,
     compared,
     grouped_config,
     layouts,
@@ -53,8 +52,8 @@ class GQA:
     the class knows key/value heads. Where it does not (GPT-2, GPT-NeoX, BLOOM, MPT, OPT, ...), our attention runs it,
     and the checkpoint loads with this package. It trains as any model does.
 
-    With `calibrate` each output projection is fitted by least squares to what its layer gave before, on the texts. That
-    halves what is lost, and takes a second reading of them.
+    With `calibrate` each output projection is also fitted by least squares to what its layer gave before, which takes a
+    second reading of the texts. Together that about halves what is lost.
 
     With `originals="discard"` each layer's weights are freed before the next layer is converted. Beside the model, one
     attention layer in float64 is held at a time.
@@ -148,13 +147,12 @@ class GQA:
         if not found:
             raise UnsupportedModel(f"{asked}: how its heads lie in its projections is not known", "leave gqa out")
         try:
-            fresh = built(view.model, config)
+            stock = compared(view, found, config, self.kv_heads)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UnsupportedModel(
                 f"{asked}: its class cannot be built with them: {reason}", "leave gqa out"
             ) from error
-        stock = compared(view, found, fresh, self.kv_heads)
         if stock.problem:
             raise UnsupportedModel(f"{asked}: {stock.problem}", "leave gqa out")
         if stock.layouts:

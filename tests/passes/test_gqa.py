@@ -527,6 +527,23 @@ def test_copies_and_pickles(family: str) -> None:
         assert type(again) is type(module)
 
 
+def test_settings_of_its_user_stay() -> None:
+    model = multi_head()
+    model.model.layers[0].gradient_checkpointing = True
+    model.model.layers[0].self_attn.attention_dropout = 0.25
+    patch(model, gqa=2, **OFF)
+    assert model.model.layers[0].gradient_checkpointing and model.model.layers[0].self_attn.attention_dropout == 0.25
+    assert model.model.layers[0].self_attn.num_key_value_groups == 2
+
+
+def test_norms_with_a_row_for_each_head() -> None:
+    model = build("cohere", use_qk_norm=True, num_key_value_heads=4)
+    norm = model.model.layers[0].self_attn.k_norm
+    assert norm.weight.shape == (4, 16)
+    patch(model, gqa=2, **OFF)
+    assert norm.weight.shape == (2, 16) and logits(model, prompt()).isfinite().all()
+
+
 def test_state_dict_and_half() -> None:
     model, other = patch(multi_head(), gqa=2, **OFF), patch(multi_head(), gqa=GQA(2, merge="mean"), **OFF)
     other.load_state_dict(model.state_dict())
