@@ -31,7 +31,7 @@ def group(module: nn.Module, shared: int, journal: Journal) -> None:
     """Let a module whose projections have been converted attend with this many key/value heads."""
     kind: Any = type(module)
     if not is_grouped(module):
-        journal.change_class(module, replacement(kind, True))
+        journal.change_class(module, replacement(kind, fewer=True))
     journal.set_attribute(module, _name(module), shared)
 
 

@@ -117,10 +117,14 @@ class WithForward(Replaced):
         return output, weights
 
 
-@cache
-def replacement(kind: type, fewer: bool = False) -> type:
+def replacement(kind: type, *, fewer: bool = False) -> type:
     """The class that modules of this class are changed to, or those with fewer key/value heads than it knows. It keeps
     the name, for those who look for it."""
+    return _replacement(kind, fewer)
+
+
+@cache
+def _replacement(kind: type, fewer: bool) -> type:
     how = without_shared(kind) if fewer else handwritten(kind)
     assert how is not None
     bases: dict[type, type] = {Scores: WithScores, Whole: WithForward, Layer: Asking}
@@ -140,7 +144,7 @@ def refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _remake(kind: type, fewer: bool) -> Any:
-    made: Any = replacement(kind, fewer)
+    made: Any = _replacement(kind, fewer)
     return made.__new__(made)
 
 
