@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from hf_accel_patch.checkpoints import load
     from hf_accel_patch.errors import AlreadyPatched, HfAccelError, NotReversible, UnsupportedModel
     from hf_accel_patch.loading import HfAccelConfig
-    from hf_accel_patch.passes import Attention, KVCache, PrefixCache, Quantize, RopeScaling, Speculative
+    from hf_accel_patch.passes import GQA, Attention, KVCache, PrefixCache, Quantize, RopeScaling, Speculative
     from hf_accel_patch.uptraining import uptrain
 
 __version__ = "0.1.0"
 __all__ = [
+    "GQA",
     "AlreadyPatched",
     "Attention",
     "HfAccelConfig",

@@ -52,7 +52,7 @@ def patch(model: T, **options: Any) -> T:
 def unpatch(model: T, *, reload: bool = False) -> T:
     """Take the patch off, bit for bit; a model that is not patched is returned as it is.
 
-    Raises NotReversible, before anything is undone, where the originals of quantized weights were discarded. With
+    Raises NotReversible, before anything is undone, where the originals of weights were discarded. With
     `reload`, they are read again from the checkpoint at `model.name_or_path`.
     """
     found = find_model(model)
@@ -62,9 +62,9 @@ def unpatch(model: T, *, reload: bool = False) -> T:
     lost = state.journal.discarded
     if lost and not reload:
         raise NotReversible(
-            f"the originals of {len(lost)} quantized weights were discarded ({lost[0]}, ...)",
-            "patch with Quantize(..., originals='keep') to keep them in memory, or unpatch(model, reload=True) to read "
-            "them from the checkpoint again",
+            f"the originals of {len(lost)} weights were discarded ({lost[0]}, ...)",
+            "patch with originals='keep' in Quantize or GQA to keep them in memory, or unpatch(model, reload=True) to "
+            "read them from the checkpoint again",
         )
     restored = _read_again(found, lost, state.source) if lost else {}
     state.journal.undo()
@@ -151,13 +151,16 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
 def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None) -> State:
     """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
     is done so far, whole and usable, under a report that says so."""
-    journal, rows = journal or Journal(), []
+    journal, rows, left = journal or Journal(), [], list(decided.decisions)
     try:
-        for decision in decided.decisions:
+        while left:
+            decision = left.pop(0)
             row = described(decision)
             if isinstance(decision, Step):
                 before = view.weight_bytes()
                 decision.by.apply(decision, journal)
+                if decision.reshapes:
+                    left = [each.by.inspect(view) for each in left]
                 if decision.of_weights:
                     row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
             rows.append(row)
@@ -166,7 +169,7 @@ def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal
         if not journal.discarded:
             journal.undo()
             raise
-        done = f"{error}: {len(journal.discarded)} weights are quantized, the others are as they were"
+        done = f"{error}: {len(journal.discarded)} weights are quantized or converted, the others are as they were"
         vars(view.model)[STATE] = State(passes, journal, Report(view.subject, tuple(rows), done))
         raise
     return State(passes, journal, Report(view.subject, tuple(rows)))

@@ -69,7 +69,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     found = found if isinstance(found, dict) or found is None else found.to_dict()
     method = str((found or {}).get("quant_method", ""))
     if quantize is not None and found is not None:
-        raise HfAccelError(f"the checkpoint at {path} is quantized by {method} already", "leave out quantize=")
+        hint = "leave out quantize=" if found.get("weights") else "load it, and patch the model with quantize="
+        raise HfAccelError(f"the checkpoint at {path} is quantized by {method} already", hint)
     if method in PARTS:
         if given is None:
             config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
@@ -89,7 +90,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     if quantize is not None:
         return adopt(model, passes, lambda _: kept.facts, kept.journal, hub)
-    return adopt(model, passes, _as_it_is if method == METHOD else None, source=hub)
+    quantized = method == METHOD and (found or {}).get("weights")
+    return adopt(model, passes, _as_it_is if quantized else None, source=hub)
 
 
 @contextmanager

@@ -79,9 +79,16 @@ class Journal:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._note("hook", module, str(handle.id), None)
 
-    def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
-        """Replace a parameter that the module has."""
-        self._replace(module, "_parameters", module._parameters | {name: value})
+    def set_parameter(
+        self, module: nn.Module, name: str, value: nn.Parameter, *, keep: bool = True, label: str = ""
+    ) -> None:
+        """Replace a parameter that the module has. Without `keep` the old one is freed, and undo is refused from here
+        on, naming `label`."""
+        if keep:
+            self._replace(module, "_parameters", module._parameters | {name: value})
+        else:
+            module._parameters[name] = value
+            self.discarded.append(label or name)
 
     def set_buffer(self, module: nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
         """Replace or add a buffer. A new one goes last; one that exists stays as persistent as it was."""

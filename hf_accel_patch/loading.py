@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.passes.grouped import shrink
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize
 from hf_accel_patch.passes.saving import METHOD, described, make_savable
 from hf_accel_patch.reading import Found, OnTheFly, Prepared, Take, recording
@@ -44,6 +45,7 @@ class HfAccelConfig(QuantizationConfigMixin):
         backend: str = "auto",
         *,
         version: int = VERSION,
+        kv_heads: int | None = None,
         block: int = 0,
         weights: dict[str, list[Any]] | None = None,
         ordered: list[str] | None = None,
@@ -63,11 +65,19 @@ class HfAccelConfig(QuantizationConfigMixin):
         self.version, self.scheme, self.group_size, self.skip, self.backend = version, scheme, group_size, skip, backend
         self.skip = tuple(skip) if not isinstance(skip, str) else skip
         self.block = block  # rows in a block of 4-bit codes
+        if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
+            raise ValueError(f"quantization_config: kv_heads={kv_heads!r} is not a number of key/value heads")
+        self.kv_heads = kv_heads  # of a checkpoint of a model whose class knows no key/value heads of its own
         self.weights = (
             weights  # names of the modules of a checkpoint by group size; a list of names where they are tied
         )
         self.ordered = ordered or []  # of those whose columns are sorted
         self.quantize()
+
+    @property
+    def only_grouped(self) -> bool:
+        """Whether weights are floats, and only the number of key/value heads is other than the class knows."""
+        return self.kv_heads is not None and not self.weights
 
     def quantize(self) -> Quantize:
         """The pass with these options."""
@@ -83,6 +93,9 @@ class HfAccelConfig(QuantizationConfigMixin):
         described = {"quant_method": METHOD, "version": self.version, "scheme": self.scheme}
         described |= {"group_size": self.group_size, "skip": list(self.skip), "backend": self.backend}
         described |= {"block": self.block, "weights": self.weights, "ordered": self.ordered}
+        described |= {"kv_heads": self.kv_heads}
+        if self.only_grouped:
+            described = {key: described[key] for key in ("quant_method", "version", "kv_heads")}
         return {key: copy.deepcopy(value) for key, value in described.items() if value not in (None, 0, [])}
 
 
@@ -93,7 +106,8 @@ class HfAccelQuantizer(HfQuantizer):
     given: dict[str, Tensor] | None = None  # a state dict to be saved in place of the model's
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.pre_quantized and not self.quantization_config.weights:
+        config = self.quantization_config
+        if self.pre_quantized and not config.weights and config.kv_heads is None:
             raise HfAccelError("the checkpoint's quantization_config names no quantized weights")
         if not self.pre_quantized and self.quantization_config.scheme not in SCHEMES:
             raise ValueError(f"{self.quantization_config.scheme} is only read; the schemes are {', '.join(SCHEMES)}")
@@ -107,6 +121,8 @@ class HfAccelQuantizer(HfQuantizer):
         journal = kept.journal if kept else Journal()
         config = self.quantization_config
         options = config.quantize()
+        if config.kv_heads is not None:
+            shrink(model, config.kv_heads, journal)
         self._work: Prepared | OnTheFly
         if self.pre_quantized:
             found = Found(config.scheme, config.block, config.weights or {}, config.ordered)
@@ -136,6 +152,11 @@ class HfAccelQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         journal = kept.journal if kept else Journal()
         make_savable(model, journal)
+        if asked.only_grouped:  # nothing is quantized, so nothing should say so
+            for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):
+                for key in keys:
+                    vars(place).pop(key, None)
+            return model
         for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):  # what undo has to take off too
             for key in [key for key in keys if key in vars(place)]:
                 value = vars(place).pop(key)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, cast
 
 from hf_accel_patch.passes import (
+    GQA,
     Attention,
     Context,
     Frequencies,
@@ -22,9 +23,6 @@ from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context")
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
-LATER = {  # keyword: what stays as it is while this version has no such pass
-    "gqa": "key/value heads stay as they are: no conversion in this version",
-}
 
 
 def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pass, ...]:
@@ -36,13 +34,9 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(f"patch() has no keyword {name!r}; its keywords are {', '.join(KEYWORDS)}")
-    for name in LATER:
-        if keywords.get(name) not in (None, False):
-            raise ValueError(f"{name}={keywords[name]!r} is not in this version; leave the keyword out")
-    later = {name: Later(name, reason) for name, reason in LATER.items()}
     quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
-        later["gqa"],
+        _gqa(keywords.get("gqa"), keep_originals),
         _positions(keywords),
         quantize,
         _linear(keywords.get("linear", True), quantize),
@@ -50,6 +44,17 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         _cache(keywords.get("cache", True)),
         _speculative(keywords.get("speculative")),
     )
+
+
+def _gqa(value: Any, keep_originals: bool) -> Pass:
+    if value is None or value is False:
+        return Later("gqa", "not asked for: key/value heads stay as they are")
+    chosen = GQA(value) if isinstance(value, int) and value is not True else value
+    if not isinstance(chosen, GQA):
+        raise ValueError(f"gqa={value!r}; allowed: a number of key/value heads, a GQA, or None")
+    if keep_originals and chosen.originals == "discard":
+        raise ValueError("patched() takes the patch off after its body, so it cannot discard the originals")
+    return chosen
 
 
 def _positions(keywords: dict[str, Any]) -> Pass:

@@ -36,6 +36,7 @@ class Step:
     by: Pass
     facts: dict[str, Any]
     work: Sequence[Any] = field(default=(), repr=False)
+    reshapes: bool = False  # whether the passes after it have to look at the model again
     of_weights: bool = True  # whether the bytes in `facts` are those of the model's weights, measured when it is done
 
 

@@ -57,10 +57,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("deepseek_v3"),  # latent attention: values are smaller than keys
 }
 
-PASSES: dict[str, dict[str, str]] = {
+PASSES: dict[str, dict[str, Any]] = {
     "exact": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}, "nf4": {"quantize": "nf4"},
-    "cache": {"cache": "int8"},
+    "cache": {"cache": "int8"}, "gqa": {"gqa": 1},
 }  # fmt: skip
+REFUSED = {"gqa": ("codegen", "deepseek_v3")}  # pass: the families that cannot have it
 
 
 def options(label: str, originals: str = "keep") -> dict[str, Any]:

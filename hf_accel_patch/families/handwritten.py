@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_accel_patch.families import View
@@ -55,6 +56,8 @@ class Whole:
     slopes: Slopes | None = None  # of an ALiBi that is made anew, in float32 and relative to the last key
     counts_padding: bool = False  # positions of that ALiBi count the tokens that are seen
     residual: str | None = None  # the probability of the dropout before the residual is added here
+    dropped: str | None = None  # the nn.Dropout of the output
+    window: Callable[[Any], int | None] = lambda module: None  # keys that a query sees
     masked_is_true: bool = False  # in a mask [B, 1, T, S] that a user gives
     rotate: Rotate | None = None  # query, key and value to their positions
     causal: Callable[[Any], bool] = lambda module: True
@@ -95,6 +98,21 @@ def _by_file(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor
         rotate = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
         query, key = rotate(query, key, *given["position_embeddings"])
     return query, key, value
+
+
+def _by_table(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By a table of sines, on the first channels (GPT-J)."""
+    query, key, value = parts
+    rotate = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
+    table = module.embed_positions.to(query.device)[given["position_ids"]].to(key.dtype)
+    sin, cos = table.chunk(2, dim=-1)
+    size = module.rotary_dim or query.shape[-1]
+
+    def turned(x: Tensor) -> Tensor:
+        first = rotate(x[..., :size].transpose(1, 2), sin, cos).transpose(1, 2)
+        return torch.cat((first, x[..., size:]), dim=-1)
+
+    return turned(query), turned(key), value
 
 
 def _by_method(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,8 +200,61 @@ CLASSES: dict[str, Handwritten] = {
 }
 
 
+# Modules whose class knows no key/value heads, as they are written when they get fewer than query heads
+WITHOUT_SHARED: dict[str, Whole] = {
+    "GPT2Attention": Whole(
+        inputs=("c_attn",),
+        output="c_proj",
+        heads="num_heads",
+        scale=lambda module: float(module.scaling),
+        dropout=lambda module: float(module.attn_dropout.p),
+        dropped="resid_dropout",
+    ),
+    "GPTNeoXAttention": Whole(
+        inputs=("query_key_value",),
+        output="dense",
+        heads="num_attention_heads",
+        scale=lambda module: float(module.scaling),
+        dropout=lambda module: float(module.attention_dropout),
+        grouped=True,
+        rotate=_by_file,
+    ),
+    "GPTJAttention": Whole(
+        inputs=("q_proj", "k_proj", "v_proj"),
+        output="out_proj",
+        heads="num_attention_heads",
+        scale=_by_scale_attn,
+        dropout=lambda module: float(module.attn_dropout.p),
+        dropped="resid_dropout",
+        rotate=_by_table,
+    ),
+    "GPTNeoSelfAttention": Whole(
+        inputs=("q_proj", "k_proj", "v_proj"),
+        output="out_proj",
+        heads="num_heads",
+        scale=lambda module: 1.0,
+        dropout=lambda module: float(module.attn_dropout.p),
+        dropped="resid_dropout",
+        window=lambda module: module.config.window_size if module.attention_type == "local" else None,
+    ),
+    "OPTAttention": BART,
+    "BioGptAttention": BART,
+}
+
+
+def without_shared(kind: type) -> Whole | None:
+    """How a module of this class is written when it gets fewer key/value heads than its class knows."""
+    if not kind.__module__.startswith(HOME):
+        return None
+    how = WITHOUT_SHARED.get(kind.__name__) or handwritten(kind)
+    return how if isinstance(how, Whole) and how.output else None
+
+
 def handwritten(kind: type) -> Handwritten | None:
     """How this class is written, if it is one of those."""
+    made: Any = vars(kind).get("made")  # of a class that a patch has made from it
+    if isinstance(made, tuple) and isinstance(made[1], Scores | Whole | Layer):
+        return made[1]
     if not kind.__module__.startswith(HOME):
         return None
     return CLASSES.get(kind.__name__) or CLASSES.get(f"{kind.__module__.split('.')[2]}.{kind.__name__}")

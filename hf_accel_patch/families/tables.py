@@ -97,7 +97,7 @@ def growing(kind: Any) -> Any:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
-        return _remake, (kind,), self.__getstate__()
+        return _remake, (kind.recipe() if hasattr(kind, "recipe") else kind,), self.__getstate__()
 
     own: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     own |= {"__reduce_ex__": __reduce_ex__, "grown_from": kind}
@@ -108,7 +108,7 @@ def growing(kind: Any) -> Any:
 
 
 def _remake(kind: Any) -> Any:
-    made = growing(kind)
+    made = growing(kind[0](*kind[1]) if isinstance(kind, tuple) else kind)
     return made.__new__(made)
 
 

@@ -3,6 +3,7 @@
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.cache import KVCache
 from hf_accel_patch.passes.context import Context
+from hf_accel_patch.passes.gqa import GQA
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
 from hf_accel_patch.passes.prefill import Prefill
@@ -14,6 +15,7 @@ from hf_accel_patch.passes.self_extend import SelfExtend
 from hf_accel_patch.passes.speculative import Speculative
 
 __all__ = [
+    "GQA",
     "Attention",
     "Context",
     "Frequencies",

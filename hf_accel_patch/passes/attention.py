@@ -23,7 +23,7 @@ from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
-from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, replacement
+from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
@@ -89,7 +89,8 @@ class Attention:
         absorb(latent, KEY, journal)
         for module in by_hand:
             kind: Any = type(module)
-            journal.change_class(module, replacement(kind))
+            if not issubclass(kind, Replaced):
+                journal.change_class(module, replacement(kind))
         if view.config.model_type in CHANGES_MASKS:
             journal.bind_method(view.model, "create_masks_for_generate", _mask_for_generate)
         if view.config.model_type in CACHE_OFF_BY_DEFAULT:

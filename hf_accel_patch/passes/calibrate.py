@@ -24,7 +24,7 @@ MOMENTS_BYTES = 1 << 30  # held at a time; the texts are read once for each such
 logger = logging.get_logger(__name__)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised inside the model when the last layer of interest has its input."""
 
 
@@ -162,7 +162,7 @@ def _observe(model: PreTrainedModel, groups: list[Group], windows: list[Tensor])
                 group.moments = x.new_zeros(group.features, group.features)
             group.moments.addmm_(x.T, x)
             if stop:
-                raise _Enough
+                raise Enough
 
         return note
 
@@ -178,18 +178,18 @@ def _run(
     enough: Callable[[], bool] = lambda: False,
 ) -> None:
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for module, hook in hooks.items():
             stack.callback(module.register_forward_pre_hook(hook).remove)
         for window in logging.tqdm(windows, desc="calibrate", leave=False):
-            with suppress(_Enough):
+            with suppress(Enough):
                 model(input_ids=window, use_cache=False)
             if enough():
                 break
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten
+from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten, without_shared
 from hf_accel_patch.families.tables import growing
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 from hf_accel_patch.ops.stored import Stored
@@ -26,6 +26,8 @@ from hf_accel_patch.ops.stored import Stored
 KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
 EXTENDED_KEY = f"{KEY}_extended"  # the same, for positions in groups
 
+
+SHARED = "num_key_value_heads"  # on a module that was given fewer than its class knows
 
 ELSEWHERE = ("key_value_states", "encoder_hidden_states", "attn_prompt")  # from where keys and values come as well
 
@@ -41,13 +43,19 @@ class Replaced(nn.Module):
     """What the subclasses share."""
 
     made: tuple[type, Any]  # the module's own class, and how it is written
+    fewer: bool  # whether it is for fewer key/value heads than the class knows
     names: tuple[str, ...]  # of the arguments of its forward
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
         state = super().__reduce_ex__(protocol)
-        kind = type(self).made[0]
-        return _remake, (getattr(kind, "grown_from", kind), hasattr(kind, "grown_from")), state[2]
+        return _remake, type(self).recipe()[1], state[2]
+
+    @classmethod
+    def recipe(cls) -> tuple[Any, tuple[Any, ...]]:
+        """A function and its arguments that make this class."""
+        kind = cls.made[0]
+        return _class, (getattr(kind, "grown_from", kind), hasattr(kind, "grown_from"), cls.fewer)
 
 
 class Asking(Replaced):
@@ -99,8 +107,11 @@ class WithForward(Replaced):
         past = next((given[name] for name in ("layer_past", "past_key_values") if given.get(name) is not None), None)
         if past is not None:
             past = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-            key, value = past.update(key, value, self.layer_idx)
+            key, value = past.update(key, value, vars(self).get("layer_idx", vars(self).get("layer_id")))
         mask, answer = _unwrapped(given.get("attention_mask"), how.masked_is_true)
+        window = how.window(self)
+        if window is not None:
+            key, value, mask = _windowed(query, key, value, mask, window)
         answer = answer or bool(given.get("output_attentions"))
         bias = _alibi(how, query, key, mask, given.get("alibi"))
         output, weights = _attend(self, query, key, value, mask, bias, how.scale(self), how.dropout(self), answer)
@@ -109,24 +120,34 @@ class WithForward(Replaced):
         if how.residual is not None:
             probability = float(getattr(self, how.residual))
             output = given["residual"] + F.dropout(output, p=probability, training=self.training)
+        output = getattr(self, how.dropped)(output) if how.dropped else output
         return output, weights
 
 
+def replacement(kind: type, *, fewer: bool = False) -> type:
+    """The class that modules of this class are changed to, or those with fewer key/value heads than it knows. It keeps
+    the name, for those who look for it."""
+    return _replacement(kind, fewer)
+
+
 @cache
-def replacement(kind: type) -> type:
-    """The class that modules of this class are changed to. It keeps the name, for those who look for it."""
-    how = handwritten(kind)
+def _replacement(kind: type, fewer: bool) -> type:
+    how = without_shared(kind) if fewer else handwritten(kind)
     assert how is not None
     bases: dict[type, type] = {Scores: WithScores, Whole: WithForward, Layer: Asking}
     forward: Any = vars(kind)["forward"]
     entries = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    made = type(kind.__name__, (bases[type(how)], kind), {**entries, "made": (kind, how)})
+    made = type(kind.__name__, (bases[type(how)], kind), {**entries, "made": (kind, how), "fewer": fewer})
     made.names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[attr-defined]
     return made
 
 
-def _remake(kind: type, grown: bool) -> Any:
-    made: Any = replacement(growing(kind) if grown else kind)
+def _class(kind: type, grown: bool, fewer: bool) -> type:
+    return _replacement(growing(kind) if grown else kind, fewer)
+
+
+def _remake(kind: type, grown: bool, fewer: bool) -> Any:
+    made: Any = _class(kind, grown, fewer)
     return made.__new__(made)
 
 
@@ -152,8 +173,8 @@ def _attend(
 def _projected(module: Any, how: Whole, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, H, T, D], key and value [B, K, T, D]."""
     B, T, _ = hidden.shape
-    heads = getattr(module, how.heads)
-    shared = getattr(module, how.shared) if how.shared else heads
+    heads = getattr(module, how.heads, None) or getattr(module.config, how.heads)
+    shared = getattr(module, how.shared or SHARED, heads)
     parts = [getattr(module, name)(hidden) for name in how.inputs]
     if how.limit is not None and (limit := getattr(module, how.limit)):
         parts = [part.clamp(min=-limit, max=limit) for part in parts]
@@ -162,8 +183,12 @@ def _projected(module: Any, how: Whole, hidden: Tensor) -> tuple[Tensor, Tensor,
         fused = fused.view(B, T, shared, heads // shared + 2, -1)
         query, key, value = fused[:, :, :, :-2].flatten(2, 3), fused[:, :, :, -2], fused[:, :, :, -1]
     else:
-        parts = list(parts[0].chunk(3, dim=-1)) if len(parts) == 1 else parts
-        query, key, value = (part.unflatten(-1, (heads, -1)) for part in parts)
+        if len(parts) == 1:
+            size = parts[0].shape[-1] // (heads + 2 * shared)
+            parts = list(parts[0].split([heads * size, shared * size, shared * size], dim=-1))
+        query, key, value = (
+            part.unflatten(-1, (n, -1)) for part, n in zip(parts, (heads, shared, shared), strict=True)
+        )
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -216,7 +241,10 @@ def _windowed(
     if isinstance(mask, DescribedMask):
         return key, value, mask.windowed(window)
     if mask is not None:
-        return key, value, last_keys(mask, window) if mask.dtype == torch.bool else mask
+        if mask.dtype == torch.bool:
+            return key, value, last_keys(mask, window)
+        lowest = torch.finfo(mask.dtype).min
+        return key, value, mask.masked_fill(~last_keys(mask > lowest / 2, window), lowest)
     if T == 1 and not isinstance(key, Stored):
         return key[:, :, -window:], value[:, :, -window:], None
     return key, value, _causal(T, S, query.device).windowed(window)

@@ -167,7 +167,7 @@ def write(changes: Changes, journal: Journal) -> None:
     """Carry them out."""
     view = changes.view
     if changes.config is not view.config:
-        _configure(view, changes.config, journal)
+        configure(view, changes.config, journal)
     for module, name, exact in changes.buffers:
         journal.set_buffer(module, name, exact, persistent=False)
     for module, name, value in changes.attributes:
@@ -216,7 +216,7 @@ def _compare(module: nn.Module, fresh: nn.Module, changes: Changes) -> None:
     changes.attributes += [(module, name, _GONE) for name in gone]
 
 
-def _configure(view: View, config: PreTrainedConfig, journal: Journal) -> None:
+def configure(view: View, config: PreTrainedConfig, journal: Journal) -> None:
     """Give this model, and no other that shares its configuration, another one."""
     replaced = [(view.config, config)]
     whole = view.model.config
@@ -240,7 +240,7 @@ def turned(view: View, rotary: list[nn.Module], scaled: list[tuple[nn.Module, Sc
     """How each layer's keys are rotated whose frequencies depend on the length."""
     if is_meta(view):  # only planned
         return ()
-    with _undisturbed(rotary):
+    with undisturbed(rotary):
         found = moves(view)
     known = {id(module): each for module, each in scaled}
 
@@ -255,7 +255,7 @@ def turned(view: View, rotary: list[nn.Module], scaled: list[tuple[nn.Module, Sc
 
 
 @contextmanager
-def _undisturbed(modules: list[nn.Module]) -> Iterator[None]:
+def undisturbed(modules: list[nn.Module]) -> Iterator[None]:
     """What stock's rotary modules keep of a call inside is forgotten."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     try:

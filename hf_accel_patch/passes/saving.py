@@ -14,12 +14,15 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.packing import INT8
+from hf_accel_patch.passes.grouped import is_grouped, shared_of
 
 METHOD = __name__.partition(".")[0]  # the value of `quant_method`, under which transformers finds our quantizer
 
 
 def described(model: PreTrainedModel) -> dict[str, Any]:
-    """The `quantization_config` of this model: every quantized module, by group size, tied ones together."""
+    """The `quantization_config` of this model: every quantized module, by group size, tied ones together; and how many
+    key/value heads it has, where its class knows none."""
+    grouped = {} if (shared := shared_of(model)) is None else {"kv_heads": shared}
     by_size: dict[str, list[list[str]]] = {}
     tied: dict[int, list[str]] = {}
     schemes, blocks, ordered = set(), {0}, []
@@ -38,16 +41,19 @@ def described(model: PreTrainedModel) -> dict[str, Any]:
             blocks.add(codes.shape[-1] * 2)
         tied[id(module.specs)] = [name]
         by_size.setdefault(str(size), []).append(tied[id(module.specs)])
+    if grouped and not schemes:
+        return {"quant_method": METHOD, **grouped}
     if len(schemes) != 1 or len(blocks) > 2:
         raise HfAccelError(f"a checkpoint holds one scheme in one layout, and this model {sorted(schemes)}, {blocks}")
     weights = {size: [each[0] if len(each) == 1 else each for each in names] for size, names in by_size.items()}
     found = {"quant_method": METHOD, "scheme": schemes.pop(), "block": max(blocks)}
-    return found | {"weights": weights, "ordered": ordered}
+    return found | {"weights": weights, "ordered": ordered} | grouped
 
 
 class Saving:
-    """`save_pretrained` of a quantized model: the codes, and a `quantization_config` that says how to read them. An
-    instance, because copies and pickles of the model have to take one of their own along."""
+    """`save_pretrained` of a quantized model, or of one with fewer key/value heads than its class knows: the weights,
+    and a `quantization_config` that says how to read them. An instance, because copies and pickles of the model have to
+    take one of their own along."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -60,7 +66,7 @@ class Saving:
         **kwargs: Any,
     ) -> None:
         model = self.model
-        quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
+        quantized = any(isinstance(module, QuantizedModule) or is_grouped(module) for module in model.modules())
         save = type(model).save_pretrained
         if not quantized or getattr(model, "_hf_peft_config_loaded", False):  # then it saves the adapter alone
             save(model, save_directory, is_main_process, state_dict, **kwargs)
