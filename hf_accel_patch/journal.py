@@ -7,6 +7,8 @@ references to parts of that model, so a deep copy of the model carries a journal
 
 from __future__ import annotations
 
+import copy
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +41,36 @@ class Write:
     name: str
     before: Any
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A class that was made at run time is made again where a pickle is read."""
+        recipe = getattr(self.before, "recipe", None) if self.kind == "class" else None
+        return vars(self) if recipe is None else vars(self) | {"before": recipe()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made, before = self.__dict__, state["before"]
+        made.update(state)
+        if state["kind"] == "class" and isinstance(before, tuple):
+            made["before"] = before[0](*before[1])
+
+
+class Bound:
+    """A function bound to an instance. Unlike a method's, its pickle finds the function again; a deep copy is bound to
+    the copy of the instance."""
+
+    def __init__(self, function: Callable[..., Any], target: object) -> None:
+        self.__func__, self.__self__ = function, target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        whole = inspect.signature(self.__func__)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        return Bound(self.__func__, copy.deepcopy(self.__self__, memo))
+
 
 class Journal:
     """An undo stack over the objects of one model."""
@@ -62,9 +94,9 @@ class Journal:
             del vars(target)[name]
 
     def bind_method(self, target: object, name: str, function: Callable[..., Any]) -> None:
-        """Give the instance a method. It is a bound method, which a deep copy binds to the copy; a closure would go
-        on calling the old model."""
-        self.set_attribute(target, name, types.MethodType(function, target))
+        """Give the instance a method. A deep copy's is bound to the copy; a closure would go on calling the old
+        model."""
+        self.set_attribute(target, name, Bound(function, target))
 
     def change_class(self, target: object, new: Any) -> None:
         """`target.__class__ = new`. accelerate's hook on a module calls the forward that it found there, so that is

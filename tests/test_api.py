@@ -1,6 +1,7 @@
 """patch and its kin on what they are given: wrappers, bad input, failures half way, threads."""
 
 import copy
+import pickle
 import re
 import threading
 from pathlib import Path
@@ -343,3 +344,33 @@ def test_progress_is_shown_for_large_models(model, monkeypatch, capsys):
     patch(model, quantize="int8")
     transformers.utils.logging.disable_progress_bar()
     assert "quantize to int8" in capsys.readouterr().err
+
+
+PICKLED = {
+    "llama": {"cache": "int8", "speculative": "ngram"},
+    "gemma2": {"rope": "dynamic:4"},
+    "mistral": {"quantize": Quantize("int4", originals="keep")},
+    "bloom": {},
+    "gptj": {"gqa": 2},
+    "gpt2": {"gqa": 2},
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_pickle_is_a_patched_model_of_its_own(name):
+    model = tiny(name)
+    stock = logits(model, prompt())
+    patch(model, **PICKLED[name])
+    expected, tokens = logits(model, prompt()), greedy(model, prompt(), 8)
+    again = pickle.loads(pickle.dumps(model))
+    assert patched_by(again) == patched_by(model) != {}
+    assert torch.equal(logits(again, prompt()), expected) and torch.equal(greedy(again, prompt(), 8), tokens)
+    assert torch.equal(logits(unpatch(again), prompt()), stock)
+    assert torch.equal(logits(model, prompt()), expected)
+
+
+def patched_by(model):
+    """The methods that the model has of its own: the functions, and whether they are bound to it."""
+    bound = {name: value for name, value in vars(model).items() if hasattr(value, "__func__")}
+    assert all(value.__self__ is model for value in bound.values())
+    return {name: getattr(value.__func__, "__qualname__", type(value.__func__)) for name, value in bound.items()}

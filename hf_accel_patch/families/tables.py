@@ -97,18 +97,27 @@ def growing(kind: Any) -> Any:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
-        return _remake, (kind.recipe() if hasattr(kind, "recipe") else kind,), self.__getstate__()
+        return _remake, made.recipe()[1], self.__getstate__()
+
+    def recipe(cls: Any) -> tuple[Any, tuple[Any, ...]]:
+        """A function and its arguments that make this class."""
+        return _class, (kind.recipe() if hasattr(kind, "recipe") else kind,)
 
     own: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    own |= {"__reduce_ex__": __reduce_ex__, "grown_from": kind}
+    own |= {"__reduce_ex__": __reduce_ex__, "grown_from": kind, "recipe": classmethod(recipe)}
     own |= (
         {"forward": with_rows} if issubclass(kind, nn.Embedding) else {"forward": with_buffer, TABLE: property(table)}
     )
-    return type(kind)(kind.__name__, (kind,), own)
+    made: Any = type(kind)(kind.__name__, (kind,), own)
+    return made
+
+
+def _class(kind: Any) -> Any:
+    return growing(kind[0](*kind[1]) if isinstance(kind, tuple) else kind)
 
 
 def _remake(kind: Any) -> Any:
-    made = growing(kind[0](*kind[1]) if isinstance(kind, tuple) else kind)
+    made = _class(kind)
     return made.__new__(made)
 
 

@@ -106,7 +106,7 @@ class KVCache:
             stream = Stream(self.window, self.sinks, max(2 * self.window, rotary_tokens(view.config) or 0))
             journal.add_forward_pre_hook(model.get_decoder(), Advancing(found))
             half = max(1, (self.window - self.sinks) // 2)
-            chunks = PrefillInChunks(half, context or self.window, vars(model).get("_prefill"))
+            chunks = PrefillInChunks(half, context or self.window, _bound(model, "_prefill"))
             journal.bind_method(model, "_prefill", chunks)
         rotations = tuple(move.rotation if move.part == 0 else None for move in found) if self.kind in BITS else ()
         converting = Converting(self, stream, rotations)
@@ -114,7 +114,7 @@ class KVCache:
         if self.prefixes is not None:
             prefixes = PrefixCache(self.prefixes) if isinstance(self.prefixes, int | str) else self.prefixes
             prefixes.open(view)
-            prefill = PrefillWithPrefixes(prefixes, converting, vars(model).get("_prefill"))
+            prefill = PrefillWithPrefixes(prefixes, converting, _bound(model, "_prefill"))
             journal.bind_method(model, "_prefill", prefill)
 
     def layer_classes(self) -> Mapping[type, type]:
@@ -267,6 +267,11 @@ class Converting:
         layer.tell(self.options, rotate)
         if keys is not None and keys.ndim == 4:
             layer.take(keys, values)
+
+
+def _bound(model: nn.Module, name: str) -> Any:
+    """The function that another pass has bound to this model, if any."""
+    return getattr(vars(model).get(name), "__func__", None)
 
 
 def _new(kind: Any, options: KVCache) -> Any:

@@ -9,10 +9,10 @@ import threading
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ class PrefillWithPrefixes:
 
     prefixes: PrefixCache
     converting: Any = field(repr=False)
-    inner: MethodType | None = field(default=None, repr=False)
+    inner: Callable[..., Any] | None = field(default=None, repr=False)
 
     def __call__(
         self,
@@ -202,7 +202,7 @@ class PrefillWithPrefixes:
         *rest: Any,
         **kw: Any,
     ) -> Any:
-        prefill = self.inner or MethodType(type(model)._prefill, model)
+        prefill = partial(self.inner or type(model)._prefill, model)
         cache = model_kwargs.get("past_key_values")
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         given = {name for name, value in model_kwargs.items() if value is not None}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,7 +217,7 @@ class PrefillInChunks:
 
     chunk_tokens: int
     context: int
-    inner: MethodType | None = field(default=None, repr=False)  # what the model had
+    inner: Callable[..., Any] | None = field(default=None, repr=False)  # what the model had
 
     def __call__(
         self,
@@ -231,7 +232,7 @@ class PrefillInChunks:
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         if generation_config.prefill_chunk_size is None and ours and not whole and input_ids.shape[1] > self.context:
             generation_config.prefill_chunk_size = self.chunk_tokens
-        prefill = self.inner or MethodType(type(model)._prefill, model)
+        prefill = partial(self.inner or type(model)._prefill, model)
         return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
 
 
