@@ -11,8 +11,7 @@ last ones of a causal mask, start first. Heads of a group read the same keys and
 
 Scores and sums are float32 and are added in one order, so results repeat bit for bit; weights are rounded to the dtype
 of the values before they meet them. float32 is three products of tf32. The backward computes the weights again from the
-log-sum-exp; keys and values get their gradients from programs of their own, which sum over the heads of a group, without
-atomic additions.
+log-sum-exp (kernels/triton_prefill_backward.py).
 
 Per block of N keys, M queries and head size 128 the tensor cores of an H100 take 4 * 128 * M * N / 4096 cycles of a
 processor (989 TFLOP/s in 16 bits) and its 16 exp2 per cycle M * N / 16: at most two thirds of the time is products, if
@@ -31,12 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_CHANNELS = 256
+HOPPER_BYTES = 200 << 10  # of shared memory, that older GPUs do not have
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = 0.6931471805599453
 
 
 @triton.jit
-def _logits(products, scale, cap):
+def to_logits(products, scale, cap):
     """In base 2."""
     if cap is None:
         y = products * (scale * LOG2E)
@@ -48,7 +48,7 @@ def _logits(products, scale, cap):
 
 
 @triton.jit
-def _tile(x, start, stride, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr, WHOLE: tl.constexpr):
+def load_rows(x, start, stride, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr, WHOLE: tl.constexpr):
     """Rows start.. of a matrix [rows, SIZE], as [ROWS, ROOM] with zeros around it. WHOLE: all rows exist."""
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, ROOM)[None, :]
     at = x + tl.cast(start, tl.int64) * stride + row * stride + d
@@ -62,7 +62,7 @@ def _tile(x, start, stride, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, ROOM: 
 
 
 @triton.jit
-def _bounds(seen, row, T, S, N: tl.constexpr):
+def bounds(seen, row, T, S, N: tl.constexpr):
     """The intervals of rows, and of keys in whole blocks: those that any row sees, and those that all see."""
     live = row < T
     first = tl.load(seen + row * 2, mask=live, other=0)
@@ -83,8 +83,8 @@ def _forward_blocks(
 ):  # fmt: skip
     for begin in tl.range(start, stop, N, num_stages=STAGES):
         column = begin + tl.arange(0, N)
-        keys = _tile(k, begin, k_s, S, D, N, DP, WHOLE)
-        logits = _logits(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap)
+        keys = load_rows(k, begin, k_s, S, D, N, DP, WHOLE)
+        logits = to_logits(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap)
         if bias is not None:
             logits += tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
         if not WHOLE:
@@ -97,7 +97,7 @@ def _forward_blocks(
         p = tl.exp2(logits - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, axis=1)
-        values = _tile(v, begin, v_s, S, V, N, VP, WHOLE)
+        values = load_rows(v, begin, v_s, S, V, N, VP, WHOLE)
         sums = tl.dot(p.to(values.dtype), values, sums * alpha[:, None], input_precision="tf32x3")
         m = most
     return sums, m, total
@@ -120,8 +120,8 @@ def _forward(
     v += batch * v_b + head // G * v_k
     if bias is not None:
         bias += batch * bias_b + head * bias_h
-    first, last, start, stop, inner, outer = _bounds(seen + batch * seen_b, row, T, S, N)
-    queries = _tile(q + batch * q_b + head * q_h, tile * M, q_t, T, D, M, DP, False)
+    first, last, start, stop, inner, outer = bounds(seen + batch * seen_b, row, T, S, N)
+    queries = load_rows(q + batch * q_b + head * q_h, tile * M, q_t, T, D, M, DP, False)
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, VP], tl.float32)
@@ -151,100 +151,6 @@ def _forward(
     tl.store(lse + line * T + row, found, mask=row < T)
 
 
-@triton.jit
-def _gradient(q, k, v, do, bias, lse, delta, column, seen, scale, cap, S):
-    """Of queries [M, DP], keys [N, DP], values [N, VP] and output gradients [M, VP]: the weights, and the gradient of
-    the scores, [M, N]."""
-    logits = _logits(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, cap)
-    slope = 1.0
-    if cap is not None:
-        tanh = logits / (cap * LOG2E)
-        slope = 1 - tanh * tanh
-    if bias is not None:
-        logits += tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
-    p = tl.where(seen, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision="tf32x3")
-    return p, p * (dp - delta[:, None]) * slope * scale
-
-
-@triton.jit(do_not_specialize=["T", "S", "seen_b", "bias_b", "bias_h"])
-def _backward_queries(
-    q, k, v, seen, bias, do, lse, delta, dq, scale, cap, H, G, T, S,
-    q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, bias_b, bias_h,
-    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradients of M queries of one head. do is [B, T, H, V], dq [B, H, T, D]."""
-    tiles = tl.cdiv(T, M)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    line = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = line // H, line % H
-    row = tile * M + tl.arange(0, M)
-    k += batch * k_b + head // G * k_k
-    v += batch * v_b + head // G * v_k
-    if bias is not None:
-        bias += batch * bias_b + head * bias_h
-    first, last, start, stop, _, _ = _bounds(seen + batch * seen_b, row, T, S, N)
-    queries = _tile(q + batch * q_b + head * q_h, tile * M, q_t, T, D, M, DP, False)
-    wanted = _tile(do + (batch * T * H + head) * V, tile * M, H * V, T, V, M, VP, False)
-    norm = tl.load(lse + line * T + row, mask=row < T, other=0)
-    mean = tl.load(delta + line * T + row, mask=row < T, other=0)
-    sums = tl.zeros([M, DP], tl.float32)
-    for begin in tl.range(start, stop, N, num_stages=STAGES):
-        column = begin + tl.arange(0, N)
-        keys = _tile(k, begin, k_s, S, D, N, DP, False)
-        values = _tile(v, begin, v_s, S, V, N, VP, False)
-        sees = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-        _, ds = _gradient(queries, keys, values, wanted, bias, norm, mean, column, sees, scale, cap, S)
-        sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision="tf32x3")
-    d = tl.arange(0, DP)[None, :]
-    tl.store(dq + (line * T + row)[:, None] * D + d, sums.to(dq.dtype.element_ty), mask=(row < T)[:, None] & (d < D))
-
-
-@triton.jit(do_not_specialize=["T", "S", "seen_b", "tiles_b", "bias_b", "bias_h"])
-def _backward_keys(
-    q, k, v, seen, tiles, bias, do, lse, delta, dk, dv, scale, cap, H, G, T, S,
-    q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, tiles_b, bias_b, bias_h,
-    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradients dk [B, K, S, D] and dv [B, K, S, V] of N keys, from the tiles of queries that see any of them."""
-    blocks = tl.cdiv(S, N)
-    block = tl.program_id(0) % blocks
-    line = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, shared = line // (H // G), line % (H // G)
-    column = block * N + tl.arange(0, N)
-    keys = _tile(k + batch * k_b + shared * k_k, block * N, k_s, S, D, N, DP, False)
-    values = _tile(v + batch * v_b + shared * v_k, block * N, v_s, S, V, N, VP, False)
-    seen += batch * seen_b
-    tiles += batch * tiles_b + block * 2
-    start, stop = tl.load(tiles), tl.load(tiles + 1)
-    dks = tl.zeros([N, DP], tl.float32)
-    dvs = tl.zeros([N, VP], tl.float32)
-    for each in range(0, G):
-        head = shared * G + each
-        one = batch * H + head
-        added = bias
-        if bias is not None:
-            added = bias + batch * bias_b + head * bias_h
-        for tile in tl.range(start, stop, num_stages=STAGES):
-            row = tile * M + tl.arange(0, M)
-            first = tl.load(seen + row * 2, mask=row < T, other=0)
-            last = tl.load(seen + row * 2 + 1, mask=row < T, other=0)
-            queries = _tile(q + batch * q_b + head * q_h, tile * M, q_t, T, D, M, DP, False)
-            wanted = _tile(do + (batch * T * H + head) * V, tile * M, H * V, T, V, M, VP, False)
-            norm = tl.load(lse + one * T + row, mask=row < T, other=0)
-            mean = tl.load(delta + one * T + row, mask=row < T, other=0)
-            sees = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            p, ds = _gradient(queries, keys, values, wanted, added, norm, mean, column, sees, scale, cap, S)
-            dvs = tl.dot(tl.trans(p.to(wanted.dtype)), wanted, dvs, input_precision="tf32x3")
-            dks = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dks, input_precision="tf32x3")
-    at, live = (line * S + column)[:, None], (column < S)[:, None]
-    d, channel = tl.arange(0, DP)[None, :], tl.arange(0, VP)[None, :]
-    tl.store(dk + at * D + d, dks.to(dk.dtype.element_ty), mask=live & (d < D))
-    tl.store(dv + at * V + channel, dvs.to(dv.dtype.element_ty), mask=live & (channel < V))
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -272,7 +178,7 @@ def attend(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, seen: Tensor, bias: Tensor | None,
         scale: float, softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -282,11 +188,11 @@ class _Attention(torch.autograd.Function):
         if bias is not None and bias.stride(-1) != 1:
             bias = bias.contiguous()
         if out.numel():
-            t = tiling(D, V, query.dtype is torch.float32, _shared_bytes(query.device))
+            t = tiling(D, V, query.dtype is torch.float32, shared_memory(query.device))
             with torch.cuda.device_of(query):
                 _forward[(B * H * triton.cdiv(T, t.queries),)](
                     query, key, value, seen, sinks, bias, out, lse, scale, softcap, H, H // K, T, S,
-                    *_strides(query, key, value, seen, bias), D, V, _room(D), _room(V), t.queries, t.keys, t.stages,
+                    *strides(query, key, value, seen, bias), D, V, room(D), room(V), t.queries, t.keys, t.stages,
                     num_warps=t.warps,
                 )  # fmt: skip
         ctx.save_for_backward(query, key, value, sinks, seen, bias, out, lse)
@@ -296,46 +202,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        from hf_accel_patch.kernels.triton_prefill_backward import gradients
+
         query, key, value, sinks, seen, bias, out, lse = ctx.saved_tensors
-        (B, H, T, D), (K, S, V) = query.shape, value.shape[1:]
-        do = do.contiguous()
-        dq, dk, dv = query.new_empty(B, H, T, D), key.new_empty(B, K, S, D), value.new_empty(B, K, S, V)
-        delta = (do.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-        t = tiling(D, V, query.dtype is torch.float32, _shared_bytes(query.device), backward=True)
-        sizes = (D, V, _room(D), _room(V), t.queries, t.keys, t.stages)
-        strides = _strides(query, key, value, seen, bias)
-        common = ctx.scale, ctx.softcap, H, H // K, T, S
-        with torch.cuda.device_of(query):
-            if dq.numel():
-                _backward_queries[(B * H * triton.cdiv(T, t.queries),)](
-                    query, key, value, seen, bias, do, lse, delta, dq, *common, *strides, *sizes, num_warps=t.warps
-                )
-            if dk.numel():
-                tiles = _tiles(seen, S, t.queries, t.keys)
-                between = (*strides[:-2], 0 if len(tiles) == 1 else tiles.stride(0), *strides[-2:])
-                _backward_keys[(B * K * triton.cdiv(S, t.keys),)](
-                    query, key, value, seen, tiles, bias, do, lse, delta, dk, dv, *common, *between, *sizes,
-                    num_warps=t.warps,
-                )  # fmt: skip
+        delta = (do.float() * out.float()).sum(-1).transpose(1, 2).contiguous()  # [B, H, T]
+        inputs = query, key, value, seen, bias, do.contiguous(), lse, delta
+        dq, dk, dv = gradients(*inputs, ctx.scale, ctx.softcap)
         dsinks = None
         if sinks is not None:
             dsinks = -(torch.exp(sinks[None, :, None] - lse) * delta).nan_to_num(0).sum((0, 2))
         return dq, dk, dv, dsinks, None, None, None, None
-
-
-def _tiles(seen: Tensor, S: int, M: int, N: int) -> Tensor:
-    """For each block of N keys the first tile of M queries that sees any of it, and the one after the last, int32
-    [B or 1, blocks, 2]."""
-    count = triton.cdiv(seen.shape[1], M)
-    first, last = torch.nn.functional.pad(seen, (0, 0, 0, count * M - seen.shape[1])).unbind(-1)
-    lowest = torch.where(first < last, first, S).unflatten(1, (count, M)).amin(-1)
-    highest = last.unflatten(1, (count, M)).amax(-1)
-    blocks = torch.arange(0, S, N, device=seen.device)[:, None]
-    meets = (lowest[:, None] < blocks + N) & (highest[:, None] > blocks)
-    tile = torch.arange(count, device=seen.device)
-    start = torch.where(meets, tile, count).amin(-1)
-    return torch.stack([start, torch.where(meets, tile + 1, 0).amax(-1)], -1).int()
 
 
 class Tiling(NamedTuple):
@@ -350,34 +227,37 @@ class Tiling(NamedTuple):
 @lru_cache(maxsize=1024)
 def tiling(key_size: int, value_size: int, float32: bool, shared_bytes: int, backward: bool = False) -> Tiling:
     """What is loaded ahead must fit into the shared memory of a program: 227 KB on an H100, 99 KB on small GPUs."""
-    widest, width = max(_room(key_size), _room(value_size)), 4 if float32 else 2
-    channels = _room(key_size) + _room(value_size)
+    widest, width = max(room(key_size), room(value_size)), 4 if float32 else 2
+    channels = room(key_size) + room(value_size)
     queries, keys, warps = 128, 64, 4 if widest <= 64 else 8
+    older = shared_bytes < HOPPER_BYTES  # queries stay in registers, of which there are too few for 128 of 256 channels
     if backward:
         queries, keys = (64, 64) if widest <= 128 else (32, 32)
     elif widest > 128:
-        keys = 32
+        queries, keys = 64 if older else 128, 32
     if float32:
         queries, keys = (32, 32) if widest <= 128 else (16, 16)
         warps = 4
     stages = 3
-    while stages > 1 and (stages * keys + queries) * channels * width > shared_bytes * 7 // 8:
+    held = 0 if older and not backward else queries
+    while stages > 1 and (stages * keys + held) * channels * width > shared_bytes * 7 // 8:
         stages -= 1
     return Tiling(queries, keys, warps, stages)
 
 
 @lru_cache(maxsize=16)
-def _shared_bytes(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
-def _room(size: int) -> int:
+def room(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _strides(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+def strides(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     """Zero where one serves all."""
     added = (0, 0) if bias is None else (bias.stride(i) if bias.shape[i] > 1 else 0 for i in (0, 1))
     own = seen.stride(0) if len(seen) > 1 else 0
