@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 MOST_CHANNELS = 256
 HOPPER_BYTES = 200 << 10  # of shared memory, that older GPUs do not have
 LOG2E = tl.constexpr(1.4426950408889634)
