@@ -31,27 +31,25 @@ def row(model):
     return next(each for each in report(model).to_dict()["passes"] if each["pass"] == "attention")
 
 
-@pytest.mark.parametrize("name", ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "bloom", "mpt", "falcon_mqa"))
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "described"])
-def test_triton_agrees_with_stock(name, stored, triton, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 1 << 18 if stored else 0)
-    model = tiny(name)
-    padded, alone = left_padded(), prompt()
-    stock = [logits(model, **padded), logits(model, alone)]
-    patch(model, attention=Attention("triton"), cache=False)
-    assert relative_error(logits(model, **padded), stock[0]) < TOLERANCE
-    assert relative_error(logits(model, alone), stock[1]) < TOLERANCE
-    assert len(triton) == 2 * model.config.num_hidden_layers
+@pytest.mark.parametrize("name", ("gemma2", "gpt_oss", "deepseek_v3", "bloom", "mpt"))
+def test_triton_agrees_with_stock(name, triton, monkeypatch):
+    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)  # masks are described
+    model, padded = tiny(name), left_padded(20, 13)
+    stock = logits(model, **padded)
+    patch(model, attention=Attention("triton"))
+    assert relative_error(logits(model, **padded), stock) < TOLERANCE
+    assert len(triton) == model.config.num_hidden_layers
     assert row(model)["backend"] == "triton" and row(model)["used"] == ["triton: asked for"]
 
 
 def test_generation_with_triton(triton):
-    model = tiny("mistral")
-    stock = greedy(model, prompt(), 4), greedy(model, tokens=4, **left_padded())
+    """Masks are stored, as they are small; prompts are longer than the window."""
+    model, padded = tiny("mistral"), left_padded(20, 13)
+    stock = greedy(model, tokens=3, **padded)
     patch(model, attention=Attention("triton"))
-    assert torch.equal(greedy(model, prompt(), 4), stock[0])
-    assert torch.equal(greedy(model, tokens=4, **left_padded()), stock[1])
-    assert len(triton) == 2 * model.config.num_hidden_layers  # the others are of one token
+    assert torch.equal(greedy(model, tokens=3, **padded), stock)
+    assert len(triton) == model.config.num_hidden_layers  # tokens that follow take the kernel for few queries
+    assert row(model)["used"] == ["triton: asked for"]
 
 
 def test_training_with_triton(triton):
@@ -62,7 +60,7 @@ def test_training_with_triton(triton):
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert triton and any("sinks" in name for name in grads[0])
     for name, stock in grads[0].items():
-        assert torch.allclose(grads[1][name], stock, atol=1e-5), name
+        assert (grads[1][name] - stock).abs().max() < 2e-5 * stock.abs().max(), name
 
 
 @pytest.mark.parametrize("name", ("mistral", "gemma2", "gpt_oss"))
