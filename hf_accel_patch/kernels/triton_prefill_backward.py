@@ -33,7 +33,7 @@ def _gradient(q, k, v, do, bias, lse, delta, column, seen, scale, cap, S):
     return p, p * (dp - delta[:, None]) * slope * scale
 
 
-@triton.jit(do_not_specialize=["T", "S", "seen_b", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S", "seen_b", "bias_b", "bias_h"])
 def _backward_queries(
     q, k, v, seen, bias, do, lse, delta, dq, scale, cap, H, G, T, S,
     q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, bias_b, bias_h,
@@ -67,7 +67,7 @@ def _backward_queries(
     tl.store(dq + (line * T + row)[:, None] * D + d, sums.to(dq.dtype.element_ty), mask=(row < T)[:, None] & (d < D))
 
 
-@triton.jit(do_not_specialize=["T", "S", "seen_b", "tiles_b", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S", "seen_b", "tiles_b", "bias_b", "bias_h"])
 def _backward_keys(
     q, k, v, seen, tiles, bias, do, lse, delta, dk, dv, scale, cap, H, G, T, S,
     q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, tiles_b, bias_b, bias_h,

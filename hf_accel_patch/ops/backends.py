@@ -139,8 +139,6 @@ def cannot(backend: str, case: Case) -> str:
             return f"it takes equal head sizes of up to {MOST_CHANNELS}, and these are {sizes}"
         if case.sinks:
             return "it has no sinks"
-        if case.softcap and case.gradients and case.bias:
-            return "it has no gradients of soft caps with ALiBi"
     if backend == "flex":
         if case.gradients and case.device == "cpu":
             return "on a CPU it has no gradients"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import SCORE_BYTES, Causal, Everything, Mask
+from hf_accel_patch.ops.attention import GPU_SCORE_BYTES, SCORE_BYTES, Causal, Everything, Mask
 from hf_accel_patch.ops.mask import DescribedMask
 
 
@@ -66,9 +66,9 @@ def seen(mask: Mask, T: int, S: int, device: torch.device) -> Seen | None:
     if isinstance(mask, Causal | Everything):
         return _plain(T, S, isinstance(mask, Causal), device)
     if not isinstance(mask, DescribedMask):
-        return _found(mask, T, S)
+        return _found(mask, T, S, device)
     if not hasattr(mask, "seen"):
-        mask.seen = _found(mask, T, S)
+        mask.seen = _found(mask, T, S, device)
     return mask.seen
 
 
@@ -79,19 +79,20 @@ def _plain(T: int, S: int, causal: bool, device: torch.device) -> Seen:
         return Seen(torch.stack([torch.zeros_like(last), last.clamp(max=S)], -1).int()[None])
 
 
-def _found(mask: Mask, T: int, S: int) -> Seen | None:
+def _found(mask: Mask, T: int, S: int, device: torch.device) -> Seen | None:
     spans = mask.spans() if mask.square else None
     if spans is not None:
-        return _of_spans(spans, T, mask.padding.device if mask.padding is not None else torch.device("cpu"))
+        return _of_spans(spans, T, device)
     parts, whole = [], []
     width = 1 if mask.padding is None else len(mask.padding)
-    rows = max(1, SCORE_BYTES // (32 * S * width))
+    room = SCORE_BYTES if device.type == "cpu" else GPU_SCORE_BYTES
+    rows = max(1, room // (32 * S * width))
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         left, right = mask.keys(start, stop)
         block = mask.block(start, stop, left, right)
         if block is None:
-            block = torch.ones(1, 1, 1, right - left, dtype=torch.bool)
+            block = torch.ones(1, 1, 1, right - left, dtype=torch.bool, device=device)
         if block.dtype != torch.bool or block.shape[1] != 1:
             return None
         block = block[:, 0].expand(-1, stop - start, -1).to(torch.uint8)

@@ -184,6 +184,12 @@ def test_keys_outside_a_window_are_not_read():
     assert ours[:, :16].isnan().all()
 
 
+def test_queries_that_see_nothing_say_so_anywhere():
+    seen = torch.arange(1, 61)[None, :, None].expand(1, 60, 2).clone()
+    seen[0, 50:, 0] = 45
+    assert not check(seen, heads=(2, 1), gradients=True)[0, :50].any()
+
+
 def test_views_with_strides():
     whole = normal(1, 20, 3, 4, 16).to(DEVICE)  # a fused projection
     query, key, value = (whole[:, :, i].transpose(1, 2) for i in range(3))
