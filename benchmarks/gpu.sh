@@ -42,11 +42,13 @@ print("hf_accel_patch", hf_accel_patch.__version__)
 '
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-part tests 130 "$python" -m pytest -q -m "not slow" --maxfail=20 "${parallel[@]}" -p no:cacheprovider tests
-decode decode 90 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
-decode decode-large 90 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
+part tests 120 "$python" -m pytest -q -m "not slow" --maxfail=20 "${parallel[@]}" -p no:cacheprovider tests
+decode decode 80 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
+decode decode-large 80 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
 decode padded 60 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 40
 decode long 45 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
+part attention 30 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
+    --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20
 part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
     --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 45 --limit 20 --run-limit 10
 part speculative 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \

@@ -31,6 +31,7 @@ class DescribedMask(Lazy):
     square: bool
     padding: Tensor | None
     _runs: list[tuple[int, int]] | None
+    seen: Any  # its intervals (ops.seen), once somebody asked
 
     @staticmethod
     def __new__(

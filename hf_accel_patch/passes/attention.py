@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
+from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, dtype_of, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
+from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, Case, attend_by, cannot, choose, missing
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
@@ -29,6 +31,8 @@ from hf_accel_patch.plan import Skip, Step
 
 DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
 SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
+AUTO = Asked()
+BACKEND = "attention_backend"  # where an attention module keeps which one was asked for
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
 
 
@@ -42,13 +46,14 @@ class Attention:
     of the full scores. Outputs equal stock's up to floating-point rounding.
     """
 
-    backend: Literal["auto"] = "auto"  # PyTorch's kernels, by device and shape
+    backend: Backend = "auto"  # by device and case (ops.backends); one asked for by name does all that it can
 
     name = "attention"
 
     def __post_init__(self) -> None:
-        if self.backend != "auto":
-            raise ValueError(f"attention: unknown backend {self.backend!r}; allowed: 'auto'")
+        if self.backend not in BACKENDS:
+            allowed = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"attention: unknown backend {self.backend!r}; allowed: {allowed}")
 
     def inspect(self, view: View) -> Step | Skip:
         found, written = view.attention_modules(), handwritten_modules(view)
@@ -74,12 +79,15 @@ class Attention:
         facts: dict[str, Any] = {"exact": True, "bytes_before": size, "bytes_after": size, "modules": count}
         facts["was"] = "hand-written" if written else was or "eager"
         by_hand = [module for module, _ in written]
-        return Step(self, facts | ({"latent": len(latent)} if latent else {}), (view, latent, by_hand))
+        facts |= {"latent": len(latent)} if latent else {}
+        self._refuse(view.model)
+        using = [*by_hand, *(module for _, module in found)]
+        return Step(self, facts | self._chosen(view.model), (view, latent, by_hand, using))
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Select our function for this model only: it gets its own copy of the configuration, because the
         configuration object may be shared with models that nobody patched."""
-        view, latent, by_hand = step.work
+        view, latent, by_hand, using = step.work
         config = copy.copy(view.config)
         if vars(config).get(SELECTED) != EXTENDED_KEY:  # the pass for positions may have chosen that
             vars(config)[SELECTED] = KEY
@@ -95,8 +103,30 @@ class Attention:
             journal.bind_method(view.model, "create_masks_for_generate", _mask_for_generate)
         if view.config.model_type in CACHE_OFF_BY_DEFAULT:
             journal.bind_method(view.model, "_prepare_generation_config", _with_cache)
+        asked = Asked(self.backend)
+        for module in using:
+            journal.set_attribute(module, BACKEND, asked)
         batching = refuse_continuous_batching if by_hand else init_continuous_batching
         journal.bind_method(view.model, "init_continuous_batching", batching)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The backend where the model is now, and which ones have computed so far."""
+        asked = next((vars(module)[BACKEND] for module in model.modules() if BACKEND in vars(module)), AUTO)
+        return self._chosen(model) | ({"used": list(asked.used)} if asked.used else {})
+
+    def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The backend for a plain prompt of a model that is where it is now, and why."""
+        device = _device(model)
+        choice = choose(self.backend, Case("cuda" if device == "meta" else device, dtype_of(model)))
+        return {"backend": choice.backend, "why": choice.why}
+
+    def _refuse(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModel for a backend that is not installed, and for one that does nothing on a CPU."""
+        asked = f"attention: backend={self.backend!r} was asked for, but "
+        if found := missing(self.backend):
+            raise UnsupportedModel(asked + found[0], found[1])
+        if _device(model) == "cpu" and (reason := cannot(self.backend, Case("cpu"))):
+            raise UnsupportedModel(asked + reason, "move the model to a GPU first, or choose backend='auto'")
 
 
 def register() -> None:
@@ -149,6 +179,12 @@ def attention_forward(
         return attend_latents(query, latents, mask_of(attention_mask, T, S, causal, query.device), variant), None
     if stored is not None:
         return attend_stored(query, stored, mask_of(attention_mask, T, S, causal, query.device), variant), None
+    asked: Asked = getattr(module, BACKEND, AUTO)
+    elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
+    if elsewhere and not answer and not _traced():
+        mask = mask_of(attention_mask, T, S, causal, query.device)
+        if (output := attend_by(asked, query, key, value, mask, variant)) is not None:
+            return output, None
     if T <= MOST_TOKENS and not causal and not answer and not isinstance(attention_mask, DescribedMask):
         output = attend_cached(query, key, value, attention_mask, variant)
         if output is not None:
@@ -241,6 +277,10 @@ def _carried(
     if traced and content is not None:
         return content[:, 0]
     return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
+
+
+def _device(model: PreTrainedModel) -> str:
+    return next((each.device.type for each in model.parameters()), "cpu")
 
 
 def _traced() -> bool:
