@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from hf_accel_patch.families.rotary import Key, Turn, cos_sin, latest
+from hf_accel_patch.families import takes_positions
+from hf_accel_patch.families.rotary import Key, Turn, cos_sin, latest, turn_at
 from hf_accel_patch.families.rotation import Rotation
 from hf_accel_patch.passes.layers import _InPlace
 
@@ -99,12 +101,13 @@ class Rotated:
     def by(self, keys: Tensor, places: Places, turn: object, frequencies: Tensor, at: Tensor, back: bool) -> Tensor:
         """`keys` at `places`, rotated by `frequencies` times `at`, or back; the angles are computed once a turn."""
 
-        def make() -> Any:
-            like = torch.empty(0, dtype=torch.float32, device=at.device)
-            return cos_sin(self.rotation.rotary, frequencies, like, at, self.key[1], scaling=1.0)
-
-        cos, sin = places.angles(self.key, turn, make)
+        cos, sin = places.angles(self.key, turn, lambda: self.angles(frequencies, at))
         return self.rotation.by(keys, cos.to(keys.device), (-sin if back else sin).to(keys.device))
+
+    def angles(self, frequencies: Tensor, at: Tensor) -> Any:
+        """cos and sin of `frequencies` [R, D / 2] times `at` [R or 1, S]."""
+        like = torch.empty(0, dtype=torch.float32, device=at.device)
+        return cos_sin(self.rotation.rotary, frequencies, like, at, self.key[1], scaling=1.0)
 
 
 class PlacedLayer(_InPlace):
@@ -185,6 +188,22 @@ class PlacedLayer(_InPlace):
         return 0 if held is None else len(held)
 
 
+class PlacedStaticLayer(StaticLayer):
+    """Keys and values in buffers of a fixed size. The positions of new tokens are given before each of their calls, to
+    be found in compiled calls as well."""
+
+    turning: Any  # a Rotated
+    given: Turn | None
+
+    def begin(self) -> None:
+        """It is one of these from now on; what it holds was cached elsewhere."""
+        raise NotImplementedError
+
+    def expect(self, positions: Tensor | None) -> None:
+        """A text begins, at these positions [R, T], or at 0."""
+        raise NotImplementedError
+
+
 def fresh(turn: Turn) -> Places:
     """The places of a turn's own tokens."""
     if "places" not in turn.angles:
@@ -204,16 +223,25 @@ class ConvertingToPlaced:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
-        if cache is None or vars(cache).get(MARK) or torch.compiler.is_compiling():
+        if cache is None:
             return
+        if not vars(cache).get(MARK):
+            if torch.compiler.is_compiling():
+                return
+            self.convert(cache, type(module))
+        _give(cache, kwargs.get("position_ids"))
+
+    def convert(self, cache: Cache, told: type) -> None:
+        """`told`: the class of the modules that are handed the cache, and maybe positions, without which layers of a
+        fixed size stay as they are."""
         vars(cache)[MARK] = True
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
+        cache = _of_the_text(cache)
         turnings = [each and self.rotated(*each) for each in self.found]
-        holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
         if len(holding) == len(turnings):
             for layer, turning in zip(holding, turnings, strict=True):
-                if turning is not None and type(layer) in self.classes:
+                fits = isinstance(layer, DynamicLayer) or takes_positions(told)
+                if turning is not None and type(layer) in self.classes and fits:
                     _convert(layer, self.classes[type(layer)], turning)
         elif not holding and cache.layer_class_to_replicate in self.classes:
             same = {each and (each.part, each.key) for each in turnings}
@@ -222,7 +250,40 @@ class ConvertingToPlaced:
                 cache.layer_class_to_replicate = partial(_new, kind, turnings[0])
 
 
+def prepare_static_cache(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Cache:
+    """`generate`'s own, with layers that know their positions from the start: a prompt that is read in chunks meets its
+    cache in a compiled call, in which none can be converted."""
+    cache: Cache = type(self)._prepare_static_cache(self, *args, **kwargs)
+    for module in self.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, ConvertingToPlaced):
+                hook.convert(cache, type(module))
+    for layer in _of_the_text(cache).layers if "model_kwargs" in kwargs else ():
+        if isinstance(layer, PlacedStaticLayer):
+            layer.expect(kwargs["model_kwargs"].get("position_ids"))
+    return cache
+
+
+def _give(cache: Cache, positions: Tensor | None) -> None:
+    """Tell the layers of a fixed size which positions come next; those that are rotated alike share what they learn."""
+    turns: dict[Key, Turn] = {}
+    for layer in _of_the_text(cache).layers:
+        if isinstance(layer, PlacedStaticLayer) and positions is not None and positions.ndim == 2:
+            key = layer.turning.key
+            if key not in turns:
+                turns[key] = turn_at(layer.turning.rotation.rotary, key[1], positions)
+            layer.given = turns[key]
+
+
+def _of_the_text(cache: Any) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def _convert(layer: Any, kind: type, turning: Rotated) -> None:
+    if isinstance(layer, StaticLayer):
+        layer.__class__, layer.turning = kind, turning
+        layer.begin()
+        return
     held = isinstance(layer, _InPlace)
     keys, values = (None, None) if held else (vars(layer).pop(name, None) for name in ("keys", "values"))
     layer.__class__ = kind
