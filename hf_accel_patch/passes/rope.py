@@ -29,7 +29,8 @@ from hf_accel_patch.families.rotary import (
 from hf_accel_patch.families.rotation import moves
 from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.passes.placed import ConvertingToPlaced, Found, Rotated, prepare_static_cache
+from hf_accel_patch.passes.placed import Rotated
+from hf_accel_patch.passes.placing import ConvertingToPlaced, Found, prepare_static_cache
 from hf_accel_patch.passes.scaling import RopeScaling
 from hf_accel_patch.passes.scaling_cache import Turning
 from hf_accel_patch.passes.static_cache import TURNING

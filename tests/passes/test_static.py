@@ -230,9 +230,11 @@ def windowed(layers=1):
 @pytest.mark.parametrize(
     ("make", "chunk"),
     [
-        (dynamic, None),
         (longrope, 16),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((dynamic, 16), (windowed, None), (windowed, 16))),
+        pytest.param(dynamic, None, marks=pytest.mark.slow),
+        pytest.param(dynamic, 16, marks=pytest.mark.slow),
+        pytest.param(windowed, None, marks=pytest.mark.slow),
+        pytest.param(windowed, 16, marks=pytest.mark.slow),
     ],
 )
 def test_generate_compiles(make, chunk):
