@@ -218,7 +218,7 @@ class Turn:
     @property
     def difference(self) -> Tensor:
         """To the frequencies of short texts [R, D / 2]."""
-        return self.frequencies - self.scaled.reference.to(self.frequencies.device)
+        return self.frequencies - self.scaled.on(self.frequencies.device)[0]
 
 
 _turns: ContextVar[dict[Key, Turn] | None] = ContextVar("hf_accel_rope_turns", default=None)
@@ -227,6 +227,12 @@ _turns: ContextVar[dict[Key, Turn] | None] = ContextVar("hf_accel_rope_turns", d
 def latest(key: Key) -> Turn | None:
     """The latest call of this rotary module in this thread or task."""
     return (_turns.get() or {}).get(key)
+
+
+def turn_at(module: nn.Module, layer_type: str | None, positions: Tensor) -> Turn:
+    """What a call of a rotary module of a stateless class is about, at these positions [R, T]."""
+    scaled: Scaled = vars(module)[SCALED]
+    return _turn(scaled.lengths[layer_type], positions)
 
 
 @functools.cache
@@ -265,14 +271,8 @@ def _turn(lengths: Lengths, positions: Tensor) -> Turn:
     if positions.device.type == "cpu" and not torch.compiler.is_compiling():
         past = int(positions.max()) >= lengths.limit
     short = past is False
-    frequencies = lengths.reference.to(positions.device)[None] if short else lengths.at(positions.amax(-1) + 1)
+    frequencies = lengths.on(positions.device)[0][None] if short else lengths.at(positions.amax(-1) + 1)
     return Turn(positions.clone(), frequencies, lengths, past)  # a caller may write the next positions over these
-
-
-@functools.cache
-def _formula(kind: Any) -> Any:
-    """The forward of a rotary module without what writes the latest frequencies into it."""
-    return inspect.unwrap(kind.forward)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def cos_sin(
 ) -> Any:
     """What the module's own formula gives for other frequencies [R, D / 2], at positions [R or 1, S]."""
     kind: Any = type(module)
-    raw = _formula(kind)
+    raw = inspect.unwrap(kind.forward)  # without what writes the latest frequencies into the module
     prefix = _prefix(layer_type)
     given: dict[str, Any] = {} if scaling is None else {f"{prefix}attention_scaling": scaling}
     options = {} if layer_type is None else {"layer_type": layer_type}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from hf_accel_patch.families.rotary import Key, Turn, cos_sin, latest
 from hf_accel_patch.families.rotation import Rotation
 from hf_accel_patch.passes.layers import _InPlace
 
-MARK = "_hf_accel_turning"  # on a cache whose layers turn their keys
 MOST_PARTS = 64  # steps whose positions are kept apart
-Found = tuple[tuple[Rotation, int, Key] | None, ...]  # of each layer that holds keys, how they are rotated
 KEPT_STEPS = 4  # from one set of positions to the next ones, which layers share
 
 
@@ -99,12 +96,13 @@ class Rotated:
     def by(self, keys: Tensor, places: Places, turn: object, frequencies: Tensor, at: Tensor, back: bool) -> Tensor:
         """`keys` at `places`, rotated by `frequencies` times `at`, or back; the angles are computed once a turn."""
 
-        def make() -> Any:
-            like = torch.empty(0, dtype=torch.float32, device=at.device)
-            return cos_sin(self.rotation.rotary, frequencies, like, at, self.key[1], scaling=1.0)
-
-        cos, sin = places.angles(self.key, turn, make)
+        cos, sin = places.angles(self.key, turn, lambda: self.angles(frequencies, at))
         return self.rotation.by(keys, cos.to(keys.device), (-sin if back else sin).to(keys.device))
+
+    def angles(self, frequencies: Tensor, at: Tensor) -> Any:
+        """cos and sin of `frequencies` [R, D / 2] times `at` [R or 1, S]."""
+        like = torch.empty(0, dtype=torch.float32, device=at.device)
+        return cos_sin(self.rotation.rotary, frequencies, like, at, self.key[1], scaling=1.0)
 
 
 class PlacedLayer(_InPlace):
@@ -185,55 +183,25 @@ class PlacedLayer(_InPlace):
         return 0 if held is None else len(held)
 
 
+class PlacedStaticLayer(StaticLayer):
+    """Keys and values in buffers of a fixed size. The positions of new tokens are given before each of their calls, to
+    be found in compiled calls as well."""
+
+    turning: Any  # a Rotated
+    given: Turn | None
+
+    def begin(self) -> None:
+        """It is one of these from now on; what it holds was cached elsewhere."""
+        raise NotImplementedError
+
+    def expect(self, positions: Tensor | None) -> None:
+        """A text begins, at these positions [R, T], or at 0."""
+        raise NotImplementedError
+
+
 def fresh(turn: Turn) -> Places:
     """The places of a turn's own tokens."""
     if "places" not in turn.angles:
         turn.angles["places"] = Places(turn.positions)
     found: Places = turn.angles["places"]
     return found
-
-
-@dataclass(frozen=True)
-class ConvertingToPlaced:
-    """The hook on the first layer that meets a cache: those of its layers whose keys need it become ones that know
-    their positions."""
-
-    classes: Mapping[type, type]
-    found: Found = field(repr=False)
-    rotated: Callable[..., Rotated]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
-        if cache is None or vars(cache).get(MARK) or torch.compiler.is_compiling():
-            return
-        vars(cache)[MARK] = True
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        turnings = [each and self.rotated(*each) for each in self.found]
-        holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-        if len(holding) == len(turnings):
-            for layer, turning in zip(holding, turnings, strict=True):
-                if turning is not None and type(layer) in self.classes:
-                    _convert(layer, self.classes[type(layer)], turning)
-        elif not holding and cache.layer_class_to_replicate in self.classes:
-            same = {each and (each.part, each.key) for each in turnings}
-            if len(same) == 1 and turnings[0] is not None:
-                kind = self.classes[cache.layer_class_to_replicate]
-                cache.layer_class_to_replicate = partial(_new, kind, turnings[0])
-
-
-def _convert(layer: Any, kind: type, turning: Rotated) -> None:
-    held = isinstance(layer, _InPlace)
-    keys, values = (None, None) if held else (vars(layer).pop(name, None) for name in ("keys", "values"))
-    layer.__class__ = kind
-    layer.turning = turning
-    if keys is not None and keys.ndim == 4:
-        layer.take(keys, values)
-    elif held:
-        layer.begin()
-
-
-def _new(kind: Any, turning: Rotated) -> Any:
-    layer = kind()
-    layer.turning = turning
-    return layer

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import StaticLayer
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, first_cached_module
@@ -28,9 +29,11 @@ from hf_accel_patch.families.rotary import (
 from hf_accel_patch.families.rotation import moves
 from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.passes.placed import ConvertingToPlaced, Found, Rotated
+from hf_accel_patch.passes.placed import Rotated
+from hf_accel_patch.passes.placing import ConvertingToPlaced, Found, prepare_static_cache
 from hf_accel_patch.passes.scaling import RopeScaling
-from hf_accel_patch.passes.scaling_cache import TURNING, Turning
+from hf_accel_patch.passes.scaling_cache import Turning
+from hf_accel_patch.passes.static_cache import TURNING
 from hf_accel_patch.plan import Skip, Step
 
 
@@ -185,6 +188,8 @@ def write(changes: Changes, journal: Journal) -> None:
     first = first_cached_module(view)
     if any(changes.turned) and first is not None:
         journal.add_forward_pre_hook(first, ConvertingToPlaced(changes.classes, changes.turned, changes.rotated))
+        if StaticLayer in changes.classes and hasattr(type(view.model), "_prepare_static_cache"):
+            journal.bind_method(view.model, "_prepare_static_cache", prepare_static_cache)
     tokenizer, context = view.tokenizer, changes.context
     if context is not None and tokenizer is not None and tokenizer.model_max_length < context:
         journal.set_attribute(tokenizer, "model_max_length", context)

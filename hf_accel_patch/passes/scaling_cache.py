@@ -94,7 +94,7 @@ class TurningSlidingWindowLayer(_TurningLayer, InPlaceSlidingWindowLayer):
     """A sliding window."""
 
 
-TURNING: dict[type, type] = {
+TURNING_DYNAMIC: dict[type, type] = {
     DynamicLayer: TurningLayer,
     InPlaceLayer: TurningLayer,
     DynamicSlidingWindowLayer: TurningSlidingWindowLayer,

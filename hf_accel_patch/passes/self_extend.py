@@ -19,7 +19,7 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.grouped import Grouping
 from hf_accel_patch.passes.attention import SELECTED, Attention
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY
-from hf_accel_patch.passes.placed import Found
+from hf_accel_patch.passes.placing import Found
 from hf_accel_patch.passes.rope import Changes, is_meta, rounded, turned, write
 from hf_accel_patch.passes.scaling import RopeScaling
 from hf_accel_patch.passes.self_extend_cache import EXTENDED, GROUPED, Extending, Grouped
