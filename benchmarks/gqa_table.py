@@ -103,7 +103,7 @@ def recovered(row: Row, rows: list[Row]) -> float | None:
 def _recovered(row: Row, rows: list[Row]) -> str:
     done, share = row["uptrained"], recovered(row, rows)
     text = f"{_name(row)}, N = {row['kv_heads']}: {done['tokens']} tokens of {row['trained_on']} in "
-    text += f"{done['seconds']:.0f} s"
+    text += f"{done['seconds']:.0f} s on {row['threads']} threads"
     if share is not None and done["recovered"] is not None:
         text += f"; {share:.0%} of the loss is recovered, {done['recovered']:.0%} on text like that trained on"
     return text
