@@ -24,6 +24,7 @@ HEADS = ("black", "tab:purple", "tab:blue", "tab:green", "tab:orange", "tab:red"
 def plot_heads(source: Path) -> None:
     """Save an image beside a file of rows: of the setting and the machine that were run last."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
@@ -33,10 +34,12 @@ def plot_heads(source: Path) -> None:
     for group in groups(rows, "decode")[-1:]:
         _decode(right, group)
     for axes in (left, right):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, title="key/value heads" if axes is right else None, title_fontsize=8)
     figure.savefig(source.with_suffix(".png"), dpi=150)
 
 
@@ -58,7 +61,6 @@ def _quality(axes: Any, rows: list[Row], everything: list[Row]) -> None:
     numbers = sorted({row["kv_heads"] for row in rows if row["system"] != BASE}, reverse=True)
     axes.set_xticks(numbers, [str(heads) for heads in numbers])
     axes.invert_xaxis()
-    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _decode(axes: Any, rows: list[Row]) -> None:
@@ -70,7 +72,6 @@ def _decode(axes: Any, rows: list[Row]) -> None:
         for name, dash in (("decode_ms", "-"), ("attention_ms", "--")):
             times = [median(found[context][name]) for context in sorted(found)]
             style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 4}
-            axes.plot(sorted(found), times, **style, **({"label": f"{heads} key/value heads"} if dash == "-" else {}))
+            axes.plot(sorted(found), times, **style, **({"label": f"{heads}"} if dash == "-" else {}))
     contexts = sorted({row["context"] for row in rows})
     axes.set_xticks(contexts, [str(context) for context in contexts])
-    axes.yaxis.set_major_formatter("{x:g}")
