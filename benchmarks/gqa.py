@@ -49,6 +49,7 @@ from hf_accel_patch.texts import CALIBRATION, calibration_texts, held_out_text
 PARTS = ("quality", "uptrain", "decode")
 CALIBRATED = "aligned-calibrated"
 UPTRAINED = ("mean", CALIBRATED)  # unless others are asked for: what is published, and the best
+ATTENTIONS = 4  # alone, for each step of a turn
 WINDOW_TOKENS = 512  # the context of the bundled model
 Rows = list[dict[str, Any]]
 Save = Callable[[Rows], None]
@@ -220,9 +221,10 @@ def _at(options: argparse.Namespace, context: int, models: dict[int, Filled]) ->
         for heads in list(models)[:: 1 if number % 2 == 0 else -1]:
             model, row = models[heads], rows[heads]
             row["decode_ms"].append(round(median(model.steps(options.turn)["step_ms"]), 3))
-            row["attention_ms"].append(median(model.attention(model.heads, options.turn)))
+            count = ATTENTIONS * options.turn
+            row["attention_ms"].append(round(median(model.attention(model.heads, count)), 4))
             if "attention_of_8_ms" in row:
-                row["attention_of_8_ms"].append(median(model.attention(FEWER_QUERIES, options.turn)))
+                row["attention_of_8_ms"].append(round(median(model.attention(FEWER_QUERIES, count)), 4))
     return list(rows.values())
 
 
