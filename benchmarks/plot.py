@@ -1,11 +1,12 @@
 """Draws the rows of `benchmarks.quantize`: size against what it costs in perplexity, and against speed; those of
 `benchmarks.kvcache`: the time of a decode step and the bytes of the cache against the tokens in it; those of
-`benchmarks.speculative`: how many times as fast as stock, and what drafts of a copy can bring by their length; and
-those of `benchmarks.long_context`: perplexity against the context, for each way to scale positions.
+`benchmarks.speculative`: how many times as fast as stock, and what drafts of a copy can bring by their length; those of
+`benchmarks.long_context`: perplexity against the context, for each way to scale positions; and those of
+`benchmarks.gqa`, by gqa_plot.py.
 
     python -m benchmarks.plot        # of each of these, the file in benchmarks/results, to .png
 
-Needs matplotlib, which is imported only here.
+Needs matplotlib, which is imported only inside the functions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.baselines import FORMATS, SYSTEMS
 from benchmarks.cache_table import cache_shares
+from benchmarks.gqa_plot import plot_heads
 from benchmarks.speculating import MOST
 from benchmarks.speculative_table import base_of, computed, in_groups, times_of
 from benchmarks.table import RESULTS, Row, loss, ratio
@@ -247,8 +249,8 @@ def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative", "long_context")]
-    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these four)")
+    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative", "long_context", "gqa")]
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these)")
     for file in parser.parse_args().rows or [file for file in files if file.exists()]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         if any(row.get("part") == "cache-decode" for row in rows):
@@ -257,6 +259,8 @@ def main() -> None:
             plot_speculation(file)
         elif any(str(row.get("part")).startswith("long-context-") for row in rows):
             plot_contexts(file)
+        elif any(str(row.get("part")).startswith("gqa-") for row in rows):
+            plot_heads(file)
         else:
             plot(rows, file.with_suffix(".png"))
 

@@ -114,6 +114,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     },
+    "multi-head": {  # no published model: as many key/value heads as query heads, to be made fewer
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
     "tiny": {  # no published model: seconds instead of minutes, to try the benchmark itself
         "model_type": "llama",
         "vocab_size": 1024,

@@ -1,5 +1,5 @@
 """The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize`,
-`benchmarks.kvcache` and `benchmarks.speculative`.
+`benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
 place for into it.
@@ -206,6 +206,7 @@ def line(*cells: str) -> str:
 
 def main() -> None:
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
+    from benchmarks.gqa_table import heads_markdown
     from benchmarks.speculative_table import speculative_markdown
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -221,6 +222,7 @@ def main() -> None:
         "speculative-table": speculative_markdown(
             [row for row in rows if str(row.get("part")).startswith("speculative-")]
         ),
+        "gqa-table": heads_markdown([row for row in rows if str(row.get("part")).startswith("gqa-")]),
     }
     if options.write is None:
         print("\n\n".join(filter(None, tables.values())))

@@ -38,12 +38,19 @@ def test_caches(run, capsys):
     assert list(names["prefixes"].folder.glob("*.safetensors"))
 
 
-def test_quantized_checkpoints(run):
+def test_fewer_heads(run):
     names = run(BLOCKS[2])
+    assert names["again"].config.num_key_value_heads == 2
+    torch.testing.assert_close(logits(names["again"], prompt()), logits(names["model"], prompt()), rtol=0, atol=1e-3)
+    assert names["done"].loss_original < names["done"].loss_after < names["done"].loss_before
+
+
+def test_quantized_checkpoints(run):
+    names = run(BLOCKS[3])
     plain = names["load"](names["path"], quantize="int4", attention=False, linear=False)  # as `again` is: not patched
     assert torch.equal(logits(names["again"], prompt()), logits(plain, prompt()))
     assert names["stock_way"].hf_quantizer.quantization_config.scheme == "int8"
 
 
 def test_there_are_no_others():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
