@@ -144,7 +144,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         return _row_as_channels(query, key, value, variant)
     outputs = []
     row_bytes = key.shape[2] * B * (5 if fused and not biased else 8 * H)
-    for start, stop in _blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
+    for start, stop in blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
         first, last = mask.keys(start, stop)
         block, part = mask.block(start, stop, first, last), query[:, :, start:stop]
         keys, values = key[:, :, first:last], value[:, :, first:last]
@@ -163,22 +163,43 @@ def scored(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, V] and the attention weights [B, H, T, S], with every score in memory, in float32."""
-    B, H, T, D = query.shape
-    K, S = key.shape[1], key.shape[2]
-    scores = torch.matmul(query.reshape(B, K, H // K * T, D), key.transpose(-1, -2))
-    scores = scores.view(B, H, T, S).float() * variant.scale
-    if variant.softcap is not None:
-        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    scores = products(query, key).float()
+    scores = scores * variant.scale if torch.is_grad_enabled() else scores.mul_(variant.scale)
+    return weighed(scores, value, mask, bias, variant, query.dtype)
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """The product of each query [B, H, T, D] with each key [B, K, S, D] of its group: [B, H, T, S]."""
+    (B, H, T, D), K = query.shape, key.shape[1]
+    return torch.matmul(query.reshape(B, K, H // K * T, D), key.transpose(-1, -2)).view(B, H, T, -1)
+
+
+def weighed(
+    scores: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights of scaled scores [B, H, T, S] in float32. `dtype`: of the queries.
+
+    Without gradients the scores are overwritten: at this size a new tensor costs as much as what is computed for it.
+    """
+    (B, H, T, S), K = scores.shape, value.shape[1]
+    keep, cap, sinks = torch.is_grad_enabled(), variant.softcap, variant.sinks
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap) if keep else scores.div_(cap).tanh_().mul_(cap)
     if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if variant.sinks is None:
+        scores = scores + bias if keep else scores.add_(bias)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask if keep else scores.add_(mask).clamp_(min=torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        lowest = torch.finfo(dtype).min
+        scores = scores.masked_fill(~mask, lowest) if keep else scores.masked_fill_(~mask, lowest)
+    if sinks is None:
         weights = torch.softmax(scores, dim=-1)
-    else:
-        sinks = variant.sinks.float().expand(B, H, T, 1)
-        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    elif keep:
+        weights = torch.softmax(torch.cat([scores, sinks.float().expand(B, H, T, 1)], dim=-1), dim=-1)[..., :-1]
+    else:  # what the largest score gets says what the sink gets
+        weights, largest = torch.softmax(scores, dim=-1), scores.amax(-1, keepdim=True)
+        share = weights.amax(-1, keepdim=True) * torch.exp(sinks.float() - largest)
+        weights.div_(1 + share)
     weights = weights.to(value.dtype)
     used = F.dropout(weights, variant.dropout) if variant.dropout else weights
     output = torch.matmul(used.reshape(B, K, H // K * T, S), value)
@@ -305,7 +326,8 @@ def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[in
     return output
 
 
-def _blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
+def blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
+    """Of queries: the first of each, and the one behind its last."""
     rows = max(1, min(MAX_ROWS, room // max(1, bytes_per_row)))
     rows = math.ceil(length / math.ceil(length / rows)) if length else 1  # blocks of equal size
     for start in range(0, length, rows):
