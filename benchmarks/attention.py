@@ -111,7 +111,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--load-limit", type=float, default=120, help="seconds to load a model (default: 120)")
     parser.add_argument("--limit", type=float, default=60, help="seconds to fill a cache (default: 60)")
-    parser.add_argument("--run-limit", type=float, default=6, help="for all rounds of a system and length (6)")
+    parser.add_argument("--run-limit", type=float, default=4, help="for all rounds of a system and length (4)")
     add_common_options(parser, "attention")
     options = parser.parse_args()
     if min(options.rounds, options.steps, *options.lengths) < 1:

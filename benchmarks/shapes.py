@@ -169,6 +169,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "falcon-multi-query-layer": _FALCON | {"alibi": False, "multi_query": True},
     "gptj-layer": {
         "model_type": "gptj",
+        "bos_token_id": None,
+        "eos_token_id": None,
         "vocab_size": 1024,
         "n_embd": 2048,
         "n_inner": 256,
@@ -179,6 +181,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "gpt-neo-layers": {
         "model_type": "gpt_neo",
+        "bos_token_id": None,
+        "eos_token_id": None,
         "vocab_size": 1024,
         "hidden_size": 1024,
         "intermediate_size": 256,
