@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, QuantizedCache
 
 from benchmarks.baselines import missing
-from benchmarks.measure import PeakMemory, live_bytes, return_freed_memory, synchronize, versions
+from benchmarks.measure import PeakMemory, live_bytes, return_freed_memory, synchronize, time_call, versions
 from benchmarks.shapes import build
 
 SPAN = 64  # tokens: contexts are whole spans; a cache of ours packs one at a time
@@ -84,11 +84,14 @@ class CacheJob:
         if reason:
             pipe.send({"reason": reason})
             return
-        held = Held(self, kind)
+        held = self.hold(kind)
         pipe.send({"peer": versions(*kind.distributions)})
         while True:
             name, *arguments = pipe.recv()
             pipe.send(getattr(held, name)(*arguments))
+
+    def hold(self, kind: Kind) -> Held:
+        return Held(self, kind)
 
 
 class Held:
@@ -213,11 +216,7 @@ class Held:
         self.late += 1
 
     def _timed(self) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        self._step()
-        synchronize(self.device)
-        return 1000 * (time.perf_counter() - start)
+        return time_call(self._step, self.device)
 
     def _update(self, count: int) -> None:
         shape = (1, self.row_shape[0], count, self.row_shape[1])

@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import FORMATS, SYSTEMS
+from benchmarks.baselines import FORMATS, SYSTEMS, missing
 from benchmarks.measure import Workload, git_commit, hardware, read_bandwidth, versions
 from benchmarks.shapes import SHAPES
 from benchmarks.table import markdown
@@ -144,6 +144,57 @@ def stop(number: int, frame: object) -> None:
     """Ends a run at SIGTERM as Ctrl-C does, and lets it write its rows: `timeout` sends the signal twice."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+class Recorder:
+    """The rows of a run, each written to --out as soon as it is there."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rows: list[dict[str, Any]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Rows from here on are a run of their own, with a stock of its own."""
+        self.run = start(self.options.device)
+
+    def save(self, found: list[dict[str, Any]]) -> None:
+        self.rows += record(self.run, found, self.options.out)
+
+
+@contextmanager
+def recorded(
+    options: argparse.Namespace, markdown: Callable[[list[dict[str, Any]]], str], plot: Callable[[Path], None]
+) -> Iterator[Recorder]:
+    """Runs the body, which may be stopped; then prints the table of its rows, draws them for --plot, and exits."""
+    torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, stop)
+    recorder, status = Recorder(options), 0
+    try:
+        yield recorder
+    except KeyboardInterrupt:
+        status = 130
+    print(markdown(recorder.rows))
+    if options.plot:
+        plot(options.out)
+    sys.exit(status)
+
+
+def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where and in what precision to run, and where rows and plots of the benchmark of this name go."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    out = Path(os.environ.get("OUT", RESULTS)) / f"{name}.jsonl"
+    parser.add_argument(
+        "--out", type=Path, default=out, help=f"file of rows ({name}.jsonl in $OUT or in benchmarks/results)"
+    )
+    parser.add_argument("--plot", action="store_true", help="draw all rows of --out, with matplotlib, beside it")
+
+
+def check_common_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.plot and (reason := missing("matplotlib.figure")):
+        parser.error(f"--plot needs matplotlib: {reason}")
 
 
 def main() -> None:

@@ -14,22 +14,16 @@ soon as a context or a part is done.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.baselines import missing
 from benchmarks.cache_table import cache_markdown
 from benchmarks.caches import CACHES, SPAN, WARM, CacheJob
-from benchmarks.decode import RESULTS, dropped, record, start, stop
+from benchmarks.decode import add_common_options, check_common_options, dropped, recorded
 from benchmarks.measure import read_bandwidth
 from benchmarks.plot import plot_caches
 from benchmarks.shapes import BUNDLED, SHAPES
@@ -59,16 +53,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="tokens that sinks keep of the stream (default: 256)")
     parser.add_argument("--stream", type=int, default=4096, help="tokens of the stream (default: 4096)")
     parser.add_argument("--places", type=int, default=512, help="of it, compared with recomputation (default: 512)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument(
         "--limit", type=float, default=90, help="seconds to fill a cache, and to pack one (default: 90)"
     )
     parser.add_argument("--load-limit", type=float, default=180, help="seconds to load, or to score (default: 180)")
     parser.add_argument("--run-limit", type=float, default=40, help="for all rounds of a cache and context (40)")
-    parser.add_argument("--out", type=Path, help="file of rows (kvcache.jsonl in $OUT or in benchmarks/results)")
-    parser.add_argument("--plot", action="store_true", help="draw all rows of --out, with matplotlib, beside it")
+    add_common_options(parser, "kvcache")
     options = parser.parse_args()
     if min(options.rounds, options.steps, options.windows, options.together) < 1:
         parser.error("--rounds, --steps, --windows and --together must be at least 1")
@@ -81,11 +71,9 @@ def arguments() -> argparse.Namespace:
         most = SHAPES[shape]["max_position_embeddings"] - SPAN
         if max(options.contexts) > most:
             parser.error(f"--contexts: {max(options.contexts)} is too long for {shape}, which has at most {most}")
-    if options.plot and (reason := missing("matplotlib.figure")):
-        parser.error(f"--plot needs matplotlib: {reason}")
+    check_common_options(parser, options)
     options.contexts = sorted(set(options.contexts))
     options.caches = [name for name in options.caches if name != "stock"]  # it is always there: ratios need it
-    options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "kvcache.jsonl"
     return options
 
 
@@ -222,30 +210,15 @@ def stream(options: argparse.Namespace, save: Save) -> None:
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
-    signal.signal(signal.SIGTERM, stop)
-    rows: Rows = []
-    run = start(options.device)
-
-    def save(found: Rows) -> None:
-        rows.extend(record(run, found, options.out))
-
-    interrupted = False
-    try:
+    with recorded(options, cache_markdown, plot_caches) as recorder:
         if "perplexity" in options.parts:
-            perplexity(options, save)
+            perplexity(options, recorder.save)
         if "stream" in options.parts:
-            stream(options, save)
+            stream(options, recorder.save)
         for shape in options.shape if "decode" in options.parts else ():
             for at in range(0, max(len(options.caches), 1), options.together):
-                run = start(options.device)  # a group has a stock of its own
-                decode(options, shape, ["stock", *options.caches[at : at + options.together]], save)
-    except KeyboardInterrupt:
-        interrupted = True
-    print(cache_markdown(rows))
-    if options.plot:
-        plot_caches(options.out)
-    sys.exit(130 if interrupted else 0)
+                recorder.begin()
+                decode(options, shape, ["stock", *options.caches[at : at + options.together]], recorder.save)
 
 
 if __name__ == "__main__":

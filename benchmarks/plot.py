@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.attention_plot import plot_attention
 from benchmarks.baselines import FORMATS, SYSTEMS
 from benchmarks.cache_table import cache_shares
 from benchmarks.gqa_plot import plot_heads
@@ -249,12 +250,15 @@ def _draw(axes: Any, found: dict[str, tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    files = [RESULTS / f"{name}.jsonl" for name in ("quantize", "kvcache", "speculative", "long_context", "gqa")]
+    names = ("quantize", "attention", "kvcache", "speculative", "long_context", "gqa")
+    files = [RESULTS / f"{name}.jsonl" for name in names]
     parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: these)")
     for file in parser.parse_args().rows or [file for file in files if file.exists()]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         if any(row.get("part") == "cache-decode" for row in rows):
             plot_caches(file)
+        elif any(row.get("part") == "attention-prefill" for row in rows):
+            plot_attention(file)
         elif any(str(row.get("part")).startswith("speculative-") for row in rows):
             plot_speculation(file)
         elif any(str(row.get("part")).startswith("long-context-") for row in rows):

@@ -139,15 +139,84 @@ SHAPES: dict[str, dict[str, Any]] = {
     BUNDLED.name: json.loads((BUNDLED / "config.json").read_text(encoding="utf-8")),
 }
 
+_LAYER = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 256, "num_attention_heads": 8}
+_ONE = _LAYER | {"num_hidden_layers": 1, "max_position_embeddings": 32768}
+_FALCON = _ONE | {"model_type": "falcon", "ffn_hidden_size": 256}
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+LAYERS: dict[str, dict[str, Any]] = {
+    # Attention almost alone: one layer, or one of each kind, with 8 heads of the size that published models of the type
+    # have, grouped alike; a narrow MLP and a small vocabulary
+    "llama-layer": _ONE | {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 64},
+    "mistral-layer": _ONE | {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 128, "sliding_window": 512},
+    "gemma2-layers": _ONE
+    | {
+        "model_type": "gemma2",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+    },
+    "gpt-oss-layers": _LAYER
+    | {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "bloom-layer": {"model_type": "bloom", "vocab_size": 1024, "hidden_size": 512, "n_layer": 1, "n_head": 8},
+    "mpt-layer": {
+        "model_type": "mpt",
+        "vocab_size": 1024,
+        "d_model": 1024,
+        "n_layers": 1,
+        "n_heads": 8,
+        "expansion_ratio": 1,
+        "max_seq_len": 32768,
+    },
+    "falcon-alibi-layer": _FALCON | {"alibi": True, "multi_query": False},
+    "falcon-multi-query-layer": _FALCON | {"alibi": False, "multi_query": True},
+    "gptj-layer": {
+        "model_type": "gptj",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "vocab_size": 1024,
+        "n_embd": 2048,
+        "n_inner": 256,
+        "n_layer": 1,
+        "n_head": 8,
+        "rotary_dim": 64,
+        "n_positions": 32768,
+    },
+    "gpt-neo-layers": {
+        "model_type": "gpt_neo",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "vocab_size": 1024,
+        "hidden_size": 1024,
+        "intermediate_size": 256,
+        "num_layers": 2,
+        "num_heads": 8,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 256,
+        "max_position_embeddings": 16384,
+    },
+    "deepseek-v3-layer": _ONE
+    | _LATENT
+    | {"model_type": "deepseek_v3", "num_key_value_heads": 8, "q_lora_rank": None, "first_k_dense_replace": 1},
+}
+
 
 def build(shape: str, *, dtype: str, device: str, layers: int | None = None) -> Any:
-    """A causal LM of this shape for inference, with random weights or, of the bundled model, its own; `layers` cuts it
-    to that many.
+    """A causal LM of this shape, of SHAPES or LAYERS, for inference, with random weights or, of the bundled model, its
+    own; `layers` cuts it to that many.
 
     Random weights repeat one block of normal numbers: drawing them all would take five times as long. The model has no
     end-of-sequence token, so `generate` gives exactly as many tokens as it is asked for.
     """
-    fields = dict(SHAPES[shape])
+    fields = dict((SHAPES | LAYERS)[shape])
     if layers is not None:
         fields["num_hidden_layers"] = min(layers, fields["num_hidden_layers"])
     config = AutoConfig.for_model(**fields)

@@ -15,18 +15,13 @@ run of a shape whose weights int4 holds exactly. Rows of JSON are added to --out
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import missing
-from benchmarks.decode import RESULTS, dropped, record, start, stop
+from benchmarks.decode import add_common_options, check_common_options, dropped, recorded
 from benchmarks.measure import read_bandwidth
 from benchmarks.plot import plot_speculation
 from benchmarks.shapes import BUNDLED, SHAPES
@@ -55,13 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut this shape to so many layers")
     parser.add_argument("--steps", type=int, default=3, help="passes of each width in a round of `costs` (default: 3)")
     parser.add_argument("--held-prompts", type=int, default=4, help="random prompts of `held` (default: 4)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--limit", type=float, default=180, help="seconds to load a system, and to warm it up (180)")
     parser.add_argument("--run-limit", type=float, default=150, help="for all rounds of a system and task (150)")
-    parser.add_argument("--out", type=Path, help="file of rows (speculative.jsonl in $OUT or in benchmarks/results)")
-    parser.add_argument("--plot", action="store_true", help="draw all rows of --out, with matplotlib, beside it")
+    add_common_options(parser, "speculative")
     options = parser.parse_args()
     if min(options.rounds, options.prompts, options.steps, options.held_prompts, *options.batches) < 1:
         parser.error("--rounds, --prompts, --steps, --held-prompts and --batches must be at least 1")
@@ -72,11 +63,9 @@ def arguments() -> argparse.Namespace:
         parser.error(
             f"--new must be at least 2, and not lead to {longest} tokens, beyond the context of {BUNDLED.name}"
         )
-    if options.plot and (reason := missing("matplotlib.figure")):
-        parser.error(f"--plot needs matplotlib: {reason}")
+    check_common_options(parser, options)
     bases = ["stock", "exact"]  # ratios need both
     options.systems = bases + [system for system in options.systems if system not in bases]
-    options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "speculative.jsonl"
     return options
 
 
@@ -265,31 +254,17 @@ def acceptance(options: argparse.Namespace, save: Save) -> None:
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
-    signal.signal(signal.SIGTERM, stop)
-    rows: Rows = []
-    run = start(options.device)
-
-    def save(found: Rows) -> None:
-        rows.extend(record(run, found, options.out))
-
-    interrupted = False
-    parts: dict[str, Callable[[], None]] = {
-        "generate": lambda: generate(options, "generate", save),
-        "tokens": lambda: generate(options, "tokens", save),
-        "acceptance": lambda: acceptance(options, save),
-        "costs": lambda: costs(options, save),
-        "held": lambda: held(options, save),
-    }
-    try:
+    with recorded(options, speculative_markdown, plot_speculation) as recorder:
+        save = recorder.save
+        parts: dict[str, Callable[[], None]] = {
+            "generate": lambda: generate(options, "generate", save),
+            "tokens": lambda: generate(options, "tokens", save),
+            "acceptance": lambda: acceptance(options, save),
+            "costs": lambda: costs(options, save),
+            "held": lambda: held(options, save),
+        }
         for part in (part for part in PARTS if part in options.parts):
             parts[part]()
-    except KeyboardInterrupt:
-        interrupted = True
-    print(speculative_markdown(rows))
-    if options.plot:
-        plot_speculation(options.out)
-    sys.exit(130 if interrupted else 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize`,
-`benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
+`benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
 place for into it.
@@ -205,6 +205,7 @@ def line(*cells: str) -> str:
 
 
 def main() -> None:
+    from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.gqa_table import heads_markdown
     from benchmarks.speculative_table import speculative_markdown
@@ -218,6 +219,7 @@ def main() -> None:
     tables = {
         "benchmark-table": markdown([row for row in rows if "part" not in row]),
         "quantize-table": quantize_markdown([row for row in rows if row.get("part") in ("perplexity", "speed")]),
+        "attention-table": attention_markdown([row for row in rows if str(row.get("part")).startswith("attention-")]),
         "kvcache-table": cache_markdown([row for row in rows if str(row.get("part")).startswith("cache-")]),
         "speculative-table": speculative_markdown(
             [row for row in rows if str(row.get("part")).startswith("speculative-")]

@@ -40,7 +40,7 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         _positions(keywords),
         quantize,
         _linear(keywords.get("linear", True), quantize),
-        *_attention(keywords.get("attention", True)),
+        *_attention(keywords.get("attention", True), quantize),
         _cache(keywords.get("cache", True)),
         _speculative(keywords.get("speculative")),
     )
@@ -111,14 +111,14 @@ def _linear(value: Any, quantize: Pass) -> Pass:
     return Linear(quantize if isinstance(quantize, Quantize) else None)
 
 
-def _attention(value: Any) -> tuple[Pass, ...]:
+def _attention(value: Any, quantize: Pass) -> tuple[Pass, ...]:
     if value is False:
         off = "switched off: attention=False"
         return Later("attention", off), Later("prefill", off)
     chosen = Attention() if value in (True, None) else value
     if not isinstance(chosen, Attention):
         raise ValueError(f"attention={value!r}; allowed: True, False, or an Attention")
-    return chosen, Prefill()
+    return chosen, Prefill(quantize if isinstance(quantize, Quantize) else None)
 
 
 def _cache(value: Any) -> Pass:

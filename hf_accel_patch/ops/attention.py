@@ -163,7 +163,8 @@ def scored(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, V] and the attention weights [B, H, T, S], with every score in memory, in float32."""
-    scores = products(query, key).float() * variant.scale
+    scores = products(query, key).float()
+    scores = scores * variant.scale if torch.is_grad_enabled() else scores.mul_(variant.scale)
     return weighed(scores, value, mask, bias, variant, query.dtype)
 
 
@@ -176,20 +177,29 @@ def products(query: Tensor, key: Tensor) -> Tensor:
 def weighed(
     scores: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The output and the weights of scaled scores [B, H, T, S] in float32. `dtype`: of the queries."""
+    """The output and the weights of scaled scores [B, H, T, S] in float32. `dtype`: of the queries.
+
+    Without gradients the scores are overwritten: at this size a new tensor costs as much as what is computed for it.
+    """
     (B, H, T, S), K = scores.shape, value.shape[1]
-    if variant.softcap is not None:
-        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    keep, cap, sinks = torch.is_grad_enabled(), variant.softcap, variant.sinks
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap) if keep else scores.div_(cap).tanh_().mul_(cap)
     if bias is not None:
-        scores = scores + bias
-    if mask is not None:
+        scores = scores + bias if keep else scores.add_(bias)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask if keep else scores.add_(mask).clamp_(min=torch.finfo(scores.dtype).min)
+    elif mask is not None:
         lowest = torch.finfo(dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if variant.sinks is None:
+        scores = scores.masked_fill(~mask, lowest) if keep else scores.masked_fill_(~mask, lowest)
+    if sinks is None:
         weights = torch.softmax(scores, dim=-1)
-    else:
-        sinks = variant.sinks.float().expand(B, H, T, 1)
-        weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    elif keep:
+        weights = torch.softmax(torch.cat([scores, sinks.float().expand(B, H, T, 1)], dim=-1), dim=-1)[..., :-1]
+    else:  # what the largest score gets says what the sink gets
+        weights, largest = torch.softmax(scores, dim=-1), scores.amax(-1, keepdim=True)
+        share = weights.amax(-1, keepdim=True) * torch.exp(sinks.float() - largest)
+        weights.div_(1 + share)
     weights = weights.to(value.dtype)
     used = F.dropout(weights, variant.dropout) if variant.dropout else weights
     output = torch.matmul(used.reshape(B, K, H // K * T, S), value)

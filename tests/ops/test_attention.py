@@ -43,6 +43,26 @@ def test_variants(variant, heads):
     assert (ours - reference(query, key, value, causal(), variant)).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_scores_are_overwritten_without_gradients(variant, additive):
+    """Queries that see nothing give all weight to the sink, where there is one."""
+    query, key, value = inputs()
+    seen = causal().clone()
+    seen[:, :, 3] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if additive else seen
+    expected = reference(query, key, value, seen, variant)
+    found = []
+    for keep in (True, False):
+        with torch.set_grad_enabled(keep):
+            output, weights = scored(query, key, value, mask, variant.bias, variant)
+        found.append(torch.cat((output, weights), dim=-1))
+        rows = torch.arange(T) != (3 if variant.sinks is None else T)
+        assert (output - expected)[:, :, rows].abs().max() < TOLERANCE
+    real = found[0].isfinite()
+    assert (found[1] - found[0])[real].abs().max() < TOLERANCE and found[1].isfinite().all()
+
+
 def test_values_of_another_size():
     query, key, value = inputs(V=5)
     ours = attend(query, key, value, Causal(T, query.device), Variant(0.3))

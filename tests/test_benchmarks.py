@@ -1,0 +1,98 @@
+"""benchmarks.attention: what is measured is what the rows say, and the tables are made from them."""
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import attention, table
+from benchmarks.attention import FAMILIES, AttentionJob, expected_bytes
+from benchmarks.attention_table import NAMES, attention_markdown, latest
+from benchmarks.caches import find
+from benchmarks.shapes import LAYERS, build
+
+WHERE = {"dtype": "float32", "device": "cpu", "threads": 1}
+MACHINE = {"hardware": {"cpu": "a processor", "cpu_capability": "AVX2"}, "commit": "abc"}
+MACHINE |= {"versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}}
+
+
+def row(family, length, system, ms, peak, run="2026-01-01", **more):
+    described = {"part": "attention-prefill", "family": family, "length": length, "system": system, "run": run}
+    return MACHINE | WHERE | described | {"prefill_ms": ms, "prefill_peak_bytes": peak, "most_bytes": 3e9} | more
+
+
+def test_every_family_has_a_shape_and_a_name():
+    assert {family.shape for family in FAMILIES.values()} == set(LAYERS) and set(FAMILIES) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_and_patched_models_take_prompts(name):
+    family, kinds = FAMILIES[name], []
+    for system in attention.SYSTEMS:
+        held = AttentionJob(system, family.shape, None, **WHERE).hold(find(system))
+        assert held.prefill(16, family.padded)["prefill_ms"] > 0
+        kinds.append(hasattr(held.model, "_hf_accel_patch"))
+    assert kinds == [False, True]
+    assert held.peak(16, family.padded)["prefill_peak_bytes"] is not None
+    ids = torch.arange(4, 36)[None]
+    stock = build(family.shape, dtype="float32", device="cpu")
+    with torch.no_grad():
+        difference = stock(ids).logits - held.model(ids).logits
+    assert difference.abs().max() < 1e-4 * stock(ids).logits.std(), "the models compared are not the same"
+
+
+def test_what_is_expected_of_a_longer_prompt():
+    assert expected_bytes({}, 512) == expected_bytes({512: 10}, 1024) == 0
+    assert expected_bytes({512: 100, 1024: 400}, 2048) == 1600
+    assert expected_bytes({512: 100, 1024: 100}, 8192) == 100
+
+
+def test_tables_are_made_from_the_latest_rows():
+    rows = [
+        row("bloom", 512, "stock", [9.0, 9.0, 9.0], 1e6, run="2025-01-01"),
+        row("bloom", 512, "stock", [10.0, 20.0, 40.0], 80e6),
+        row("bloom", 512, "exact", [10.0, 5.0, 20.0], 20e6),
+        row("bloom", 1024, "stock", [], None, reason="1024 tokens would take about 4 GB"),
+        row("bloom", 1024, "exact", [7.0], 40e6),
+        row("mpt", 512, "exact", [3.0], 1e6, threads=2, run="2025-01-01"),
+    ]
+    text = attention_markdown(rows)
+    assert "| BLOOM: ALiBi | 20 | 10 | 2.00 |  | 7 |  |" in text
+    assert "| BLOOM: ALiBi | 80 | 20 |  | 40 |" in text
+    assert "would take more than 3 GB" in text and "MPT" not in text
+    assert list(latest(rows, "attention-prefill")["bloom"]) == [512, 1024]
+
+
+@pytest.mark.slow
+def test_a_run_adds_rows_and_a_table(tmp_path, monkeypatch, capsys):
+    out, page = tmp_path / "attention.jsonl", tmp_path / "page.md"
+    sizes = ["--lengths", "32", "64", "--contexts", "256", "--rounds", "2", "--steps", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["attention", "--families", "bloom", *sizes, "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        attention.main()
+    assert ended.value.code == 0 and "BLOOM" in capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(each["part"], each["system"]) for each in rows] == [
+        *[("attention-prefill", "stock"), ("attention-prefill", "exact")] * 2,
+        *[("attention-decode", "stock"), ("attention-decode", "exact")],
+    ]
+    assert all(len(each.get("prefill_ms") or each["decode_ms"]) == 2 for each in rows)
+    page.write_text("<!-- attention-table -->\n<!-- /attention-table -->\n")
+    monkeypatch.setattr(sys, "argv", ["table", str(out), "--write", str(page)])
+    table.main()
+    assert "BLOOM" in page.read_text()
+
+
+def test_rows_are_written_when_a_run_is_stopped(tmp_path, monkeypatch, capsys):
+    from benchmarks.decode import recorded
+
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    options = argparse.Namespace(**WHERE, out=tmp_path / "rows.jsonl", plot=False)
+    options.threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as ended, recorded(options, lambda rows: f"{len(rows)} rows", print) as recorder:
+        recorder.save([{"system": "stock"}])
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().out == "1 rows\n"
+    assert json.loads(options.out.read_text())["system"] == "stock"
