@@ -27,19 +27,21 @@ def plot_heads(source: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     rows = [json.loads(line) for line in source.read_text().splitlines()]
+    quality, decode = groups(rows, "quality", "uptrain")[-1:], groups(rows, "decode")[-1:]
+    quality = [group for group in quality if any(row["system"] != BASE for row in group)]
+    if not quality + decode:
+        return
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for group in groups(rows, "quality", "uptrain")[-1:]:
-        _quality(left, group, rows)
-    for group in groups(rows, "decode")[-1:]:
-        _decode(right, group)
-    for axes in (left, right):
+    panels = figure.subplots(1, len(quality + decode), squeeze=False)[0]  # a part that was not run has none
+    for axes, group in zip(panels, quality + decode, strict=True):
+        if group in quality:
+            _quality(axes, group, rows)
+        else:
+            _decode(axes, group)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, title="key/value heads" if axes is right else None, title_fontsize=8)
     figure.savefig(source.with_suffix(".png"), dpi=150)
 
 
@@ -61,6 +63,7 @@ def _quality(axes: Any, rows: list[Row], everything: list[Row]) -> None:
     numbers = sorted({row["kv_heads"] for row in rows if row["system"] != BASE}, reverse=True)
     axes.set_xticks(numbers, [str(heads) for heads in numbers])
     axes.invert_xaxis()
+    axes.legend(fontsize=8)
 
 
 def _decode(axes: Any, rows: list[Row]) -> None:
@@ -75,3 +78,4 @@ def _decode(axes: Any, rows: list[Row]) -> None:
             axes.plot(sorted(found), times, **style, **({"label": f"{heads}"} if dash == "-" else {}))
     contexts = sorted({row["context"] for row in rows})
     axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.legend(fontsize=8, title="key/value heads", title_fontsize=8)
