@@ -1,6 +1,6 @@
 """Experts that take a long prompt in pieces.
 
-Under transformers' contract a module of experts gets hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k],
+By the contract of the library of models, a module of experts gets hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k],
 and repeats each token for each of its k experts: T x k rows of hidden features, several times over.
 """
 

@@ -14,7 +14,7 @@ from hf_accel_patch.ops import experts
 from hf_accel_patch.ops.experts import InPieces, Routed, piece_tokens
 
 TYPES = ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe")
-ROUNDING = 1e-5
+ROUNDING = 5e-5  # of the standard deviation of float32 logits: products over fewer rows add up in another order
 
 
 @pytest.fixture
