@@ -125,6 +125,8 @@ def cannot(backend: str, case: Case) -> str:
     if backend == "triton":
         if case.device != "cuda" and not (case.device == "cpu" and _interpreted()):
             return f"the kernels are for CUDA, and this is on {case.device}"
+        if case.device == "cuda" and (reason := _unsuitable_gpu()):
+            return reason
         if case.dtype not in (*HALVES, torch.float32):
             return f"the kernels take no {name}"
         if widest > MOST_CHANNELS:
@@ -223,6 +225,15 @@ def _triton() -> Any:
     except ImportError:
         return None
     return triton_prefill
+
+
+@cache
+def _unsuitable_gpu() -> str:
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or more"
+    return ""
 
 
 def _interpreted() -> bool:

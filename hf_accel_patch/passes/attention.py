@@ -14,24 +14,22 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, dtype_of, unknown_arguments
+from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
-from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, Case, attend_by, cannot, choose, missing
+from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
+from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.handwritten import KEY, refuse_continuous_batching, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
 DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
 SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
-AUTO = Asked()
-BACKEND = "attention_backend"  # where an attention module keeps which one was asked for
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
 
 
@@ -79,9 +77,9 @@ class Attention:
         facts["was"] = "hand-written" if written else was or "eager"
         by_hand = [module for module, _ in written]
         facts |= {"latent": len(latent)} if latent else {}
-        self._refuse(view.model)
+        refuse(self.backend, view.model)
         using = [*by_hand, *(module for _, module in found)]
-        return Step(self, facts | self._chosen(view.model), (view, latent, by_hand, using))
+        return Step(self, facts | chosen(self.backend, view.model), (view, latent, by_hand, using))
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Select our function for this model only: it gets its own copy of the configuration, because the
@@ -108,22 +106,7 @@ class Attention:
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """The backend where the model is now, and which ones have computed so far."""
-        asked = next((vars(module)[BACKEND] for module in model.modules() if BACKEND in vars(module)), AUTO)
-        return self._chosen(model) | ({"used": list(asked.used)} if asked.used else {})
-
-    def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The backend for a plain prompt of a model that is where it is now, and why."""
-        device = _device(model)
-        choice = choose(self.backend, Case("cuda" if device == "meta" else device, dtype_of(model)))
-        return {"backend": choice.backend, "why": choice.why}
-
-    def _refuse(self, model: PreTrainedModel) -> None:
-        """Raises UnsupportedModel for a backend that is not installed, and for one that does nothing on a CPU."""
-        asked = f"attention: backend={self.backend!r} was asked for, but "
-        if found := missing(self.backend):
-            raise UnsupportedModel(asked + found[0], found[1])
-        if _device(model) == "cpu" and (reason := cannot(self.backend, Case("cpu"))):
-            raise UnsupportedModel(asked + reason, "move the model to a GPU first, or choose backend='auto'")
+        return chosen(self.backend, model) | used(model)
 
 
 def register() -> None:
@@ -176,7 +159,7 @@ def attention_forward(
         return attend_latents(query, latents, _mask(attention_mask, T, S, causal, query.device), variant), None
     if stored is not None:
         return attend_stored(query, stored, _mask(attention_mask, T, S, causal, query.device), variant), None
-    asked: Asked = getattr(module, BACKEND, AUTO)
+    asked = asked_by(module)
     elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
     if elsewhere and not answer and not _traced():
         mask = _mask(attention_mask, T, S, causal, query.device)
@@ -274,10 +257,6 @@ def _carried(
     if traced and content is not None:
         return content[:, 0]
     return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
-
-
-def _device(model: PreTrainedModel) -> str:
-    return next((each.device.type for each in model.parameters()), "cpu")
 
 
 def _traced() -> bool:

@@ -308,6 +308,18 @@ def test_who_cannot_falls_back_and_says_why(backend, case, reason, monkeypatch):
     assert cannot("torch", case) == "" and choose("torch", case) == Choice("torch", "asked for")
 
 
+def test_gpus_that_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backends._unsuitable_gpu.__wrapped__() == "the kernels are for NVIDIA GPUs"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    old = "the kernels need a GPU of compute capability 8.0 or more"
+    assert backends._unsuitable_gpu.__wrapped__() == old
+    monkeypatch.setattr(backends, "_unsuitable_gpu", lambda: old)
+    assert cannot("triton", GPU) == old and choose("triton", WINDOW).backend != "triton"
+
+
 def test_masks_that_are_for_torch_are_noted(triton):
     asked = Asked("triton")
     assert attend_by(asked, *inputs(), described(causal() & HOLES[:, None]), Variant(0.3)) is None
