@@ -203,7 +203,11 @@ def _computed(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Mas
         return flex.attend(query, key, value, intervals, variant)
     sinks = None if variant.sinks is None else variant.sinks.reshape(-1)
     options = variant.scale, variant.softcap, sinks, variant.bias
-    output: Tensor = _triton().attend(query, key, value, intervals, *options)[0]
+    kernels = _triton()
+    try:
+        output: Tensor = kernels.attend(query, key, value, intervals, *options)[0]
+    except kernels.TritonError as error:  # a GPU with less room than any that the sizes were chosen for
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return output
 
 

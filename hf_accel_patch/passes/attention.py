@@ -41,9 +41,14 @@ class Attention:
     per query head; soft caps (Gemma 2) and sinks (gpt-oss), for which transformers falls back to storing all scores,
     go block by block; a window's keys outside a block are not computed. `output_attentions` is answered, at the price
     of the full scores. Outputs equal stock's up to floating-point rounding.
+
+    `backend`: who computes. "auto" goes by the device and the case: PyTorch's and the compiled kernels on a CPU; on
+    CUDA PyTorch's where attention is plain, else the package's Triton kernels ("triton") or flash-attn, whichever is
+    there. "flex" is PyTorch's FlexAttention. What one that is asked for by name cannot do (head sizes, dtypes, dropout)
+    "torch" does, and `report` says why; one that is not installed is an error. Under torch.compile it is "torch".
     """
 
-    backend: Backend = "auto"  # by device and case (ops.backends); one asked for by name does all that it can
+    backend: Backend = "auto"
 
     name = "attention"
 

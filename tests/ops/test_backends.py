@@ -1,8 +1,10 @@
 """The choice of a backend for attention, and what each computes, against the definition in float64."""
 
+import importlib
 import sys
 from dataclasses import replace
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -330,6 +332,14 @@ def test_masks_that_are_for_torch_are_noted(triton):
         "torch: triton: dropout",
         "torch: triton: a bias that is no constant float32 row for all queries",
     ]
+
+
+def test_kernels_that_a_gpu_has_no_room_for(triton, monkeypatch):
+    kernels, asked = load("triton_prefill"), Asked("triton")
+    error = importlib.import_module("triton").OutOfResources(300, 200, "shared memory")
+    monkeypatch.setattr(kernels, "attend", Mock(side_effect=error))
+    assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
+    assert asked.used[0].startswith("torch: triton: OutOfResources: out of resource: shared memory, Required: 300")
 
 
 def test_who_is_missing(monkeypatch):
