@@ -17,8 +17,8 @@ Per block of N keys, M queries and head size 128 the tensor cores of an H100 tak
 processor (989 TFLOP/s in 16 bits) and its 16 exp2 per cycle M * N / 16: at most two thirds of the time is products, if
 nothing overlaps. Keys and values come from the L2 cache, 32 KB per 64 keys and 128 queries, at 400 TFLOP/s 13 of some
 25 bytes per cycle; with tiles of 64 queries that would be the limit. As Triton 3.9 compiles it for sm_90, head size 128
-takes wgmma, 128 KB and 253 registers in 8 warps, and spills none. The FlashAttention-3 paper shows 395 TFLOP/s for such
-a kernel in Triton, 370 for FlashAttention-2 and 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
+takes wgmma, 128 KB and all 255 registers in 8 warps, and spills none. The FlashAttention-3 paper shows 395 TFLOP/s
+for such a kernel in Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
 NOT MEASURED here: there was no GPU.
 """
 
@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError as TritonError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 MOST_CHANNELS = 256
@@ -240,7 +241,7 @@ def tiling(key_size: int, value_size: int, float32: bool, shared_bytes: int, bac
         queries, keys = 64 if older else 128, 32
     if float32:
         queries, keys = (32, 32) if widest <= 128 else (16, 16)
-        warps = 4
+        warps = 8 if backward and widest > 64 else 4
     stages = 3
     held = 0 if older and not backward else queries
     while stages > 1 and (stages * keys + held) * channels * width > shared_bytes * 7 // 8:

@@ -125,6 +125,8 @@ def cannot(backend: str, case: Case) -> str:
     if backend == "triton":
         if case.device != "cuda" and not (case.device == "cpu" and _interpreted()):
             return f"the kernels are for CUDA, and this is on {case.device}"
+        if case.device == "cuda" and (reason := _unsuitable_gpu()):
+            return reason
         if case.dtype not in (*HALVES, torch.float32):
             return f"the kernels take no {name}"
         if widest > MOST_CHANNELS:
@@ -201,7 +203,11 @@ def _computed(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Mas
         return flex.attend(query, key, value, intervals, variant)
     sinks = None if variant.sinks is None else variant.sinks.reshape(-1)
     options = variant.scale, variant.softcap, sinks, variant.bias
-    output: Tensor = _triton().attend(query, key, value, intervals, *options)[0]
+    kernels = _triton()
+    try:
+        output: Tensor = kernels.attend(query, key, value, intervals, *options)[0]
+    except kernels.TritonError as error:  # a GPU with less room than any that the sizes were chosen for
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return output
 
 
@@ -223,6 +229,15 @@ def _triton() -> Any:
     except ImportError:
         return None
     return triton_prefill
+
+
+@cache
+def _unsuitable_gpu() -> str:
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or more"
+    return ""
 
 
 def _interpreted() -> bool:

@@ -14,16 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, dtype_of, unknown_arguments
+from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
-from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, Case, attend_by, cannot, choose, missing
+from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
+from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
@@ -31,8 +31,6 @@ from hf_accel_patch.plan import Skip, Step
 
 DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
 SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
-AUTO = Asked()
-BACKEND = "attention_backend"  # where an attention module keeps which one was asked for
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
 
 
@@ -44,9 +42,14 @@ class Attention:
     per query head; soft caps (Gemma 2) and sinks (gpt-oss), for which transformers falls back to storing all scores,
     go block by block; a window's keys outside a block are not computed. `output_attentions` is answered, at the price
     of the full scores. Outputs equal stock's up to floating-point rounding.
+
+    `backend`: who computes. "auto" goes by the device and the case: PyTorch's and the compiled kernels on a CPU; on
+    CUDA PyTorch's where attention is plain, else the package's Triton kernels ("triton") or flash-attn, whichever is
+    there. "flex" is PyTorch's FlexAttention. What one that is asked for by name cannot do (head sizes, dtypes, dropout)
+    "torch" does, and `report` says why; one that is not installed is an error. Under torch.compile it is "torch".
     """
 
-    backend: Backend = "auto"  # by device and case (ops.backends); one asked for by name does all that it can
+    backend: Backend = "auto"
 
     name = "attention"
 
@@ -80,9 +83,9 @@ class Attention:
         facts["was"] = "hand-written" if written else was or "eager"
         by_hand = [module for module, _ in written]
         facts |= {"latent": len(latent)} if latent else {}
-        self._refuse(view.model)
+        refuse(self.backend, view.model)
         using = [*by_hand, *(module for _, module in found)]
-        return Step(self, facts | self._chosen(view.model), (view, latent, by_hand, using))
+        return Step(self, facts | chosen(self.backend, view.model), (view, latent, by_hand, using))
 
     def apply(self, step: Step, journal: Journal) -> None:
         """Select our function for this model only: it gets its own copy of the configuration, because the
@@ -111,22 +114,7 @@ class Attention:
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """The backend where the model is now, and which ones have computed so far."""
-        asked = next((vars(module)[BACKEND] for module in model.modules() if BACKEND in vars(module)), AUTO)
-        return self._chosen(model) | ({"used": list(asked.used)} if asked.used else {})
-
-    def _chosen(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The backend for a plain prompt of a model that is where it is now, and why."""
-        device = _device(model)
-        choice = choose(self.backend, Case("cuda" if device == "meta" else device, dtype_of(model)))
-        return {"backend": choice.backend, "why": choice.why}
-
-    def _refuse(self, model: PreTrainedModel) -> None:
-        """Raises UnsupportedModel for a backend that is not installed, and for one that does nothing on a CPU."""
-        asked = f"attention: backend={self.backend!r} was asked for, but "
-        if found := missing(self.backend):
-            raise UnsupportedModel(asked + found[0], found[1])
-        if _device(model) == "cpu" and (reason := cannot(self.backend, Case("cpu"))):
-            raise UnsupportedModel(asked + reason, "move the model to a GPU first, or choose backend='auto'")
+        return chosen(self.backend, model) | used(model)
 
 
 def register() -> None:
@@ -179,7 +167,7 @@ def attention_forward(
         return attend_latents(query, latents, mask_of(attention_mask, T, S, causal, query.device), variant), None
     if stored is not None:
         return attend_stored(query, stored, mask_of(attention_mask, T, S, causal, query.device), variant), None
-    asked: Asked = getattr(module, BACKEND, AUTO)
+    asked = asked_by(module)
     elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
     if elsewhere and not answer and not _traced():
         mask = mask_of(attention_mask, T, S, causal, query.device)
@@ -277,10 +265,6 @@ def _carried(
     if traced and content is not None:
         return content[:, 0]
     return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
-
-
-def _device(model: PreTrainedModel) -> str:
-    return next((each.device.type for each in model.parameters()), "cpu")
 
 
 def _traced() -> bool:

@@ -1,8 +1,10 @@
 """The choice of a backend for attention, and what each computes, against the definition in float64."""
 
+import importlib
 import sys
 from dataclasses import replace
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -308,6 +310,18 @@ def test_who_cannot_falls_back_and_says_why(backend, case, reason, monkeypatch):
     assert cannot("torch", case) == "" and choose("torch", case) == Choice("torch", "asked for")
 
 
+def test_gpus_that_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backends._unsuitable_gpu.__wrapped__() == "the kernels are for NVIDIA GPUs"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    old = "the kernels need a GPU of compute capability 8.0 or more"
+    assert backends._unsuitable_gpu.__wrapped__() == old
+    monkeypatch.setattr(backends, "_unsuitable_gpu", lambda: old)
+    assert cannot("triton", GPU) == old and choose("triton", WINDOW).backend != "triton"
+
+
 def test_masks_that_are_for_torch_are_noted(triton):
     asked = Asked("triton")
     assert attend_by(asked, *inputs(), described(causal() & HOLES[:, None]), Variant(0.3)) is None
@@ -318,6 +332,14 @@ def test_masks_that_are_for_torch_are_noted(triton):
         "torch: triton: dropout",
         "torch: triton: a bias that is no constant float32 row for all queries",
     ]
+
+
+def test_kernels_that_a_gpu_has_no_room_for(triton, monkeypatch):
+    kernels, asked = load("triton_prefill"), Asked("triton")
+    error = importlib.import_module("triton").OutOfResources(300, 200, "shared memory")
+    monkeypatch.setattr(kernels, "attend", Mock(side_effect=error))
+    assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
+    assert asked.used[0].startswith("torch: triton: OutOfResources: out of resource: shared memory, Required: 300")
 
 
 def test_who_is_missing(monkeypatch):
