@@ -216,12 +216,6 @@ def takes_cache(kind: type) -> bool:
     return bool({"past_key_values", "layer_past", "cache_params"} & set(inspect.signature(kind.forward).parameters))  # type: ignore[attr-defined]
 
 
-@cache
-def takes_positions(kind: type) -> bool:
-    """Whether the forward of this class takes the positions of its tokens."""
-    return "position_ids" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-
-
 def cache_rows(view: View) -> list[CacheRow]:
     """The layers that cache keys and values, by the configuration."""
     config = view.config

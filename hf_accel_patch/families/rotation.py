@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_accel_patch.families import View
+from hf_accel_patch.families import View, first_cached_module
 
 APPLY = ("apply_rotary_pos_emb", "apply_rotary_emb")  # function(query, key, cos, sin) in the files of models
 NEAR, FAR = 3, 40  # the positions that are compared
@@ -73,6 +73,27 @@ def moves(view: View) -> list[Moves] | None:
             return None
         found.append(move)
     return found
+
+
+@torch.no_grad()
+def tells_positions(view: View) -> bool:
+    """Whether layers are handed the positions of their tokens beside the cache. A token is read to see it."""
+    first, found = first_cached_module(view), []
+    if first is None:
+        return False
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids")
+        found.append(isinstance(positions, Tensor) and positions.ndim == 2)
+
+    handle = first.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        _cached(view, NEAR)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    finally:
+        handle.remove()
+    return found == [True]
 
 
 def _found(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], candidates: list[Rotation]) -> Moves | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from hf_accel_patch.families import takes_positions
+from hf_accel_patch.families import View, first_cached_module
 from hf_accel_patch.families.rotary import Key, Turn, turn_at
-from hf_accel_patch.families.rotation import Rotation
+from hf_accel_patch.families.rotation import Rotation, tells_positions
+from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.layers import _InPlace
 from hf_accel_patch.passes.placed import PlacedStaticLayer, Rotated
 
@@ -38,26 +39,35 @@ class ConvertingToPlaced:
         if not vars(cache).get(MARK):
             if torch.compiler.is_compiling():
                 return
-            self.convert(cache, type(module))
+            self.convert(cache)
         _give(cache, kwargs.get("position_ids"))
 
-    def convert(self, cache: Cache, told: type) -> None:
-        """`told`: the class of the modules that are handed the cache, and maybe positions, without which layers of a
-        fixed size stay as they are."""
+    def convert(self, cache: Cache) -> None:
         vars(cache)[MARK] = True
         cache = _of_the_text(cache)
         turnings = [each and self.rotated(*each) for each in self.found]
         holding = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
         if len(holding) == len(turnings):
             for layer, turning in zip(holding, turnings, strict=True):
-                fits = isinstance(layer, DynamicLayer) or takes_positions(told)
-                if turning is not None and type(layer) in self.classes and fits:
+                if turning is not None and type(layer) in self.classes:
                     _convert(layer, self.classes[type(layer)], turning)
         elif not holding and cache.layer_class_to_replicate in self.classes:
             same = {each and (each.part, each.key) for each in turnings}
             if len(same) == 1 and turnings[0] is not None:
                 kind = self.classes[cache.layer_class_to_replicate]
                 cache.layer_class_to_replicate = partial(_new, kind, turnings[0])
+
+
+def follow(view: View, converting: ConvertingToPlaced, journal: Journal) -> None:
+    """Let the caches of a model know positions; static ones, if its layers are handed those."""
+    first, kinds = first_cached_module(view), converting.classes
+    generates = hasattr(type(view.model), "_prepare_static_cache")
+    static = StaticLayer in kinds and generates and tells_positions(view)
+    kinds = {kind: ours for kind, ours in kinds.items() if static or not issubclass(kind, StaticLayer)}
+    if first is not None:
+        journal.add_forward_pre_hook(first, replace(converting, classes=kinds))
+    if StaticLayer in kinds:
+        journal.bind_method(view.model, "_prepare_static_cache", prepare_static_cache)
 
 
 def prepare_static_cache(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Cache:
@@ -67,7 +77,7 @@ def prepare_static_cache(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Ca
     for module in self.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, ConvertingToPlaced):
-                hook.convert(cache, type(module))
+                hook.convert(cache)
     for layer in _of_the_text(cache).layers if "model_kwargs" in kwargs else ():
         if isinstance(layer, PlacedStaticLayer):
             layer.expect(kwargs["model_kwargs"].get("position_ids"))

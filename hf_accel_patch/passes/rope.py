@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import StaticLayer
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View, first_cached_module
+from hf_accel_patch.families import View
 from hf_accel_patch.families.rotary import (
     SCALED,
     Scaled,
@@ -30,7 +29,7 @@ from hf_accel_patch.families.rotation import moves
 from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.placed import Rotated
-from hf_accel_patch.passes.placing import ConvertingToPlaced, Found, prepare_static_cache
+from hf_accel_patch.passes.placing import ConvertingToPlaced, Found, follow
 from hf_accel_patch.passes.scaling import RopeScaling
 from hf_accel_patch.passes.scaling_cache import Turning
 from hf_accel_patch.passes.static_cache import TURNING
@@ -185,11 +184,8 @@ def write(changes: Changes, journal: Journal) -> None:
         journal.set_attribute(module, SCALED, scaled)
         kind = type(module)
         journal.change_class(module, stateless(kind))
-    first = first_cached_module(view)
-    if any(changes.turned) and first is not None:
-        journal.add_forward_pre_hook(first, ConvertingToPlaced(changes.classes, changes.turned, changes.rotated))
-        if StaticLayer in changes.classes and hasattr(type(view.model), "_prepare_static_cache"):
-            journal.bind_method(view.model, "_prepare_static_cache", prepare_static_cache)
+    if any(changes.turned):
+        follow(view, ConvertingToPlaced(changes.classes, changes.turned, changes.rotated), journal)
     tokenizer, context = view.tokenizer, changes.context
     if context is not None and tokenizer is not None and tokenizer.model_max_length < context:
         journal.set_attribute(tokenizer, "model_max_length", context)
@@ -297,4 +293,4 @@ def _is_half(buffer: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else tensor.nbytes

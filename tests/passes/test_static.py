@@ -50,6 +50,13 @@ def test_step_by_step_is_all_at_once(name):
     assert type(cache.layers[0]) is kind
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "cohere2"])
+def test_layers_that_take_positions_among_other_keywords(name):
+    model, options = dynamic(name), ({}, EAGER)
+    plain, found = (greedy(model, prompt(TRAINED - 6), 20, **each) for each in options)
+    assert torch.equal(plain, found)
+
+
 def test_stock_is_wrong():
     """Or this file proves nothing."""
     stock = short(rope_parameters=DYNAMIC)
