@@ -1,7 +1,7 @@
 """Experts that take a long prompt in pieces.
 
-A module of experts gets hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k], and repeats each token for each
-of its k experts: T x k rows of hidden features, several times over.
+A module of experts gets hidden_states [T, H], top_k_index [T, k] and top_k_weights [T, k], and repeats each token for
+each of its k experts: T x k rows of hidden features, several times over.
 """
 
 from __future__ import annotations
