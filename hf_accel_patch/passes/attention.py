@@ -83,7 +83,7 @@ class Attention:
         facts["was"] = "hand-written" if written else was or "eager"
         by_hand = [module for module, _ in written]
         facts |= {"latent": len(latent)} if latent else {}
-        refuse(self.backend, view.model)
+        refuse(self.backend)
         using = [*by_hand, *(module for _, module in found)]
         return Step(self, facts | chosen(self.backend, view.model), (view, latent, by_hand, using))
 

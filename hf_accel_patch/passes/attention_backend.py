@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import dtype_of
-from hf_accel_patch.ops.backends import Asked, Backend, Case, cannot, choose, missing
+from hf_accel_patch.ops.backends import Asked, Backend, Case, choose, missing
 
 BACKEND = "attention_backend"  # where an attention module keeps which one was asked for
 AUTO = Asked()
@@ -34,13 +34,11 @@ def used(model: nn.Module) -> dict[str, Any]:
     return {"used": list(asked.used)} if asked.used else {}
 
 
-def refuse(backend: Backend, model: nn.Module) -> None:
-    """Raises UnsupportedModel for a backend that is not installed, and for one that does nothing on a CPU."""
-    asked = f"attention: backend={backend!r} was asked for, but "
+def refuse(backend: Backend) -> None:
+    """Raises UnsupportedModel for a backend that is not installed. One that cannot do its work where the model is leaves
+    it to another, and the report says so."""
     if found := missing(backend):
-        raise UnsupportedModel(asked + found[0], found[1])
-    if backend != "auto" and _device(model) == "cpu" and (reason := cannot(backend, Case("cpu"))):
-        raise UnsupportedModel(asked + reason, "move the model to a GPU first, or choose backend='auto'")
+        raise UnsupportedModel(f"attention: backend={backend!r} was asked for, but {found[0]}", found[1])
 
 
 def _device(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from cases import greedy, left_padded, logits, prompt, relative_error, tiny
+from cases import entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from interpreter import INTERPRETED, interpreted, load
 
 from hf_accel_patch import Attention, UnsupportedModel, patch, plan, report, unpatch
@@ -114,12 +114,14 @@ def test_who_is_missing(monkeypatch):
     assert "attention_backend" not in vars(model.model.layers[0].self_attn)
 
 
-def test_kernels_for_cuda_are_refused_on_a_cpu(monkeypatch):
+def test_kernels_for_cuda_leave_a_cpu_to_pytorch(monkeypatch):
     monkeypatch.setattr(backends, "_interpreted", lambda: False)
-    with pytest.raises(
-        UnsupportedModel, match="asked for, but the kernels are for CUDA, and this is on cpu\n\nhint: move"
-    ):
-        patch(tiny("llama"), attention=Attention("triton"))
+    model = tiny("llama")
+    stock = logits(model, prompt())
+    patch(model, attention=Attention("triton"))
+    assert relative_error(logits(model, prompt()), stock) < 1e-4
+    said = entry(report(model).to_dict(), "attention")
+    assert said["backend"] == "torch" and "the kernels are for CUDA, and this is on cpu" in said["why"]
 
 
 def test_unknown_backends():
