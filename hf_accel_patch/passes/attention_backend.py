@@ -35,8 +35,8 @@ def used(model: nn.Module) -> dict[str, Any]:
 
 
 def refuse(backend: Backend) -> None:
-    """Raises UnsupportedModel for a backend that is not installed. One that cannot do its work where the model is leaves
-    it to another, and the report says so."""
+    """Raises UnsupportedModel for a backend that is not installed. One that cannot do its work where the model is
+    leaves it to another, and the report says so."""
     if found := missing(backend):
         raise UnsupportedModel(f"attention: backend={backend!r} was asked for, but {found[0]}", found[1])
 
