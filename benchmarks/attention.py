@@ -30,6 +30,7 @@ from benchmarks.worker import Worker
 PARTS = ("prefill", "decode")
 SYSTEMS = ("stock", "exact")
 WARM_TOKENS = 64
+LEAST_TURNS = 3  # of every length, however slow
 Rows = list[dict[str, Any]]
 Save = Callable[[Rows], None]
 
@@ -110,8 +111,8 @@ def arguments() -> argparse.Namespace:
         "--most-bytes", type=float, default=3e9, help="that a prompt may take: stock's longer ones are left out (3e9)"
     )
     parser.add_argument("--load-limit", type=float, default=120, help="seconds to load a model (default: 120)")
-    parser.add_argument("--limit", type=float, default=60, help="seconds to fill a cache (default: 60)")
-    parser.add_argument("--run-limit", type=float, default=4, help="for all rounds of a system and length (4)")
+    parser.add_argument("--limit", type=float, default=60, help="seconds for a prompt, or to fill a cache (60)")
+    parser.add_argument("--run-limit", type=float, default=4, help="for all rounds of a prompt beyond three (4)")
     add_common_options(parser, "attention")
     options = parser.parse_args()
     if min(options.rounds, options.steps, *options.lengths) < 1:
@@ -143,16 +144,17 @@ def prefill(options: argparse.Namespace, name: str, save: Save) -> None:
                     why[system] = f"{length} tokens would take about {expected / 1e9:.0f} GB"
                     continue
                 with dropped(system, workers, reasons):
-                    workers[system].left_s = options.load_limit
+                    workers[system].left_s = options.limit
                     rows[system] |= workers[system].ask("peak", length, family.padded)
                     peaks[system][length] = rows[system]["prefill_peak_bytes"] or 0
-                    workers[system].left_s = options.run_limit
             for number in range(options.rounds):
                 for system in SYSTEMS[:: 1 if number % 2 == 0 else -1]:
-                    if system in workers and system not in why and workers[system].left_s > 0:
+                    taken = rows[system]["prefill_ms"]
+                    due = number < LEAST_TURNS or sum(taken) < 1000 * options.run_limit
+                    if system in workers and system not in why and due:
                         with dropped(system, workers, reasons):
-                            answer = workers[system].ask("prefill", length, family.padded)
-                            rows[system]["prefill_ms"].append(answer["prefill_ms"])
+                            workers[system].left_s = options.limit
+                            taken.append(workers[system].ask("prefill", length, family.padded)["prefill_ms"])
             for system, row in rows.items():
                 if not row["prefill_ms"]:
                     row["reason"] = why.get(system) or reasons.get(system) or "stopped before its turn"
