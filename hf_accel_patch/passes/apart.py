@@ -24,7 +24,7 @@ from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.layers import InPlaceLayer, Places
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
-ENOUGH = 16  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
+ENOUGH = 4  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
 KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
