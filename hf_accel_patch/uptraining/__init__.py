@@ -64,7 +64,7 @@ def uptrain(
     good as it was, and to leave it alone recovers more and takes less memory; or `train="all"`. AdamW with a warmup and
     a cosine, at a `learning_rate` of 0.75 / hidden size unless another is given: Adam's best rate falls with the width
     (muP, arXiv:2203.03466). It was measured at 256, on heads that had lost nearly everything; a model that has lost
-    little, as by an aligned merge, wants about a tenth: of 0.25 nats, 60 steps left 0.17 then, and 0.27 at the default.
+    little, as by an aligned merge, wants about a tenth.
     With `accelerate launch` every process reads `batch_size` windows per step, and their
     gradients are averaged. Its mixed precision counts, and so do its gradient accumulation steps: in so many parts are
     the windows of a step read.

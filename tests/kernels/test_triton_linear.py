@@ -4,18 +4,13 @@ import importlib
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, interpreted, load
 
 from hf_accel_patch.ops import linear, packing
 
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-triton = pytest.importorskip("triton")
+kernels = load("triton_linear")
+triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
-with pytest.MonkeyPatch.context() as patch:
-    if INTERPRETED:
-        patch.setenv("TRITON_INTERPRET", "1")  # is read where a function is decorated
-    kernels = importlib.import_module("hf_accel_patch.kernels.triton_linear")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 5, 16, 17, 40)
@@ -37,25 +32,7 @@ SUMS = {torch.float32: 2**-20, torch.bfloat16: 2**-15, torch.float16: 2**-15}
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Without a GPU: transformers has imported triton already, so Triton's own functions are there to be compiled; and
-    the interpreter multiplies matrices of bfloat16 as if their bits were integers."""
-    with pytest.MonkeyPatch.context() as patch:
-        if INTERPRETED:
-            patch.setenv("TRITON_INTERPRET", "1")
-            interpreter = importlib.import_module("triton.runtime.interpreter")
-            for module in (tl, tl.standard):
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, triton.JITFunction):
-                        patch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
-
-            def floats(operand):
-                bits = operand.dtype.scalar == tl.bfloat16
-                return (operand.data.astype("uint32") << 16).view("float32") if bits else operand.data.astype("float32")
-
-            def dot(self, a, b, d, *_):
-                return interpreter.TensorHandle(floats(a) @ floats(b) + d.data, d.dtype.scalar)
-
-            patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    with interpreted():
         yield
 
 
