@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from hf_accel_patch.errors import AlreadyPatched, NotReversible
 from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import parse
 from hf_accel_patch.plan import Pass, Plan, Step, build, described
 from hf_accel_patch.report import Report
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 T = TypeVar("T")
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
 
@@ -145,7 +145,8 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
     view = bind(target)
     check_weights(view)
     vars(model)[STATE] = _apply(view, passes, build(view, passes))
-    logger.info(str(report(model)))
+    for line in report(model).lines():
+        logger.info(f"{type(model).__name__}: {line}")
 
 
 def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None) -> State:

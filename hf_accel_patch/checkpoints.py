@@ -24,6 +24,7 @@ from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.loading import HfAccelConfig
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops import foreign
 from hf_accel_patch.ops.packing import INT8, int4_block, lay_out, pack, pack_codes
 from hf_accel_patch.ops.quantize import TABLES
@@ -148,7 +149,7 @@ def _foreign(
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         except OSError:
-            logging.get_logger(__name__).info("the checkpoint has no generation_config.json")
+            get_logger(__name__).info("the checkpoint has no generation_config.json")
     return model
 
 

@@ -97,21 +97,35 @@ def _plan(options: argparse.Namespace) -> None:
     from hf_accel_patch import plan
 
     planned = plan(options.model, **keywords(options))
-    print(json.dumps(planned.to_dict(), indent=2) if options.json else planned)
+    print(planned.to_json() if options.json else planned)
 
 
 def add_passes(added: argparse.ArgumentParser) -> None:
-    """The options that become keywords of `patch`."""
-    added.add_argument(
-        "--quantize", metavar="SCHEME", help="weights in int8, int4, nf4 or llm.int8 (default: as they are)"
-    )
-    added.add_argument("--no-attention", action="store_true", help="leave the attention as it is")
+    """The options that become keywords of `patch`, in its spellings."""
+    asked = added.add_argument_group("passes", "the keywords of patch()")
+    for name, metavar, what in (
+        ("gqa", "N", "key/value heads"),
+        ("rope", "TYPE:FACTOR", "positions: linear, dynamic, yarn, llama3 or self-extend"),
+        ("quantize", "SCHEME", "weights in int8, int4, nf4 or llm.int8"),
+        ("cache", "KIND", "keys and values in int8 or int4, or sinks:WINDOW"),
+        ("speculative", "METHOD", "drafts: ngram or self"),
+        ("context", "TOKENS", "positions for texts of so many tokens"),
+    ):
+        asked.add_argument(f"--{name}", metavar=metavar, help=f"{what} (default: as they are)")
+    for name in ("attention", "linear", "cache"):
+        asked.add_argument(f"--no-{name}", dest=f"no_{name}", action="store_true", help=f"leave this pass out: {name}")
 
 
 def keywords(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `patch` that were asked for."""
-    asked: dict[str, Any] = {} if options.quantize is None else {"quantize": options.quantize}
-    return asked | ({"attention": False} if options.no_attention else {})
+    """The keywords of `patch` that were asked for. Raises ValueError."""
+    from hf_accel_patch.options import KEYWORDS, from_text
+
+    given = {name: getattr(options, name, None) for name in KEYWORDS}
+    asked = {name: from_text(name, text) for name, text in given.items() if text is not None}
+    off = {name for name in KEYWORDS if getattr(options, f"no_{name}", False)}
+    if both := sorted(off & asked.keys()):
+        raise ValueError(f"--{both[0]} and --no-{both[0]} exclude each other")
+    return asked | {name: False for name in off}
 
 
 def add_json(added: argparse.ArgumentParser) -> None:

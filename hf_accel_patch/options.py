@@ -22,6 +22,8 @@ from hf_accel_patch.passes.scaling import ALLOWED, RopeScaling
 from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context")
+NUMBERS = ("gqa", "context")  # what takes whole numbers
+TRUE, FALSE = ("1", "ON", "YES", "TRUE"), ("0", "OFF", "NO", "FALSE")  # in any case
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 
 
@@ -44,6 +46,24 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
         _cache(keywords.get("cache", True)),
         _speculative(keywords.get("speculative")),
     )
+
+
+def from_text(keyword: str, text: str) -> Any:
+    """The value of a keyword that a command line or an environment variable spells: what is true or false, as
+    transformers reads its own variables; whole numbers where the keyword takes them; else the text itself.
+
+    Raises ValueError for a text that is no number where only one will do.
+    """
+    text = text.strip()
+    if text.upper() in TRUE:
+        return 1 if keyword in NUMBERS and text == "1" else True
+    if text.upper() in FALSE:
+        return False
+    if keyword not in NUMBERS:
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"{keyword}={text!r}; allowed: a whole number")
+    return int(text)
 
 
 def _gqa(value: Any, keep_originals: bool) -> Pass:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hf_accel_patch.display import Shown
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 
@@ -50,7 +51,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """The decisions for one model, in the order in which they are carried out. Prints as a table."""
 
     subject: str
@@ -64,12 +65,16 @@ class Plan:
     def skips(self) -> tuple[Skip, ...]:
         return tuple(decision for decision in self.decisions if isinstance(decision, Skip))
 
+    @property
+    def title(self) -> str:
+        return f"plan for {self.subject}"
+
+    def shown_rows(self) -> tuple[dict[str, Any], ...]:
+        return tuple(described(decision) for decision in self.decisions)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"model": ..., "passes": [{"pass": "quantize", "exact": False, ...}, ...]}`."""
-        return {"model": self.subject, "passes": [described(decision) for decision in self.decisions]}
-
-    def __str__(self) -> str:
-        return table(f"plan for {self.subject}", self.to_dict()["passes"])
+        return {"model": self.subject, "passes": list(self.shown_rows())}
 
 
 def build(view: View, passes: Iterable[Pass]) -> Plan:
@@ -85,31 +90,6 @@ def described(decision: Step | Skip) -> dict[str, Any]:
     return {"pass": decision.by.name, "exact": True, **same, "reason": decision.reason}
 
 
-def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text, one line per pass: its name, on or skipped, exact or not, bytes, what else it says."""
-    hidden = ("pass", "exact", "reason", "bytes_before", "bytes_after")
-    cells = [("pass", "state", "output", "bytes", "")]
-    for row in rows:
-        said = row.get("reason") or ", ".join(
-            _fact(key, row[key]) for key in row if key not in hidden and row[key] != []
-        )
-        before, after = row["bytes_before"], row["bytes_after"]
-        size = f"{in_words(before)} -> {in_words(after)}" if before != after else "same"
-        on = "reason" not in row
-        cells.append((row["pass"], "on" if on else "skipped", _output(row) if on else "", size if on else "", said))
-    widths = [max(len(cell[column]) for cell in cells) for column in range(4)]
-    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(cell, widths, strict=False)) for cell in cells]
-    return "\n".join([title, *(f"{line}  {cell[4]}".rstrip() for line, cell in zip(lines, cells, strict=True))])
-
-
-def in_words(size_bytes: int) -> str:
-    """1_234_567 -> '1.23 MB'."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= divisor:
-            return f"{size_bytes / divisor:.2f} {unit}"
-    return f"{size_bytes} B"
-
-
 def size_in_bytes(size: int | str) -> int:
     """2147483648 or "2GiB" as bytes. Raises ValueError."""
     if isinstance(size, str):
@@ -120,12 +100,3 @@ def size_in_bytes(size: int | str) -> int:
     if size <= 0:
         raise ValueError(f"a size of {size} bytes; give a positive one")
     return size
-
-
-def _output(row: dict[str, Any]) -> str:
-    return "exact" if row["exact"] else "changed"
-
-
-def _fact(key: str, value: Any) -> str:
-    """A long list is counted; `to_dict` has it whole."""
-    return f"{len(value)} {key}" if isinstance(value, list) and len(value) > 3 else f"{key} {value}"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.gptq import quantize_gptq
 from hf_accel_patch.ops.packing import block_on, lay_out
 from hf_accel_patch.passes.targets import Target
@@ -21,7 +22,7 @@ WINDOW = 2048  # tokens read at a time, or what the model was trained on if that
 MOMENTS_BYTES = 1 << 30  # held at a time; the texts are read once for each such part of the model
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class Enough(Exception):

@@ -15,11 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.logs import get_logger
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 OWNER = "model.json"  # which model the prefixes are of
 FILES = f"prefix-{'?' * 32}.safetensors"  # others may keep weights in such files
 

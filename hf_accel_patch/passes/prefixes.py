@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 from hf_accel_patch.families import View, dtype_of
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.passes.prefix_folder import Entry, PrefixFolder, remove, touch
 from hf_accel_patch.passes.prefix_folder import read as read_file
 from hf_accel_patch.plan import size_in_bytes
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
 ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT: which of them are on
 SAMPLE = 16  # numbers of each weight that identify a model

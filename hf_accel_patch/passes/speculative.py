@@ -13,12 +13,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
-from transformers.utils import logging
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View, find_model, first_cached_module, layer_list, weight_bytes
 from hf_accel_patch.families.handwritten import handwritten_modules
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
@@ -27,7 +27,7 @@ from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel,
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 Method = Literal["ngram", "self", "model"]
 MOST = 16  # drafted tokens of a pass
 THEIRS = (  # what asks for a loop of transformers' own, or of the caller's

@@ -13,11 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.logs import get_logger
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 KEPT = 2
 FILES = "uptrain-????????.safetensors"
 HINT = "give another folder, or delete this one to start anew"
