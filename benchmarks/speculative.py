@@ -149,6 +149,8 @@ class Group:
                 differing[number, at, expected[at], found[at]] = [*sequences[number], *expected[:at]]
         gaps = []
         for (_, _, first, second), ids in differing.items() if greedy else ():
+            if base not in self.workers:  # out of time
+                break
             with dropped(base, self.workers, self.reasons):
                 answer = self.workers[base].ask("gap", ids, first, second)
                 gaps.append(round(answer["gap"] / abs(answer["logit"]), 6))

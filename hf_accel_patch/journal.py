@@ -138,6 +138,22 @@ class Journal:
             del module._parameters[name]
             self.discarded.append(label or name)
 
+    def put_back(
+        self, module: nn.Module, kind: Any, parameters: dict[str, nn.Parameter], buffers: list[str], names: list[str]
+    ) -> None:
+        """Give a module that was changed its class and its parameters back, with other values, and take `buffers` and
+        the attributes `names` off. Undo, of what was written before, passes over that: it finds what it would remove
+        gone already, and brings back originals where they were kept."""
+        for name in buffers:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+        for name in names:
+            vars(module).pop(name, None)
+        module.__class__ = kind
+        module._parameters.update(parameters)
+        if "_old_forward" in vars(module):
+            vars(module)["_old_forward"] = types.MethodType(kind.forward, module)
+
     def undo(self) -> None:
         """Take everything back, last write first. A second call does nothing."""
         while self._writes:

@@ -128,6 +128,23 @@ def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
     return cpu.library(block) if backend.compiled and x.dtype in cpu.DTYPES else None
 
 
+def dense_int4(
+    codes: Tensor, scales: Tensor, table: Tensor | None, backend: Backend, N: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight [N, K] that codes in 4 bits stand for."""
+    K, block = codes.shape[1], 2 * codes.shape[2]
+    kernels = cpu.library(block) if backend.compiled and cpu.readable(codes) else None
+    if kernels is None:
+        return unpack_int4(codes, scales, table, 0, len(codes)).transpose(1, 2).reshape(-1, K)[:N].to(dtype)
+    out = torch.empty(N, K, dtype=dtype)
+    step = max(1, UNPACK_ELEMENTS // (K * block))
+    for start in range(0, len(codes), step):
+        stop = min(start + step, len(codes))
+        rows = out[start * block : stop * block]
+        rows.copy_(cpu.unpack_int4(kernels, codes, scales, table, start, stop).T[: len(rows)])
+    return out
+
+
 def linear(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, backend: Backend) -> Tensor:
     """x [..., K] times the transpose of weights [N', K] in any scheme: [..., N'] in the dtype of x."""
     if x.is_cuda:

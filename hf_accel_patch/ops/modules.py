@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.linear import Backend, linear, linear_op
-from hf_accel_patch.ops.packing import INT8, rows_int4, unpack_int4
+from hf_accel_patch.ops.linear import Backend, dense_int4, linear, linear_op
+from hf_accel_patch.ops.packing import INT8, rows_int4
 from hf_accel_patch.ops.quantize import TABLES
 
 
@@ -74,8 +74,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: Spec, dtype: torch.dtype) ->
     N, K = spec.shape
     if spec.scheme in INT8:
         return (codes.view(N, K).float() * as_floats(scales)[:, None]).to(dtype)
-    dense = unpack_int4(codes, as_floats(scales), TABLES.get(spec.scheme), 0, len(codes))
-    return dense.transpose(1, 2).reshape(-1, K)[:N].to(dtype)
+    return dense_int4(codes, as_floats(scales), TABLES.get(spec.scheme), spec.backend, N, dtype)
 
 
 def rows(index: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
@@ -254,6 +253,7 @@ class QuantizedExperts(QuantizedModule):
 
     into: str
     out: str
+    is_transposed: bool
     has_gate: bool
     has_bias: bool
     act_fn: Any
@@ -309,6 +309,12 @@ def quantized_class(kind: Any, role: Literal["linear", "transposed", "embedding"
         return base
     bases = (kind, base) if role == "embedding" else (base, kind)
     return type(kind.__name__, bases, {"__module__": kind.__module__, "made": (kind, role)})
+
+
+def original_class(module: QuantizedModule) -> Any:
+    """The class that a module had before it was changed to this one."""
+    made = type(module).__dict__.get("made")
+    return made[0] if made else nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
 
 
 def _remake(kind: Any, role: Any) -> nn.Module:

@@ -16,6 +16,7 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.gptq import quantize_gptq
 from hf_accel_patch.ops.packing import block_on, lay_out
+from hf_accel_patch.passes.calibrate_experts import Routed, rounded_experts
 from hf_accel_patch.passes.targets import Target
 
 WINDOW = 2048  # tokens read at a time, or what the model was trained on if that is less
@@ -31,14 +32,44 @@ class Enough(Exception):
 
 @dataclass
 class Group:
-    """Layers that multiply the same input, and its second moments [K, K]."""
+    """Layers that multiply the same input, and its second moments [K, K]; or experts, and their inputs."""
 
     targets: list[Target] = field(default_factory=list)
     moments: Tensor | None = None
+    routed: Routed | None = None
 
     @property
     def features(self) -> int:
         return self.targets[0].weights[0].shape[1]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.targets[0].role == "experts"
+
+    def bytes(self, tokens: int) -> int:
+        """What is kept while so many tokens are read, at most."""
+        return 2 * tokens * self.features if self.of_experts else 4 * self.features**2
+
+    def note(self, args: tuple[Any, ...]) -> None:
+        """Take in what a layer is given."""
+        if self.of_experts:
+            self.routed = self.routed or Routed(MOMENTS_BYTES)
+            self.routed.add(args[0], args[1])
+            return
+        x = args[0].detach().reshape(-1, self.features).float()
+        if self.moments is None:
+            self.moments = x.new_zeros(self.features, self.features)
+        self.moments.addmm_(x.T, x)
+
+    def rounded(self) -> Iterator[tuple[Target, list[tuple[Tensor, Tensor]]]]:
+        """Its targets with codes and scales. What it has noted is let go."""
+        moments, routed = self.moments, self.routed
+        self.moments = self.routed = None
+        for target in self.targets:
+            if routed is not None and routed.tokens:
+                yield target, rounded_experts(target, routed)
+            elif moments is not None:
+                yield target, [_rounded(target, moments)]
 
 
 def token_ids(texts: Sequence[Any], model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
@@ -78,20 +109,18 @@ def calibrated(
     model: PreTrainedModel, targets: list[Target], windows: list[Tensor], plain: Callable[[Target], Any]
 ) -> Iterator[tuple[Target, list[tuple[Tensor, Tensor]]]]:
     """Targets with their codes and scales, in the order in which the model uses them. Each is to be installed before
-    the next is asked for. What cannot be calibrated (experts, layers that the texts do not reach) is packed
-    by `plain`, last."""
+    the next is asked for. Layers that the texts do not reach are packed by `plain`, last."""
     device = model.get_input_embeddings().weight.device
     windows = [window.to(device) for window in windows]
-    groups = _in_order(model, [target for target in targets if calibrates(target)], windows)
+    groups = _in_order(model, targets, windows)
     done: set[int] = set()
-    for part in _parts(groups):
+    for part in _parts(groups, sum(window.numel() for window in windows)):
         _observe(model, part, windows)
         for group in part:
-            moments, group.moments = group.moments, None
-            for target in group.targets:
+            for target, packed in group.rounded():
                 done.add(id(target))
-                yield target, [_rounded(target, moments)] if moments is not None else plain(target)
-    missed = [target.modules[0][0] for target in targets if id(target) not in done and calibrates(target)]
+                yield target, packed
+    missed = [target.modules[0][0] for target in targets if id(target) not in done]
     if missed:
         logger.warning(
             f"the texts reach {len(missed)} layers not once ({missed[0]}, ...): these are rounded without them"
@@ -101,14 +130,10 @@ def calibrated(
             yield target, plain(target)
 
 
-def calibrates(target: Target) -> bool:
-    """Moments of every expert would be larger than the experts. A table that is tied to the head is rounded for the
-    head's inputs: what lookups lose by that is less than what the logits gain."""
-    return target.role != "experts"
-
-
 @torch.no_grad()
 def _rounded(target: Target, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """A table that is tied to the head is rounded for the head's inputs: what lookups lose by that is less than what
+    the logits gain."""
     parameter, weight = target.parameters()[0].detach(), target.weights[0]
     dense = parameter.T if weight.transposed else parameter
     return lay_out(*quantize_gptq(dense, moments, target.group_size), block_on(dense.device))
@@ -130,7 +155,7 @@ def _in_order(model: PreTrainedModel, targets: list[Target], windows: list[Tenso
             if id(target) in seen:
                 return
             seen.add(id(target))
-            if args[0] is not last[0]:
+            if args[0] is not last[0] or groups[-1].of_experts or target.role == "experts":
                 groups.append(Group())
             last[0] = args[0]
             groups[-1].targets.append(target)
@@ -141,11 +166,12 @@ def _in_order(model: PreTrainedModel, targets: list[Target], windows: list[Tenso
     return groups
 
 
-def _parts(groups: list[Group]) -> Iterator[list[Group]]:
-    """Consecutive groups whose moments fit. Layers of a later part see what the quantized ones before it give."""
+def _parts(groups: list[Group], tokens: int) -> Iterator[list[Group]]:
+    """Consecutive groups whose moments and inputs fit. Layers of a later part see what the quantized ones before it
+    give."""
     part: list[Group] = []
     for group in groups:
-        if part and sum(4 * each.features**2 for each in (*part, group)) > MOMENTS_BYTES:
+        if part and sum(each.bytes(tokens) for each in (*part, group)) > MOMENTS_BYTES:
             yield part
             part = []
         part.append(group)
@@ -154,14 +180,11 @@ def _parts(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def _observe(model: PreTrainedModel, groups: list[Group], windows: list[Tensor]) -> None:
-    """Sum x x^T over all inputs of each group."""
+    """Let each group note its inputs."""
 
     def watch(group: Group, stop: bool) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().reshape(-1, group.features).float()
-            if group.moments is None:
-                group.moments = x.new_zeros(group.features, group.features)
-            group.moments.addmm_(x.T, x)
+            group.note(args)
             if stop:
                 raise Enough
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
-from hf_accel_patch.families import View
+from hf_accel_patch.families import View, weight_bytes
 from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
@@ -21,7 +21,7 @@ from hf_accel_patch.ops.linear import Backend, backend_for
 from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
 from hf_accel_patch.ops.packing import block_on, int4_block, pack
 from hf_accel_patch.ops.quantize import row_blocks
-from hf_accel_patch.passes.calibrate import calibrated, calibrates, token_ids
+from hf_accel_patch.passes.calibrate import calibrated, token_ids
 from hf_accel_patch.passes.saving import make_savable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target, choose
 from hf_accel_patch.plan import Skip, Step
@@ -118,8 +118,7 @@ class Quantize:
         facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
         facts |= {"weights": sum(len(target.weights) for target in targets)}
         if self.calibrate is not None:
-            plain = not all(calibrates(target) for target in targets)
-            facts["calibrated"] = "GPTQ, but for experts" if plain else "GPTQ"
+            facts["calibrated"] = "GPTQ"
         facts |= {"originals": self.originals or "discard"}
         facts["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
         return facts
@@ -142,6 +141,12 @@ class Quantize:
             for target, packed in packs:
                 self.install(target, packed, journal)
                 bar.update(target.size)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What became of it."""
+        if any(isinstance(module, QuantizedModule) for module in model.modules()):
+            return {}
+        return {"bytes_after": weight_bytes(model), "now": "dequantized"}
 
     def packed(self, target: Target) -> list[tuple[Tensor, Tensor]]:
         """Codes and scales of each of its weights."""

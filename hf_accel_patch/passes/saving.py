@@ -14,6 +14,7 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.packing import INT8
+from hf_accel_patch.passes.dequantizing import Dequantizing
 from hf_accel_patch.passes.grouped import is_grouped, shared_of
 
 METHOD = __name__.partition(".")[0]  # the value of `quant_method`, under which transformers finds our quantizer
@@ -97,6 +98,8 @@ def make_savable(model: PreTrainedModel, journal: Journal) -> None:
     for name, kind in (("save_pretrained", Saving), ("resize_token_embeddings", Resizing)):
         if not isinstance(vars(model).get(name), kind):
             journal.set_attribute(model, name, kind(model))
+    if not isinstance(vars(model).get("dequantize"), Dequantizing):
+        journal.set_attribute(model, "dequantize", Dequantizing(model, journal))
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""`model.dequantize()` gives a model of ordinary classes that computes what the quantized one does."""
+
+import pytest
+import torch
+import transformers
+from cases import entry, logits, prompt, tiny
+from fingerprint import fingerprint
+from torch import nn
+
+from hf_accel_patch import HfAccelConfig, NotReversible, Quantize, load, patch, report, unpatch
+from hf_accel_patch.ops.modules import QuantizedModule
+
+FAMILIES = ("llama", "gpt2", "gemma2", "mixtral", "falcon_mqa", "gpt_oss")
+BARE = {"attention": False, "linear": False, "cache": False}
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4", "nf4"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_the_same_in_ordinary_classes(family, scheme, tmp_path):
+    model, stock = tiny(family), tiny(family)
+    patch(model, quantize=scheme, **BARE)
+    expected = logits(model, prompt())
+    assert model.dequantize() is model
+    assert not any(isinstance(module, QuantizedModule) for module in model.modules())
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    theirs = {name: (value.shape, value.dtype) for name, value in stock.state_dict().items()}
+    assert {name: (value.shape, value.dtype) for name, value in model.state_dict().items()} == theirs
+    shared = lambda each: len({id(parameter) for parameter in each.parameters()})  # noqa: E731
+    assert shared(model) == shared(stock)
+    found = logits(model, prompt())
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (found - logits(stock, prompt())).norm() > 0.001 * found.norm()
+    again = reloaded(model, tmp_path / "dense")
+    assert torch.equal(logits(again, prompt()), found)
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_the_weights_are_those_of_the_codes():
+    model = patch(tiny("llama"), quantize="int4", **BARE)
+    name, module = next((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule))
+    expected = module.dequantize(torch.float32)
+    model.dequantize()
+    module = model.get_submodule(name)
+    assert type(module) is nn.Linear and torch.equal(module.weight, expected) and module.weight.requires_grad
+
+
+def test_another_dtype():
+    model = patch(tiny("llama"), quantize="int8", **BARE)
+    model.dequantize(torch.bfloat16)
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
+def test_the_report_says_so():
+    model = patch(tiny("llama"), quantize="int4")
+    held = entry(report(model).to_dict(), "quantize")
+    model.dequantize()
+    row = entry(report(model).to_dict(), "quantize")
+    assert "now" not in held and row["now"] == "dequantized"
+    assert row["bytes_after"] == row["bytes_before"] > held["bytes_after"]
+
+
+def test_undo_brings_back_originals_that_were_kept():
+    model = tiny("gemma2")
+    before = fingerprint(model)
+    patch(model, quantize=Quantize("int4", originals="keep"))
+    model.dequantize()
+    assert fingerprint(model) != before
+    assert fingerprint(unpatch(model)) == before
+
+
+def test_undo_of_discarded_originals_reads_them_again(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = fingerprint(model)
+    patch(model, quantize="int4")
+    model.dequantize()
+    with pytest.raises(NotReversible):
+        unpatch(model)
+    assert fingerprint(unpatch(model, reload=True)) == before
+
+
+@pytest.mark.parametrize("how", ("load", "from_pretrained", "checkpoint"))
+def test_models_that_came_quantized(how, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    if how == "load":
+        model = load(tmp_path / "float", quantize="int4", **BARE)
+    else:
+        read = transformers.AutoModelForCausalLM.from_pretrained
+        model = read(tmp_path / "float", quantization_config=HfAccelConfig("int4"))
+        if how == "checkpoint":
+            model = reloaded(model, tmp_path / "codes")
+    expected = logits(model, prompt())
+    model.dequantize()
+    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
+    assert (logits(model, prompt()) - expected).norm() < 0.02 * expected.norm()
+    again = reloaded(model, tmp_path / "dense")
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+
+
+def test_a_float_model_is_refused():
+    model = patch(tiny("llama"), quantize="int4")
+    model.dequantize()
+    with pytest.raises(ValueError, match="holds no quantized weights"):
+        model.dequantize()
+
+
+def test_it_trains():
+    model = patch(tiny("llama"), quantize="int4", **BARE).dequantize()
+    model(input_ids=prompt(), labels=prompt()).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
