@@ -61,12 +61,12 @@ class Shown:
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
+        from rich.text import Text  # of which no bracket is taken for markup
 
         shown = Table(
-            title=self.title,
+            title=Text(self.title, style="bold"),
             title_justify="left",
-            title_style="bold",
-            caption="\n".join(self.notes) or None,
+            caption=Text("\n".join(self.notes)) if self.notes else None,
             caption_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -74,7 +74,7 @@ class Shown:
         for name in COLUMNS:
             shown.add_column(name, no_wrap=bool(name))
         for row in self.shown_rows():
-            shown.add_row(*map(_unmarked, cells(row)), style="dim" if "reason" in row else None)
+            shown.add_row(*map(Text, cells(row)), style="dim" if "reason" in row else None)
         return shown
 
     def _repr_html_(self) -> str:
@@ -110,11 +110,6 @@ def in_words(size_bytes: int) -> str:
 def _aligned(rows: Sequence[Cells]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)] + [0]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _unmarked(cell: str) -> str:
-    """Without rich taking brackets for markup."""
-    return cell.replace("[", r"\[")
 
 
 def _fact(key: str, value: Any) -> str:

@@ -91,7 +91,7 @@ def test_experts_are_rounded_for_the_tokens_that_reach_them(family):
         routed = x[(chosen == expert).any(-1)]
         assert len(routed) > 8
         dense = into[expert].T if module.is_transposed else into[expert]
-        codes, *_ = quantize_gptq(dense, routed.T @ routed + shared, 32)
+        codes, *_ = quantize_gptq(dense, routed.T @ routed + shared, dense.shape[1] // len(held[1][expert]))
         ours = unpack_codes(held[0][expert])[: len(dense)]
         assert (ours == codes).double().mean() > 0.999
     assert entry(report(model).to_dict(), "quantize")["calibrated"] == "GPTQ"
@@ -108,7 +108,7 @@ def test_an_expert_that_no_token_reaches_is_fitted():
 
 def upcycled(experts):
     """The bundled model with its MLPs copied to experts: it computes what it did, whatever the router chooses."""
-    dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     kept += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
     shape = {key: getattr(dense.config, key) for key in (*kept, "tie_word_embeddings")}
@@ -140,7 +140,7 @@ def test_experts_lose_less_on_a_trained_model():
     torch.testing.assert_close(stock, predictions(dense, ids), rtol=0, atol=1e-3)
     texts = [text[start : start + 1500] for start in range(0, half, half // 16)]
     only_experts = ("lm_head", "[qkvo]_proj")
-    for label, options in {"fitted": {}, "calibrated": {"calibrate": texts}}.items():
+    for label, options in {"fitted": {}, "calibrated": {"calibrate": texts, "tokenizer": tokenizer}}.items():
         with patched(model, quantize=Quantize("int4", skip=only_experts, **options), **OFF):
             losses[label] = (stock.exp() * (stock - predictions(model, ids))).sum(-1).mean().item()
     assert 0 < losses["calibrated"] < 0.7 * losses["fitted"]
