@@ -70,7 +70,10 @@ def unpatch(model: T, *, reload: bool = False) -> T:
     state.journal.undo()
     for name, parameter in restored.items():
         path, _, leaf = name.rpartition(".")
-        found.get_submodule(path)._parameters[leaf] = parameter
+        held = found.get_submodule(path)._parameters
+        others = {key: value for key, value in held.items() if key != leaf}
+        held.clear()  # a weight comes before its bias
+        held.update({leaf: parameter} | others)
     del vars(found)[STATE]
     return model
 

@@ -59,6 +59,11 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         raise ValueError("load() reads no float weights that it could keep; leave out originals='keep'")
     if quantize is not None and quantize.calibrate is not None:
         raise ValueError("calibration runs the float model; load it with from_pretrained and then patch it")
+    if quantize is not None and quantize.foreign:
+        raise ValueError(
+            "load() quantizes onto our kernels; for the modules of bitsandbytes, from_pretrained with "
+            "quantization_config=BitsAndBytesConfig(...), or patch a loaded model"
+        )
     if options.pop("output_loading_info", False):
         raise ValueError("load() returns the model alone; leave out output_loading_info")
     hub = {key: options[key] for key in HUB if key in options}

@@ -111,6 +111,10 @@ class Journal:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._note("hook", module, str(handle.id), None)
 
+    def swap_module(self, parent: nn.Module, name: str, new: nn.Module) -> None:
+        """Put another module in the place of a child."""
+        self._replace(parent, "_modules", parent._modules | {name: new})
+
     def set_parameter(
         self, module: nn.Module, name: str, value: nn.Parameter, *, keep: bool = True, label: str = ""
     ) -> None:
@@ -150,7 +154,9 @@ class Journal:
         for name in names:
             vars(module).pop(name, None)
         module.__class__ = kind
-        module._parameters.update(parameters)
+        others = {name: value for name, value in module._parameters.items() if name not in parameters}
+        module._parameters.clear()
+        module._parameters.update(parameters | others)
         if "_old_forward" in vars(module):
             vars(module)["_old_forward"] = types.MethodType(kind.forward, module)
 
@@ -173,8 +179,8 @@ class Journal:
                 vars(write.target)[write.name] = write.before
 
     def _replace(self, module: nn.Module, store: str, items: dict[str, Any]) -> None:
-        """Change the content of a module's `_parameters` or `_buffers`. The whole mapping is noted, because the order
-        of its entries is part of what a state dict and an optimizer see."""
+        """Change the content of a module's `_parameters`, `_buffers` or `_modules`. The whole mapping is noted, because
+        the order of its entries is part of what a state dict and an optimizer see."""
         mapping = vars(module)[store]
         self._note("items", module, store, dict(mapping))
         mapping.clear()

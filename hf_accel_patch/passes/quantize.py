@@ -21,6 +21,7 @@ from hf_accel_patch.ops.linear import Backend, backend_for
 from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
 from hf_accel_patch.ops.packing import block_on, int4_block, pack
 from hf_accel_patch.ops.quantize import row_blocks
+from hf_accel_patch.passes import foreign_modules
 from hf_accel_patch.passes.calibrate import calibrated, token_ids
 from hf_accel_patch.passes.saving import make_savable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target, choose
@@ -28,6 +29,7 @@ from hf_accel_patch.plan import Skip, Step
 
 Scheme = Literal["int8", "int4", "nf4", "llm.int8"]
 SCHEMES = get_args(Scheme)
+BACKENDS = ("auto", "compiled", "torch", foreign_modules.NAME)
 PROGRESS_WEIGHTS = 100_000_000  # smaller models are done before a bar is seen
 
 
@@ -45,7 +47,8 @@ class Quantize:
 
     Backends on the CPU: `compiled` is a kernel in C that this machine's compiler makes at first use (x86 with AVX2 or
     AVX512); `torch` is what PyTorch ships, which rounds activations to bfloat16; `auto` takes the first where it can be
-    made. Both work on the same bytes. CUDA has Triton kernels, for the same bytes again.
+    made. Both work on the same bytes. CUDA has Triton kernels, for the same bytes again. `bitsandbytes`, by name only:
+    its own modules in the place of `nn.Linear`, for nf4 and llm.int8, as `BitsAndBytesConfig` would have loaded them.
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
@@ -56,7 +59,7 @@ class Quantize:
     scheme: Scheme
     group_size: int | None = None  # input features per scale in 4 bits: 32, 64, 128; None: 64, or 32 if 64 does not fit
     skip: tuple[str, ...] = ()  # names of modules, or shell patterns over them, that stay as they are
-    backend: Literal["auto", "compiled", "torch"] = "auto"
+    backend: Literal["auto", "compiled", "torch", "bitsandbytes"] = "auto"
     calibrate: Sequence[Any] | None = field(default=None, repr=False)  # texts, or tensors of token ids [T] or [B, T]
     originals: Literal["keep", "discard"] | None = None  # None: discard, but keep in `with patched(...)`
     tokenizer: Any = field(default=None, repr=False)  # for `calibrate`; None: that at model.name_or_path
@@ -68,8 +71,13 @@ class Quantize:
             raise ValueError(f"quantize: unknown scheme {self.scheme!r}; the schemes are {', '.join(SCHEMES)}")
         if self.group_size not in (None, *GROUP_SIZES):
             raise ValueError(f"quantize: group_size={self.group_size!r}; allowed: 32, 64, 128")
-        if self.backend not in ("auto", "compiled", "torch"):
-            raise ValueError(f"quantize: unknown backend {self.backend!r}; allowed: 'auto', 'compiled', 'torch'")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"quantize: unknown backend {self.backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
+        if self.foreign and (self.scheme not in foreign_modules.SCHEMES or self.group_size not in (None, 64)):
+            raise ValueError(
+                f"quantize: {self.scheme!r} with group_size={self.group_size} and backend='bitsandbytes', which has "
+                "nf4 in groups of 64, and llm.int8"
+            )
         if self.originals not in (None, "keep", "discard"):
             raise ValueError(f"quantize: originals={self.originals!r}; allowed: 'keep', 'discard'")
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
@@ -80,7 +88,14 @@ class Quantize:
                 raise ValueError(f"quantize: calibrate= applies to int4; {self.scheme} rounds to nearest")
             object.__setattr__(self, "calibrate", comparable(self.calibrate))
 
+    @property
+    def foreign(self) -> bool:
+        """Whether modules of another package take the place of the model's."""
+        return self.backend == foreign_modules.NAME
+
     def inspect(self, view: View) -> Step | Skip:
+        if self.foreign:
+            foreign_modules.check_installed()
         targets, skipped = self.choose(view)
         if not targets:
             if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):
@@ -105,7 +120,7 @@ class Quantize:
     def check(self, target: Target) -> None:
         """Raise UnsupportedModel for weights that no scale fits, or for which there are no kernels."""
         for weight, parameter in zip(target.weights, target.parameters(), strict=True):
-            refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach())
+            refuse_unsuitable(f"{target.modules[0][0]}.{weight.name}", parameter.detach(), ours=not self.foreign)
 
     def facts(self, targets: list[Target], skipped: list[tuple[str, str]]) -> dict[str, Any]:
         """What a report says beside sizes."""
@@ -115,7 +130,10 @@ class Quantize:
         on_cuda = any(tensor.is_cuda for tensor in held if tensor is not None)
         facts: dict[str, Any] = {"exact": False, "scheme": self.scheme}
         facts |= {"group_size": sizes[0] if len(sizes) == 1 else sizes or "per channel"}
-        facts |= {"backend": "Triton kernels" if on_cuda else str(self.backend_of())}
+        if self.foreign:
+            facts["backend"] = foreign_modules.described()
+        else:
+            facts["backend"] = "Triton kernels" if on_cuda else str(self.backend_of())
         facts |= {"weights": sum(len(target.weights) for target in targets)}
         if self.calibrate is not None:
             facts["calibrated"] = "GPTQ"
@@ -128,10 +146,17 @@ class Quantize:
         model: PreTrainedModel = step.work[0]
         targets: list[Target] = step.work[1]
         total = sum(target.size for target in targets)
-        make_savable(model, journal)
+        if not self.foreign:
+            make_savable(model, journal)
         with logging.tqdm(
             total=total, desc=f"quantize to {self.scheme}", unit="w", unit_scale=True, disable=total < PROGRESS_WEIGHTS
         ) as bar:
+            if self.foreign:
+                for target in targets:
+                    foreign_modules.install(model, target, self.scheme, self.originals == "keep", journal)
+                    bar.update(target.size)
+                foreign_modules.describe(model, self.scheme, journal)
+                return
             if self.calibrate is not None:
                 packs: Iterable[tuple[Target, list[tuple[Tensor, Tensor]]]] = calibrated(
                     model, targets, step.work[2], self.packed
@@ -144,6 +169,8 @@ class Quantize:
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """What became of it."""
+        if self.foreign:
+            return {"bytes_after": weight_bytes(model) + foreign_modules.held_bytes(model)}
         if any(isinstance(module, QuantizedModule) for module in model.modules()):
             return {}
         return {"bytes_after": weight_bytes(model), "now": "dequantized"}
@@ -195,7 +222,8 @@ class Quantize:
 
     def choose(self, view: View) -> tuple[list[Target], list[tuple[str, str]]]:
         """The weights to quantize, and the names of the modules left alone with the reason."""
-        return choose(view, self.scheme, self.group_size, self.skip, int4_block() or 64)
+        found = choose(view, self.scheme, self.group_size, self.skip, int4_block() or 64)
+        return foreign_modules.suitable(*found, self.scheme) if self.foreign else found
 
     def backend_of(self) -> Backend:
         if self.backend == "compiled" and (reason := cpu.why_not(int4_block())):
@@ -234,13 +262,14 @@ def _trainable(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def refuse_unsuitable(name: str, weight: Tensor) -> None:
-    """Raise UnsupportedModel for a weight on a device without kernels, and for one that holds NaN or infinity."""
+def refuse_unsuitable(name: str, weight: Tensor, *, ours: bool = True) -> None:
+    """Raise UnsupportedModel for a weight on a device without kernels, and for one that holds NaN or infinity. `ours`:
+    whether the kernels are those of this package."""
     if weight.is_meta:
         return  # a plan from a configuration alone
-    if weight.is_cuda and (reason := _no_triton()):
+    if ours and weight.is_cuda and (reason := _no_triton()):
         raise UnsupportedModel(f"{name} is on {weight.device}: {reason}", "pip install triton")
-    if weight.device.type not in ("cpu", "cuda"):
+    if ours and weight.device.type not in ("cpu", "cuda"):
         raise UnsupportedModel(f"{name} is on {weight.device}; there are kernels for cpu and cuda only")
     flat = weight.reshape(-1, weight.shape[-1])
     if not all(torch.isfinite(flat[rows].float().sum()) for rows in row_blocks(flat, 1)):
