@@ -20,9 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hf_accel_patch.api import adopt
-from hf_accel_patch.errors import HfAccelError, UnsupportedModel
+from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import weight_bytes
-from hf_accel_patch.families.weights import linear_weights
+from hf_accel_patch.foreign_layers import joined, weights_of
 from hf_accel_patch.loading import HfAccelConfig
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops import foreign
@@ -188,41 +188,55 @@ def _converted(
     state: dict[str, Tensor] = {}
     taken: set[str] = set()
     weights: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
     ordered: list[str] = []
     schemes: set[str] = set()
     block = int4_block() or 64
-    for layer in logging.tqdm(layers, desc=f"read {method}", disable=len(layers) < 100):
-        N, K = _shape(skeleton, layer)
-        names = [f"{layer}.{part}" for part in (*PARTS[method], "SCB", "weight_format") if f"{layer}.{part}" in where]
-        names += [name for name in where if name.startswith(f"{layer}.weight.quant_state.")]
-        parts = {name.removeprefix(f"{layer}."): where[name].get_tensor(name) for name in names}
-        try:
-            scheme, codes, scales, order = _packed(read(parts, (N, K)), (N, K), block)
-        except ValueError as error:
-            raise HfAccelError(f"{layer}: {error}") from error
-        taken.update(names)
-        schemes.add(scheme)
-        state |= {f"{layer}.weight": codes, f"{layer}.weight_scales": scales}
+    made = weights_of(skeleton, layers)
+    for each in logging.tqdm(made, desc=f"read {method}", disable=len(layers) < 100):
+        pairs = []
+        for parts in each.layers:
+            name = " and ".join(parts)
+            try:
+                tensors = [_tensors(layer, where, method, taken) for layer in parts]
+                layer = joined([read(each_part, each.part_shape) for each_part in tensors])
+                scheme, codes, scales, order = _packed(layer, each.weight.shape, block)
+                if order is not None and each.of_experts:
+                    raise ValueError("act-order is not supported for experts")
+            except ValueError as error:
+                raise HfAccelError(f"{name}: {error}") from error
+            schemes.add(scheme)
+            pairs.append((codes, scales))
+        size = 0 if scheme in INT8 else each.weight.shape[1] // len(pairs[0][1])
+        if sizes.setdefault(each.module, size) != size:
+            raise HfAccelError(f"{each.module}: its weights have groups of {sizes[each.module]} and of {size}")
+        key = f"{each.module}.{each.weight.name}"
+        state |= dict(
+            zip((key, f"{key}_scales"), _stacked(pairs, scheme) if each.of_experts else pairs[0], strict=True)
+        )
         if order is not None:
-            state[f"{layer}.weight_order"] = order
-            ordered.append(layer)
-        size = 0 if scheme in INT8 else K // len(scales)
-        weights.setdefault(str(size), []).append(layer)
+            state[f"{key}_order"] = order
+            ordered.append(each.module)
+    for module, size in sizes.items():
+        weights.setdefault(str(size), []).append(module)
     if len(schemes) > 1:
         raise HfAccelError(f"the checkpoint mixes {', '.join(sorted(schemes))}, which one model cannot hold")
     state |= {name: file.get_tensor(name) for name, file in where.items() if name not in taken}
     return state, HfAccelConfig(schemes.pop(), block=block, weights=weights, ordered=ordered)
 
 
-def _shape(skeleton: PreTrainedModel, layer: str) -> tuple[int, int]:
-    try:
-        found = linear_weights(skeleton.get_submodule(layer))
-    except AttributeError:
-        hint = "experts are read only from checkpoints of this package" if "expert" in layer else ""
-        raise UnsupportedModel(f"the checkpoint has a quantized layer {layer}, which this model lacks", hint) from None
-    if isinstance(found, str) or found[0] != "linear":
-        raise UnsupportedModel(f"the checkpoint has quantized {layer}, which is no nn.Linear here")
-    return found[1][0].shape
+def _tensors(layer: str, where: Mapping[str, Any], method: str, taken: set[str]) -> dict[str, Tensor]:
+    """The tensors of one layer, by their names after its own."""
+    names = [f"{layer}.{part}" for part in (*PARTS[method], "SCB", "weight_format") if f"{layer}.{part}" in where]
+    names += [name for name in where if name.startswith(f"{layer}.weight.quant_state.")]
+    taken.update(names)
+    return {name.removeprefix(f"{layer}."): where[name].get_tensor(name) for name in names}
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor]], scheme: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all experts, as a module holds them."""
+    codes, scales = (torch.stack(each) for each in zip(*pairs, strict=True))
+    return (codes.transpose(0, 1) if scheme in INT8 else codes), scales
 
 
 def _reader(method: str, found: dict[str, Any]) -> Callable[[dict[str, Tensor], tuple[int, int]], Any]:

@@ -133,6 +133,90 @@ def test_checkpoints_of_other_quantizers(name, shards, tmp_path, monkeypatch):
     assert ours.name_or_path == str(tmp_path)
 
 
+EXPERTS = {  # how checkpoints name what a model holds in one parameter
+    "mixtral": (transformers.MixtralConfig, ".block_sparse_moe.", ("w1", "w3"), "w2", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig, ".mlp.", ("gate_proj", "up_proj"), "down_proj",
+        {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def write_experts(folder, family, name, left_out=()):
+    """As `write`, of a model with experts."""
+    kind, place, into, out, options = EXPERTS[family]
+    config = kind(
+        vocab_size=256, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_experts_per_tok=2, **options,
+    )  # fmt: skip
+    stock = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    (make, how), tensors, generator = FORMATS[name], {}, torch.Generator().manual_seed(0)
+    for key, parameter in stock.named_parameters():
+        prefix = key.replace(".mlp.", place).rpartition(".")[0]
+        if parameter.ndim == 3:
+            names = into if key.endswith("gate_up_proj") else (out,)
+            for expert, weight in enumerate(parameter):
+                for part, rows in zip(names, weight.chunk(len(names)), strict=True):
+                    dense, parts = make(rows, generator)
+                    rows.copy_(dense)
+                    layer = f"{prefix}.{expert}.{part}"
+                    if (expert, part) in left_out:
+                        parts = {"weight": dense.half().contiguous()}
+                    tensors |= {f"{layer}.{each}": tensor for each, tensor in parts.items()}
+        elif key.endswith("_proj.weight"):
+            dense, parts = make(parameter, generator)
+            parameter.copy_(dense)
+            tensors |= {f"{prefix}.{part}": tensor for part, tensor in parts.items()}
+        else:
+            tensors[key.replace(".mlp.", place)] = parameter.copy_(parameter.half()).half()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = stock.config.to_dict() | {"architectures": [type(stock).__name__], "dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    return stock
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "gptq act-order"])
+def test_experts_of_checkpoints_of_other_quantizers(name, family, tmp_path):
+    """They lie there one by one, under names of their own."""
+    stock = write_experts(tmp_path, family, name)
+    ours = load(tmp_path, dtype=torch.float32)
+    assert "Quantized" in str(type(ours.model.layers[0].mlp.experts).__mro__)
+    expected, found = logits(stock, prompt()), logits(ours, prompt())
+    near = (found - expected).abs().amax(-1)[0] < 4 * BFLOAT16 * expected.std()
+    assert near.double().mean() > 0.8  # but for tokens that the router sends elsewhere
+    row = next(row for row in report(ours).to_dict()["passes"] if row["pass"] == "quantize")
+    assert row["weights"] == 10
+    for layer, theirs in zip(ours.model.layers, stock.model.layers, strict=True):
+        for key in ("gate_up_proj", "down_proj"):
+            for expert in range(4):
+                dense = layer.mlp.experts.dequantize_expert(key, expert, torch.float32)
+                wanted = getattr(theirs.mlp.experts, key)[expert]
+                assert (dense - wanted).abs().max() < 0.01 * wanted.abs().max()
+
+
+def test_experts_can_be_saved_as_ours(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    write_experts(tmp_path / "theirs", "qwen3_moe", "gptq")
+    model = load(tmp_path / "theirs", attention=False, linear=False)
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+
+
+def test_experts_of_which_some_are_float_are_refused(tmp_path):
+    write_experts(tmp_path, "mixtral", "gptq", left_out={(2, "w2")})
+    with pytest.raises(UnsupportedModel, match=r"of its 4 experts 1 are not quantized .* \(the first is 2\)"):
+        load(tmp_path)
+
+
+def test_experts_with_sorted_columns_are_refused(tmp_path):
+    write_experts(tmp_path, "mixtral", "gptq act-order")
+    with pytest.raises(HfAccelError, match="act-order is not supported for experts"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ("gptq act-order", "nf4", "fp4", "8 bits"))
 def test_they_can_be_saved_as_ours(name, tmp_path):
     (tmp_path / "theirs").mkdir()
@@ -168,7 +252,7 @@ DAMAGE = {
     "an expert": (
         lambda t: t.update({"model.layers.0.mlp.experts.0.w1.qweight": t[f"{UP}.qweight"].clone()}),
         UnsupportedModel,
-        "experts are read only from checkpoints of this package",
+        "which this model lacks",
     ),
 }
 

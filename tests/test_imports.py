@@ -25,6 +25,7 @@ ROOMS = (
     "api",
     "reading",
     "loading",
+    "foreign_layers",
     "checkpoints",
     "uptraining",
 )
