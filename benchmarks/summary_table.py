@@ -24,7 +24,7 @@ FEWER = 4  # times as few key/value heads
 
 def summary_markdown(rows: list[Row]) -> str:
     """One row per pass and case, against transformers in the same run; empty where nothing was measured."""
-    measured = [row for row in rows if "reason" not in row and row.get("device") == "cpu"]
+    measured = [row for row in rows if "reason" not in row and row.get("device", "cpu") == "cpu"]
     parts: dict[str, list[Row]] = {}
     for row in sorted(measured, key=lambda row: str(row["run"])):
         parts.setdefault(str(row.get("part", "decode")), []).append(row)
@@ -33,6 +33,7 @@ def summary_markdown(rows: list[Row]) -> str:
         *_prompts(parts.get("attention-prefill", [])),
         *_steps(parts.get("cache-decode", []), parts.get("cache-perplexity", [])),
         *_drafts(parts.get("speculative-generate", [])),
+        *_positions(parts.get("long-context-perplexity", [])),
         *_heads(parts.get("gqa-decode", []), parts.get("gqa-quality", [])),
     ]
     return "\n".join([line(*COLUMNS), line("---", "---", "---:", "---:", "---:"), *lines]) if lines else ""
@@ -96,6 +97,22 @@ def _drafts(rows: list[Row]) -> list[str]:
         if row := found.get(task):
             speed = speculative_table.times_of(speculative_table.base_of(row, alone), row)
             lines.append(line('`speculative="ngram"`', f"{text} by {row['shape']}", *_cells(speed, None, None)))
+    return lines
+
+
+def _positions(rows: list[Row]) -> list[str]:
+    """Perplexity of the longest text, over that of the model unscaled."""
+    found, lines = {(row["system"], row["context"]): row["perplexity"] for row in rows}, []
+    context = max((context for _, context in found), default=0)
+    for method in ("yarn", "self-extend"):
+        if (method, context) in found and ("unscaled", context) in found:
+            row = rows[0]
+            name, where = (
+                f'`rope="{method}:{row["factor"]:g}"`',
+                f"text of {context} tokens, trained on {row['trained']}",
+            )
+            worse = found[method, context] / found["unscaled", context]
+            lines.append(line(name, where, *_cells(None, None, worse)))
     return lines
 
 

@@ -209,6 +209,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.gqa_table import heads_markdown
+    from benchmarks.positions_table import exactness_markdown, positions_markdown
     from benchmarks.speculative_table import speculative_markdown
     from benchmarks.summary_table import summary_markdown
 
@@ -221,6 +222,10 @@ def tables(rows: list[Row]) -> dict[str, str]:
             [row for row in rows if str(row.get("part")).startswith("speculative-")]
         ),
         "gqa-table": heads_markdown([row for row in rows if str(row.get("part")).startswith("gqa-")]),
+        "positions-table": positions_markdown(
+            [row for row in rows if str(row.get("part")).startswith("long-context-")]
+        ),
+        "exactness-table": exactness_markdown([row for row in rows if row.get("part") == "exactness"]),
         "summary-table": summary_markdown(rows),
     }
 
