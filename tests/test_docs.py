@@ -106,6 +106,21 @@ def test_every_option_is_listed_with_its_default(page):
     assert [(name, default.replace('"', "'")) for name, default in listed] == expected
 
 
+def test_every_public_name_is_explained():
+    text = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    assert [name for name in hf_accel_patch.__all__ if not re.search(rf"`{name}\b", text)] == []
+
+
+def test_the_declared_versions_are_those_of_the_package():
+    page, package = (DOCS / "compatibility.md").read_text(), (ROOT / "pyproject.toml").read_text()
+    declared, python = (re.search(f'{name}[^"]*', package)[0] for name in ("transformers>=", r"(?<=python = \">=)"))
+    assert f"`{declared}`" in page and f"| Python | {python} and later |" in page
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    for name in ("torch", "accelerate", "safetensors"):
+        least, tested = re.search(rf'"{name}>=([^"]*)"', package)[1], ".".join(pinned[name].split(".")[:2])
+        assert f"| {name} | {least} and later | {tested} |" in page
+
+
 def test_every_quoted_error_is_one_of_the_package():
     texts = [text for file in source_files() for text in texts_of(file.read_text())]
     page = (DOCS / "troubleshooting.md").read_text()
