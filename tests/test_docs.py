@@ -106,6 +106,17 @@ def test_every_option_is_listed_with_its_default(page):
     assert [(name, default.replace('"', "'")) for name, default in listed] == expected
 
 
+def test_commands_of_benchmarks_are_there():
+    found = 0
+    for page in [*PAGES, ROOT / "benchmarks" / "README.md"]:
+        for name, options in re.findall(r"python -m benchmarks\.(\w+)([^`#\n]*)", page.read_text()):
+            source = (ROOT / "benchmarks" / f"{name}.py").read_text() + (ROOT / "benchmarks" / "decode.py").read_text()
+            for option in re.findall(r"--[\w-]+", options):
+                assert f'"{option}"' in source, f"{page.name}: {name} {option}"
+                found += 1
+    assert found > 10
+
+
 def test_every_public_name_is_explained():
     text = "".join(page.read_text() for page in DOCS.glob("*.md"))
     assert [name for name in hf_accel_patch.__all__ if not re.search(rf"`{name}\b", text)] == []
