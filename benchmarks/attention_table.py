@@ -1,4 +1,4 @@
-"""The README's tables of `benchmarks.attention`, made from its rows."""
+"""The tables of `benchmarks.attention`, made from its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tables of `benchmarks.gqa`, made from its rows."""
+"""The tables of `benchmarks.gqa`, made from its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tables of `benchmarks.speculative`, made from its rows."""
+"""The tables of `benchmarks.speculative`, made from its rows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize`,
-`benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
+"""The tables of the README and of docs/, made from the rows in benchmarks/results: of `benchmarks.decode`,
+`benchmarks.quantize`, `benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
 
-`python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
-place for into it.
+`python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md docs` puts each into the pages
+that have a place for it.
 """
 
 from __future__ import annotations
@@ -204,19 +204,16 @@ def line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Every table by the name of its place."""
     from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.gqa_table import heads_markdown
+    from benchmarks.positions_table import exactness_markdown, positions_markdown
     from benchmarks.speculative_table import speculative_markdown
+    from benchmarks.summary_table import summary_markdown
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results/*.jsonl)")
-    parser.add_argument("--write", type=Path, help=f"replace what stands between {' and '.join(_place('NAME'))} there")
-    options = parser.parse_args()
-    files = options.rows or sorted(RESULTS.glob("*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    tables = {
+    return {
         "benchmark-table": markdown([row for row in rows if "part" not in row]),
         "quantize-table": quantize_markdown([row for row in rows if row.get("part") in ("perplexity", "speed")]),
         "attention-table": attention_markdown([row for row in rows if str(row.get("part")).startswith("attention-")]),
@@ -225,21 +222,54 @@ def main() -> None:
             [row for row in rows if str(row.get("part")).startswith("speculative-")]
         ),
         "gqa-table": heads_markdown([row for row in rows if str(row.get("part")).startswith("gqa-")]),
+        "positions-table": positions_markdown(
+            [row for row in rows if str(row.get("part")).startswith("long-context-")]
+        ),
+        "exactness-table": exactness_markdown([row for row in rows if row.get("part") == "exactness"]),
+        "summary-table": summary_markdown(rows),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results/*.jsonl)")
+    parser.add_argument(
+        "--write",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help=f"pages, or folders of pages, in which to replace what stands between {' and '.join(_place('NAME'))}",
+    )
+    options = parser.parse_args()
+    files = options.rows or sorted(RESULTS.glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    made = tables(rows)
     if options.write is None:
-        print("\n\n".join(filter(None, tables.values())))
+        print("\n\n".join(filter(None, made.values())))
         return
-    page = options.write.read_text()
-    if not any(_place(name)[0] in page for name in tables):
-        sys.exit(f"{options.write} has no place for a table: put {' and '.join(_place('benchmark-table'))} there")
-    for name, text in tables.items():
+    written: set[str] = set()
+    for path in options.write:
+        for page in sorted(path.glob("*.md")) if path.is_dir() else [path]:
+            written |= write(page, made)
+    if not written:
+        names = ", ".join(map(str, options.write))
+        sys.exit(f"{names}: no place for a table: put {' and '.join(_place('benchmark-table'))} there")
+    for name in sorted(name for name, text in made.items() if text and name not in written):
+        print(f"no page has a place for the {name}: put {' and '.join(_place(name))} there", file=sys.stderr)
+
+
+def write(page: Path, made: dict[str, str]) -> set[str]:
+    """Put tables into the places that a page has for them; returns the names of those."""
+    content, written = page.read_text(), set()
+    for name, text in made.items():
         begin, end = _place(name)
-        if begin in page and end in page and text:
-            before, _, rest = page.partition(begin)
-            page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-        elif text:
-            print(f"{options.write} has no place for the {name}: put {begin} and {end} there", file=sys.stderr)
-    options.write.write_text(page)
+        if text and begin in content and end in content:
+            before, _, rest = content.partition(begin)
+            content = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+            written.add(name)
+    if written:
+        page.write_text(content)
+    return written
 
 
 def _place(name: str) -> tuple[str, str]:

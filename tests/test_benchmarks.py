@@ -12,6 +12,7 @@ from benchmarks.attention import FAMILIES, AttentionJob, expected_bytes
 from benchmarks.attention_table import NAMES, attention_markdown, latest
 from benchmarks.caches import find
 from benchmarks.shapes import LAYERS, build
+from benchmarks.summary_table import summary_markdown
 
 WHERE = {"dtype": "float32", "device": "cpu", "threads": 1}
 MACHINE = {"hardware": {"cpu": "a processor", "cpu_capability": "AVX2"}, "commit": "abc"}
@@ -63,6 +64,36 @@ def test_tables_are_made_from_the_latest_rows():
     assert "| BLOOM: ALiBi | 80 | 20 |  | 40 |" in text
     assert "would take more than 3 GB" in text and "MPT" not in text
     assert list(latest(rows, "attention-prefill")["bloom"]) == [512, 1024]
+
+
+def test_tables_go_where_their_places_are(tmp_path, monkeypatch, capsys):
+    rows, docs, page = tmp_path / "rows.jsonl", tmp_path / "docs", tmp_path / "page.md"
+    docs.mkdir()
+    found = [row("bloom", 512, name, [ms], 1e6) for name, ms in (("stock", 8.0), ("exact", 2.0))]
+    rows.write_text("\n".join(map(json.dumps, found)))
+    page.write_text("before\n<!-- summary-table -->\nold\n<!-- /summary-table -->\nafter\n")
+    (docs / "one.md").write_text("<!-- attention-table -->\n<!-- /attention-table -->\n")
+    (docs / "other.md").write_text("nothing\n")
+    monkeypatch.setattr(sys, "argv", ["table", str(rows), "--write", str(page), str(docs)])
+    table.main()
+    assert "| BLOOM: ALiBi | 8 | 2 | 4.00 |" in (docs / "one.md").read_text()
+    assert (docs / "other.md").read_text() == "nothing\n" and page.read_text().startswith("before\n<!-- summary")
+    monkeypatch.setattr(sys, "argv", ["table", str(rows), "--write", str(docs / "other.md")])
+    with pytest.raises(SystemExit, match="no place for a table"):
+        table.main()
+
+
+def test_the_summary_has_ratios_of_one_run():
+    rows = [
+        row("gpt_oss", 512, "stock", [9.0], 40e6),
+        row("gpt_oss", 512, "exact", [3.0], 10e6),
+        row("gpt_oss", 1024, "exact", [7.0], 20e6),
+        row("gpt_oss", 1024, "stock", [70.0], 80e6, run="2025-01-01"),  # of another run
+    ]
+    assert "| no options | layers of gpt-oss's shape, a prompt of 512 tokens | 3.00 | 0.25 |  |" in summary_markdown(
+        rows
+    )
+    assert summary_markdown([]) == ""
 
 
 @pytest.mark.slow
