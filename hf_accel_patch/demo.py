@@ -249,7 +249,7 @@ def show(result: Result, console: Console | None = None) -> None:
 
 def _table(result: Result) -> Table:
     stock, patched = result.stock, result.patched
-    table = Table("", f"stock {DTYPE}", f"patched {result.settings.quantize}", "patched / stock")
+    table = Table("", f"before: stock {DTYPE}", f"after: patched {result.settings.quantize}", "after / before")
     for column in table.columns[1:]:
         column.justify = "right"
     rows: tuple[tuple[str, float | None, float | None, Callable[[float], str]], ...] = (

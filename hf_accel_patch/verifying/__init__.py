@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import bind, context_tokens, weight_bytes
 from hf_accel_patch.measure import PeakMemory, interleaved_ms, spread, token_ms
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.calibrate import tokenized
 from hf_accel_patch.progress import stages
 from hf_accel_patch.texts import held_out_text
@@ -62,13 +63,15 @@ def verify(
     if found.config.is_encoder_decoder:
         raise UnsupportedModel(f"verify: {view.subject} is an encoder-decoder", "there is no hint for these yet")
     windows = _windows(view, texts, tokenizer or view.tokenizer, window, tokens)
-    batches = list(checks.batches(windows))
+    batches = list(checks.batches(windows, found.get_input_embeddings().weight.shape[0]))
     with stages(len(batches) + 4, on=progress) as advance, torch.random.fork_rng(devices=_cuda(found)), torch.no_grad():
         advance("finding the original")
         with original_of(found, original, stream) as stock, untouched(found):
             device = found.get_input_embeddings().weight.device
             before = Side(stock.model, device if stock.streamed else stock.model.get_input_embeddings().weight.device)
             after, agreement = Side(found, device), Agreement()
+            for side in (before, after):
+                _name_padding(side.model)
             for batch in batches:
                 advance("comparing predictions")
                 checks.compare(before, after, batch, agreement, together=stock.streamed)
@@ -81,6 +84,7 @@ def verify(
             advance("timing")
             measured = _measured(stock, after, windows[0]) if speed else {}
             sizes = stock.weight_bytes, weight_bytes(found)
+            quantized = any(isinstance(module, QuantizedModule) for module in stock.model.modules())
     ppl_before, ppl_after = agreement.perplexities
     return VerifyResult(
         model=view.subject,
@@ -101,7 +105,7 @@ def verify(
         cached_after=cached[1],
         weight_bytes_before=sizes[0],
         weight_bytes_after=sizes[1],
-        remarks=_remarks(stock, cached[1]),
+        remarks=_remarks(stock, cached[1], quantized),
         **measured,
     )
 
@@ -175,10 +179,20 @@ def _measured(stock: Original, after: Side, window: Tensor) -> dict[str, Any]:
     return fields
 
 
-def _remarks(stock: Original, cached: Any) -> tuple[str, ...]:
+def _name_padding(model: Any) -> None:
+    """Say what `generate` takes for padding, which it warns of otherwise. Comes off with the rest."""
+    config = model.generation_config
+    if config.pad_token_id is None and config.eos_token_id is not None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list | tuple) else ends
+
+
+def _remarks(stock: Original, cached: Any, quantized: bool) -> tuple[str, ...]:
     streamed = "the original was read from the disk for each pass: its cache and its speed are not measured"
     none = "the model has no cache of keys and values that could be compared"
-    return tuple(text for text, said in ((streamed, stock.streamed), (none, cached is None)) if said)
+    before = "the weights were quantized before the patch; original= compares with others"
+    said = ((streamed, stock.streamed), (none, cached is None), (before, quantized))
+    return tuple(text for text, holds in said if holds)
 
 
 def _plain(found: Agreement | None) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 22  # numbers of a block of logits, of which a few in float64 are held at a time
+BLOCK = 1 << 20  # numbers of a block of logits; some six times as many float64 are held at a time
 
 
 @dataclass

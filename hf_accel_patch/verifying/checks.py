@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_accel_patch.verifying.agreement import Agreement
 
-TOKENS = 2048  # read at a time
+LOGITS = 1 << 26  # numbers, of the texts that are read at a time
 SHORT = 128  # tokens of the longest text that is padded; twice as many as of a prompt
 LONG = 512  # tokens of the text that is read in pieces: lossy caches keep the latest hundred as they are
 ROWS = 4  # of the padded batch; prompts to generate from
@@ -40,12 +40,13 @@ class Side:
         return name in inspect.signature(type(self.model).forward).parameters
 
 
-def batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:
+def batches(windows: Sequence[Tensor], vocabulary: int) -> Iterator[Tensor]:
     """The windows [1, T] as batches [B, T] of equal ones, in order."""
+    most = LOGITS // vocabulary
     held: list[Tensor] = []
     for window in windows:
         same = held and held[0].shape == window.shape
-        if held and (not same or (len(held) + 1) * window.shape[1] > TOKENS):
+        if held and (not same or (len(held) + 1) * window.shape[1] > most):
             yield torch.cat(held)
             held = []
         held.append(window)
