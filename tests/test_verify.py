@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import build, left_padded, prompt, tiny
+from cases import FAMILIES, build, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -210,6 +210,19 @@ def test_originals_that_are_gone_come_from_the_checkpoint(folder, how, stream):
     assert found.perplexity_after == pytest.approx(after, rel=1e-6)
     assert found.weight_bytes_before == weight_bytes(tiny("llama"))
     assert (found.cached_before is None) is bool(stream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_streamed_as_it_is(family, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    model = patch(AutoModelForCausalLM.from_pretrained(tmp_path), quantize=DISCARDED)
+    whole, streamed = (verified(model, [prompt(48)], stream=stream) for stream in (False, True))
+    assert streamed.streamed and not whole.streamed
+    assert streamed.perplexity_before == pytest.approx(whole.perplexity_before, rel=1e-9)
+    assert streamed.mean_kl == pytest.approx(whole.mean_kl, rel=1e-6) and whole.mean_kl > 0
+    assert whole.padded_before["top1"] == whole.cached_before["top1"] == 1
+    assert whole.padded_before["max_kl"] < 1e-10 > whole.cached_before["max_kl"]
 
 
 def test_a_streamed_original_holds_no_weights(folder):

@@ -67,9 +67,7 @@ def verify(
     with stages(len(batches) + 4, on=progress) as advance, torch.random.fork_rng(devices=_cuda(found)), torch.no_grad():
         advance("finding the original")
         with original_of(found, original, stream) as stock, untouched(found):
-            device = found.get_input_embeddings().weight.device
-            before = Side(stock.model, device if stock.streamed else stock.model.get_input_embeddings().weight.device)
-            after, agreement = Side(found, device), Agreement()
+            before, after, agreement = Side.of(stock.model), Side.of(found), Agreement()
             for side in (before, after):
                 _name_padding(side.model)
             for batch in batches:

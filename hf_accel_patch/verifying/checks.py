@@ -28,6 +28,15 @@ class Side:
     model: PreTrainedModel
     device: torch.device
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Side:
+        table = model.get_input_embeddings()
+        device = table.weight.device
+        if device.type == "meta":  # offloaded by accelerate, whose hook says where it runs
+            place = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
+            device = torch.device("cpu" if place is None else place)
+        return cls(model, device)
+
     def logits(self, ids: Tensor, **more: Any) -> Tensor:
         """Of ids [B, T]: [B, T, V]."""
         return self.output(ids, use_cache=False, **more).logits

@@ -73,6 +73,8 @@ def _taken_back(model: PreTrainedModel, state: State) -> PreTrainedModel:
     for module in model.modules():
         shared += [*module._parameters.values(), *module._buffers.values()]
         shared += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        offloaded = getattr(vars(module).get("_hf_hook"), "weights_map", None)  # of accelerate's hooks
+        shared += [] if offloaded is None else [offloaded]
     memo = {id(each): each for each in shared if each is not None}
     try:
         copied = copy.deepcopy(model, memo)
@@ -104,7 +106,8 @@ def _read(path: str, source: dict[str, Any], model: PreTrainedModel, stream: boo
 
 
 def _loaded(path: str, source: dict[str, Any], model: PreTrainedModel, stream: bool | None, folder: str) -> Original:
-    kind, dtype, device = type(model), dtype_of(model), next(model.parameters()).device
+    kind, dtype = type(model), dtype_of(model)
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     config = AutoConfig.from_pretrained(path, **source)
     if getattr(config, "quantization_config", None) is not None:
         raise HfAccelError(f"the checkpoint at {path} is quantized itself, so it is no original", HINT)
