@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_accel_patch.loading import HfAccelConfig
     from hf_accel_patch.passes import GQA, Attention, KVCache, PrefixCache, Quantize, RopeScaling, Speculative
     from hf_accel_patch.uptraining import uptrain
+    from hf_accel_patch.verifying import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,15 +47,16 @@ __all__ = [
     "report",
     "unpatch",
     "uptrain",
+    "verify",
 ]
 
 
 def _load() -> None:
     """Import everything and register. The names are set here, because two of them are those of modules as well."""
-    from hf_accel_patch import api, checkpoints, errors, loading, passes, uptraining
+    from hf_accel_patch import api, checkpoints, errors, loading, passes, uptraining, verifying
     from hf_accel_patch.passes import attention, self_extend_cache
 
-    homes = (passes, errors, loading, checkpoints, api, uptraining)
+    homes = (passes, errors, loading, checkpoints, api, uptraining, verifying)
     globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
     attention.register()
     self_extend_cache.register()

@@ -29,20 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with quiet():
-            options.command(options)
+            return options.command(options) or 0
     except (HfAccelError, ValueError, TypeError, OSError) as error:
         print(f"hf-accel-patch: {_one_line(str(error) or type(error).__name__)}", file=sys.stderr)
         return BAD_INPUT
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
+    from hf_accel_patch.bench_command import add_bench
     from hf_accel_patch.uptrain_command import add_uptrain
+    from hf_accel_patch.verify_command import add_verify
 
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan, add_uptrain):
+    for add in (_add_demo, _add_plan, add_verify, add_bench, add_uptrain):
         add(commands)
     return found
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -29,6 +27,7 @@ from hf_accel_patch.measure import (
     token_ms,
     weight_bytes,
 )
+from hf_accel_patch.progress import stages
 from hf_accel_patch.shapes import SHAPES, empty_model, random_model
 from hf_accel_patch.texts import held_out_text
 
@@ -106,9 +105,9 @@ def run(settings: Settings) -> Result:
         torch.set_num_threads(settings.threads)
     _check(settings, device)
     torch.manual_seed(0)
-    with _progress(8 if settings.shape else 9) as advance:
+    with stages(8 if settings.shape else 9) as advance:
         advance("warming up")
-        _warm_up(settings, device)
+        warm_up(device, settings.quantize)
         memory = PeakMemory(device)
 
         advance("loading the stock model")
@@ -173,13 +172,13 @@ def _load(settings: Settings, device: torch.device) -> Any:
     return pipeline("text-generation", model=settings.model or str(BUNDLED), dtype=torch.bfloat16, device=device)
 
 
-def _warm_up(settings: Settings, device: torch.device) -> None:
+def warm_up(device: torch.device, quantize: str | None) -> None:
     """Load and compile what PyTorch, transformers and the passes load once, so that it counts for neither side."""
     pipe = _load(Settings(), device)
     ids = torch.arange(PROMPT_TOKENS).unsqueeze(0).to(device)
     for number in range(2):
         if number:
-            patch(pipe, quantize=settings.quantize)
+            patch(pipe, quantize=quantize)
         token_ms(pipe.model, ids, 2)
         pipe(PROMPTS[0], max_new_tokens=2, do_sample=False)
 
@@ -221,21 +220,6 @@ def _takes_back(target: Any, prompt: Tensor, scheme: str) -> bool:
     return torch.equal(before, after) and not torch.equal(before, during)
 
 
-@contextmanager
-def _progress(stages: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, where that is a terminal; the function it gives names the stage that begins."""
-    console = Console(stderr=True)
-    stage_name, count = TextColumn("{task.description}"), MofNCompleteColumn()
-    columns = (SpinnerColumn(), stage_name, BarColumn(), count, TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=stages, completed=-1)
-
-        def advance(stage: str) -> None:
-            bar.update(task, advance=1, description=f"{stage:<32}")
-
-        yield advance
-
-
 def show(result: Result, console: Console | None = None) -> None:
     """Print a result: the texts, the table, the report, and whether the patch came off."""
     console = console or Console(highlight=False)
@@ -265,7 +249,7 @@ def show(result: Result, console: Console | None = None) -> None:
 
 def _table(result: Result) -> Table:
     stock, patched = result.stock, result.patched
-    table = Table("", f"stock {DTYPE}", f"patched {result.settings.quantize}", "patched / stock")
+    table = Table("", f"before: stock {DTYPE}", f"after: patched {result.settings.quantize}", "after / before")
     for column in table.columns[1:]:
         column.justify = "right"
     rows: tuple[tuple[str, float | None, float | None, Callable[[float], str]], ...] = (

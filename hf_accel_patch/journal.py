@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Kind = Literal["attribute", "items", "class", "hook"]
 
@@ -159,6 +159,20 @@ class Journal:
         module._parameters.update(parameters | others)
         if "_old_forward" in vars(module):
             vars(module)["_old_forward"] = types.MethodType(kind.forward, module)
+
+    def shared(self) -> Iterator[Any]:
+        """What a copy of the model that is made to be taken back can share with it: the tensors that were replaced, and
+        the values that undo throws away."""
+        written_to = {id(write.target) for write in self._writes}
+        for write in self._writes:
+            if write.kind == "items":
+                yield from (each for each in write.before.values() if isinstance(each, Tensor))
+            elif write.kind == "attribute":
+                now = vars(write.target).get(write.name)
+                if isinstance(write.before, Tensor):
+                    yield write.before
+                if now is not None and id(now) not in written_to:
+                    yield now
 
     def undo(self) -> None:
         """Take everything back, last write first. A second call does nothing."""

@@ -1,4 +1,4 @@
-"""What the demo measures of a model: bytes, peak memory, speed, perplexity, memory that is free."""
+"""What the demo, verify and bench measure of a model: bytes, peak memory, speed, perplexity, memory that is free."""
 
 from __future__ import annotations
 
@@ -108,33 +108,44 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 
 
 def token_ms(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Milliseconds per token of prefill and of decode, of one greedy `generate` for prompt [1, T]."""
+    """Milliseconds per token of prefill and of decode, of one greedy `generate` for prompt [B, T]; the tokens of all
+    rows count. The mean over the steps of decode, for drafts bring several tokens at once."""
     clock, limits = Clock(), {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}
     mask = torch.ones_like(prompt)
     model.generate(prompt, attention_mask=mask, do_sample=False, num_beams=1, streamer=clock, **limits)
-    start, first, *rest = clock.times
-    steps = [after - before for before, after in zip([first, *rest], rest, strict=False)]
-    return 1000 * (first - start) / prompt.shape[1], 1000 * median(steps)
+    start, first, *_, last = clock.times
+    return 1000 * (first - start) / prompt.numel(), 1000 * (last - first) / (new_tokens * len(prompt))
 
 
-def interleaved_ms(
+def timed_in_turn(
     models: Sequence[Any], prompt: Tensor, new_tokens: int, most_rounds: int = 15, most_seconds: float = 40
-) -> list[tuple[float, float]]:
-    """`token_ms` of each model, medians over rounds in which all are timed in turn: what else the machine does falls on
-    all of them. A first round does not count; at least 3 do, then as many as fit into the time."""
+) -> list[list[tuple[float, float]]]:
+    """`token_ms` of each model, over rounds in which all are timed in turn: what else the machine does falls on all of
+    them. A first round does not count; at least 3 do, then as many as fit into the time."""
     for model in models:
         token_ms(model, prompt, 2)
     rounds: list[list[tuple[float, float]]] = []
     start = time.perf_counter()
     while len(rounds) < 3 or (len(rounds) < most_rounds and time.perf_counter() - start < most_seconds):
         rounds.append([token_ms(model, prompt, new_tokens) for model in models])
-    by_model = zip(*rounds, strict=True)
+    return [list(times) for times in zip(*rounds, strict=True)]
+
+
+def interleaved_ms(
+    models: Sequence[Any], prompt: Tensor, new_tokens: int, most_rounds: int = 15, most_seconds: float = 40
+) -> list[tuple[float, float]]:
+    """The medians of `timed_in_turn`."""
+    by_model = timed_in_turn(models, prompt, new_tokens, most_rounds, most_seconds)
     return [(median(prefill for prefill, _ in times), median(decode for _, decode in times)) for times in by_model]
 
 
 def spread_windows(tokenizer: Any, text: str, count: int, length: int) -> list[Tensor]:
     """At most `count` windows of `length` tokens each, [1, T], spread evenly over the text."""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return spread(tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"], count, length)
+
+
+def spread(ids: Tensor, count: int, length: int) -> list[Tensor]:
+    """At most `count` windows of `length` tokens each, spread evenly over token ids [1, S]."""
     whole = ids.shape[1] // length
     chosen = sorted({number * whole // count for number in range(count)})
     return [ids[:, number * length : (number + 1) * length] for number in chosen if number < whole]

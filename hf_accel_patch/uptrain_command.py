@@ -72,7 +72,7 @@ def _uptrain(options: argparse.Namespace) -> None:
     output = Path(options.output or (f"{name}-gqa{options.gqa}" if options.gqa else f"{name}-uptrained"))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"the output folder {output} is not empty; give another --output")
-    texts = _read(options.text)
+    texts = read_texts(options.text)
     keywords = _keywords(options)
     plan(options.model, **keywords)  # raises for what is no model and for heads that do not fit; reads no weights
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -121,7 +121,7 @@ def _keywords(options: argparse.Namespace) -> dict[str, Any]:
     return keywords
 
 
-def _read(names: Sequence[str]) -> list[str]:
+def read_texts(names: Sequence[str]) -> list[str]:
     """The texts of files. Raises ValueError for one that is no text or empty, OSError for one that is not there."""
     texts = []
     for name in names:
