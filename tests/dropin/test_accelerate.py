@@ -5,7 +5,7 @@ import json
 import accelerate
 import pytest
 import torch
-from programs import BUNDLED, LAYERS, bundled, program
+from programs import BUNDLED, LAYERS, program
 
 from hf_accel_patch import Quantize, patch, report, unpatch
 
@@ -48,14 +48,28 @@ def test_a_patched_model_is_offloaded(stock, ours, tokenizer, tmp_path, at_work,
     assert on_meta(ours) == before
 
 
-@pytest.mark.parametrize("offload", (to_memory, to_disk), ids=lambda each: each.__name__)
-def test_int4_is_offloaded(tokenizer, tmp_path, at_work, offload):
-    ours = patch(bundled(), quantize="int4")
-    expected = answers(ours, tokenizer)
+@pytest.mark.parametrize("offload", (dispatched, to_memory, to_disk), ids=lambda each: each.__name__)
+def test_an_offloaded_model_is_patched(stock, tokenizer, tmp_path, at_work, offload):
+    """Exact passes leave the weights where they are."""
+    expected = answers(stock, tokenizer)
+    offload(stock, tmp_path)
+    before = on_meta(stock)
+    assert torch.equal(answers(patch(stock), tokenizer), expected)
+    at_work(stock, calls=LAYERS * 6)
+    assert torch.equal(answers(unpatch(stock), tokenizer), expected)
+    assert on_meta(stock) == before >= 9 * LAYERS // 2 - 1
+
+
+def test_a_model_that_from_pretrained_offloads(stock, tokenizer, tmp_path, at_work):
+    """As transformers loads what fits neither the GPU nor the host: layers stay in the checkpoint's file."""
+    from transformers import AutoModelForCausalLM
+
+    ours = AutoModelForCausalLM.from_pretrained(
+        BUNDLED, dtype=torch.float32, device_map=HALVES, offload_folder=str(tmp_path)
+    )
+    assert on_meta(ours) >= 9 * LAYERS // 2 - 1
+    assert torch.equal(answers(patch(ours), tokenizer), answers(stock, tokenizer))
     at_work(ours, calls=LAYERS * 6)
-    offload(ours, tmp_path)
-    assert torch.equal(answers(ours, tokenizer), expected)
-    at_work(ours, "quantize", calls=LAYERS * 6)
 
 
 def test_hooks_that_come_off_leave_a_patched_model(stock, ours, tokenizer, tmp_path, at_work):
