@@ -5,7 +5,7 @@ import json
 import accelerate
 import pytest
 import torch
-from programs import BUNDLED, LAYERS, program
+from programs import BUNDLED, LAYERS, bundled, program
 
 from hf_accel_patch import Quantize, patch, report, unpatch
 
@@ -46,6 +46,20 @@ def test_a_patched_model_is_offloaded(stock, ours, tokenizer, tmp_path, at_work,
     assert torch.equal(answers(ours, tokenizer), expected)
     at_work(ours, calls=LAYERS * 6)
     assert on_meta(ours) == before
+
+
+@pytest.mark.parametrize("quantize", ("int8", "int4"))
+@pytest.mark.parametrize("offload", (dispatched, to_memory, to_disk), ids=lambda each: each.__name__)
+def test_codes_stay_where_accelerate_offloads_parameters(tokenizer, tmp_path, at_work, offload, quantize):
+    """Codes are buffers, which its hooks leave where they are."""
+    ours = patch(bundled(), quantize=quantize)
+    expected, state = answers(ours, tokenizer), ours.state_dict()
+    at_work(ours, calls=LAYERS * 6)
+    offload(ours, tmp_path)
+    assert torch.equal(answers(ours, tokenizer), expected)
+    at_work(ours, "quantize", calls=LAYERS * 6)
+    codes = dict(ours.named_buffers())
+    assert len(codes) > 2 * 7 * LAYERS and all(torch.equal(state[name], codes[name]) for name in codes.keys() & state)
 
 
 @pytest.mark.parametrize("offload", (dispatched, to_memory, to_disk), ids=lambda each: each.__name__)
