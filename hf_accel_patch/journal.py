@@ -99,12 +99,13 @@ class Journal:
         self.set_attribute(target, name, Bound(function, target))
 
     def change_class(self, target: object, new: Any) -> None:
-        """`target.__class__ = new`. accelerate's hook on a module calls the forward that it found there, so that is
-        changed too."""
-        self._note("class", target, "__class__", type(target))
+        """`target.__class__ = new`. accelerate's hook on a module calls the forward that it found there, and puts it
+        back into the instance when it goes, so that is changed too."""
+        old = type(target)
+        self._note("class", target, "__class__", old)
         target.__class__ = new
-        if "_old_forward" in vars(target):
-            self.set_attribute(target, "_old_forward", types.MethodType(new.forward, target))
+        for name in _forwards_of(target, old):
+            self.set_attribute(target, name, types.MethodType(new.forward, target))
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook(module, args, kwargs)` before each forward. Hooks that others add later stay when this one goes."""
@@ -179,7 +180,9 @@ class Journal:
         while self._writes:
             write = self._writes.pop()
             if write.kind == "class":
-                write.target.__class__ = write.before
+                left, write.target.__class__ = type(write.target), write.before
+                for name in _forwards_of(write.target, left):  # of hooks that came after the patch
+                    vars(write.target)[name] = types.MethodType(write.before.forward, write.target)
             elif write.kind == "hook":
                 for store in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
                     vars(write.target)[store].pop(int(write.name), None)
@@ -202,3 +205,9 @@ class Journal:
 
     def _note(self, kind: Kind, target: object, name: str, before: object) -> None:
         self._writes.append(Write(kind, target, name, before))
+
+
+def _forwards_of(target: object, kind: Any) -> list[str]:
+    """The instance's own entries that are the forward of this class, as accelerate leaves them."""
+    found = {name: vars(target).get(name) for name in ("forward", "_old_forward")}
+    return [name for name, each in found.items() if getattr(each, "__func__", ABSENT) is getattr(kind, "forward", None)]

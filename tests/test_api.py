@@ -140,12 +140,16 @@ def test_distributed_weights_are_refused(model, tmp_path):
         destroy_process_group()
 
 
-def test_offloaded_weights_are_refused(model, tmp_path):
+@pytest.mark.parametrize("options", ({"quantize": "int4"}, {"gqa": 1}), ids=lambda each: next(iter(each)))
+def test_offloaded_weights_are_not_changed(model, tmp_path, options):
     from accelerate import disk_offload
 
     disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match="offloaded by accelerate"):
-        patch(model)
+    before, classes = logits(model, prompt()), [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModel, match=f"{next(iter(options))}=.* are offloaded by accelerate"):
+        patch(model, **options)
+    assert torch.equal(logits(model, prompt()), before)
+    assert [type(module) for module in model.modules()] == classes and not report(model).to_dict()["patched"]
 
 
 def test_unpatched_models_have_an_empty_report_and_nothing_to_undo(model):

@@ -100,3 +100,22 @@ def test_a_deep_copy_undoes_itself_only(linear):
     assert type(clone) is nn.Linear and clone.in_features == 4
     assert type(linear) is Other and linear.in_features == 9
     assert copy.deepcopy(ABSENT) is ABSENT
+
+
+def test_a_forward_that_hooks_left_in_the_instance_follows_the_class(linear):
+    """As accelerate leaves it: in `_old_forward` while its hook is there, in `forward` when the hook has gone."""
+
+    class Twice(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    x = torch.ones(1, 4)
+    once = linear(x)
+    linear.forward = linear.forward  # of a hook that came and went before the patch
+    journal = Journal()
+    journal.change_class(linear, Twice)
+    assert torch.equal(linear(x), 2 * once)
+    linear._old_forward = linear.forward  # of one that comes after it
+    journal.undo()
+    assert torch.equal(linear(x), once) and torch.equal(linear._old_forward(x), once)
+    assert linear.forward.__func__ is linear._old_forward.__func__ is nn.Linear.forward

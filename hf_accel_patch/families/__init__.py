@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families.offloading import is_offloaded
 
 # Where a wrapper keeps the model inside it: torch.compile, pipelines, PEFT
 WRAPPERS = ("_orig_mod", "model", "base_model")
@@ -159,20 +160,16 @@ def _is_causal_lm(module: Any) -> bool:
 
 
 def check_weights(view: View) -> None:
-    """Raise UnsupportedModel for weights that are not whole in the memory of this process."""
+    """Raise UnsupportedModel for weights that are not whole in the memory of this process. Those that accelerate
+    brings for every forward are."""
     from torch.distributed.tensor import DTensor
 
     for name, module in view.model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            raise UnsupportedModel(
-                f"the weights of {name or view.subject!r} are offloaded by accelerate",
-                "load the model without offloading to cpu or disk",
-            )
+        away = module._parameters.keys() if is_offloaded(module) else ()
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
-            if tensor.is_meta:
+            if tensor.is_meta and key not in away:
                 raise UnsupportedModel(
                     f"{name}.{key} is on the meta device, so it has no values", "load the weights first"
                 )

@@ -112,14 +112,17 @@ class QuantizedWeight(Tensor):
     """What `module.weight` reads as: shape, dtype and device for free; any operation on it dequantizes first."""
 
     module: QuantizedModule
+    codes: Tensor
     _is_hf_initialized = True  # what initializes the weights that a checkpoint lacks leaves it alone
 
     @staticmethod
-    def __new__(cls, module: QuantizedModule) -> QuantizedWeight:
-        like, shape = module.like, module.specs["weight"].shape
+    def __new__(cls, module: QuantizedModule, codes: Tensor | None = None) -> QuantizedWeight:
+        """`codes`: those of the module, on another device."""
+        shape = module.specs["weight"].shape
         shape = shape[::-1] if module.transposed else shape
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        weight.module = module
+        codes = module.held("weight")[0] if codes is None else codes
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=module.like.dtype, device=codes.device)
+        weight.module, weight.codes = module, codes
         return weight
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -135,7 +138,10 @@ class QuantizedWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            return QuantizedWeight(args[0].module)
+            return QuantizedWeight(args[0].module, args[0].codes)
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in (None, args[0].dtype):
+            if (device := (kwargs or {}).get("device")) is not None:
+                return QuantizedWeight(args[0].module, args[0].codes.to(device))
         if func is torch.ops.aten.empty_like.default:
             like = {"dtype": args[0].dtype, "device": args[0].device} | {
                 k: v for k, v in (kwargs or {}).items() if v is not None
@@ -143,7 +149,7 @@ class QuantizedWeight(Tensor):
             return torch.empty(args[0].shape, **like)
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise RuntimeError(UNCHANGEABLE)
-        dense = lambda weight: weight.module.dequantize(weight.dtype)  # noqa: E731
+        dense = lambda weight: weight.module.dequantize(weight.dtype).to(weight.device)  # noqa: E731
         return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -210,6 +216,8 @@ class HasWeight(QuantizedModule):
         elif name == "weight" and isinstance(value, Tensor) and value.is_floating_point():
             raise RuntimeError(UNCHANGEABLE)
         else:
+            if isinstance(read := self._buffers.get("weight"), QuantizedWeight):
+                self._buffers["weight"] = read.codes  # accelerate moves what it reads, and then sets its hook
             super().__setattr__(name, value)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

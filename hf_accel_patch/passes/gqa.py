@@ -21,6 +21,7 @@ from hf_accel_patch.families.heads import (
     shared_heads,
 )
 from hf_accel_patch.families.latent import latent_sizes
+from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.calibrate import token_ids
@@ -134,6 +135,7 @@ class GQA:
             )
         if not heads or first_cached_module(view) is None:
             raise UnsupportedModel(f"{asked} has no attention with heads", "leave gqa out")
+        refuse_offloaded(view, f"gqa={self.kv_heads}")
 
     def _how(self, view: View, now: int, config: PreTrainedConfig) -> tuple[Stock, list[Layout]]:
         """As the class itself is with fewer heads, or else by our own attention. Raises UnsupportedModel."""

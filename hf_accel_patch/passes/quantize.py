@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, weight_bytes
+from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
@@ -96,6 +97,7 @@ class Quantize:
     def inspect(self, view: View) -> Step | Skip:
         if self.foreign:
             foreign_modules.check_installed()
+        refuse_offloaded(view, f"quantize={self.scheme!r}")
         targets, skipped = self.choose(view)
         if not targets:
             if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):

@@ -116,6 +116,24 @@ def test_the_weight_reads_as_a_tensor(scheme):
     assert "QuantizedWeight" in repr(weight) and scheme in repr(module)
 
 
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+def test_a_hook_that_moves_what_the_weight_reads_as_moves_the_codes(scheme):
+    """As accelerate's does: buffer by buffer, by reading it, moving what was read, and writing it back."""
+    model = patch(tiny("llama"), quantize=scheme)
+    module = model.model.layers[0].mlp.up_proj
+    x, codes = torch.randn(1, 64), module._buffers["weight"]
+    expected = module(x)
+    for device in ("cpu", "meta"):
+        for name in [name for name, _ in module.named_buffers()]:
+            module._buffers[name] = getattr(module, name).to(device)
+        module.hook = None
+        now = module._buffers["weight"]
+        assert now.device.type == device and now.shape == codes.shape and now.dtype == codes.dtype
+        assert module.weight.device.type == device and module.weight.shape == (128, 64)
+        if device == "cpu":
+            assert now is codes and torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 def test_casts_leave_codes_and_scales_alone(dtype):
     model = patch(tiny("llama"), quantize="int4")
