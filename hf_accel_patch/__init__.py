@@ -6,8 +6,8 @@
 >>> print(report(model))
 
 Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing
-else. Where transformers has not loaded its models yet, which takes a second, that waits until a name is used, or a
-quantized checkpoint is read.
+else, unless HF_ACCEL_PATCH is set: then models are patched as they are made. Where transformers has not loaded its
+models yet, which takes a second, that waits until a name is used, or a quantized checkpoint is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hf_accel_patch import registering
+from hf_accel_patch import registering, starting
 
 if TYPE_CHECKING:
     from hf_accel_patch.api import patch, patched, plan, report, unpatch
@@ -72,3 +72,4 @@ if "transformers.modeling_utils" in sys.modules:
     _load()
 else:
     registering.register()
+starting.start_at_import()
