@@ -45,7 +45,7 @@ def passes() -> tuple[Pass, ...]:
 
 def make(kind: type[PreTrainedModel], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What `method`, a bound `from_pretrained` or `_from_config` of the class `kind`, returns, patched."""
-    if making.get() or not makes_causal_lms(kind) or not _asked_for_itself():
+    if making.get() or not environment.is_on() or not makes_causal_lms(kind) or not _asked_for_itself():
         return method(*args, **kwargs)
     token = making.set(True)
     try:
@@ -77,7 +77,7 @@ def _read_packed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> PreTr
     if any(kwargs.get(name) not in (None, False) for name in (*AS_THEY_ARE, *SPREAD)):
         return None
     texts, stored = environment.asked(environment.given()), _stored(path, kwargs)
-    if stored is None and ("quantize" not in texts or "gqa" in texts):  # heads are merged before they are quantized
+    if stored is None and ("gqa" in texts or not {"quantize", "budget"} & texts.keys()):  # heads are merged in floats
         return None
     if stored is not None and stored not in PARTS:
         return None

@@ -26,9 +26,10 @@ ALLOWED = {  # what each keyword takes beside the words for false: as a pattern,
     ),
     "speculative": (r"ngram|self", "ngram or self"),
     "context": (r"[1-9]\d*", "a number of tokens"),
+    "batch": (r"[1-9]\d*", "a number of sequences, with HF_ACCEL_BUDGET"),
     "budget": (r"\d+(\.\d+)?\s*([kKmMgG]?[iI]?[bB]?)", "a size such as 6GiB or 500MB, or a number of bytes"),
 }
-RELATED = {"rope", "attention", "cache", "context", "budget"}  # two of these may exclude each other
+RELATED = {"rope", "attention", "cache", "context", "budget", "batch"}  # two of these may exclude each other
 
 
 def variable(keyword: str) -> str:
@@ -75,7 +76,7 @@ def asked(texts: Mapping[str, str]) -> dict[str, str]:
 
 def may_conflict(texts: Mapping[str, str]) -> bool:
     """Whether values that are allowed one by one have to be looked at by the passes themselves."""
-    return len(RELATED & asked(texts).keys()) > 1 or texts.get("cache", "").startswith("sinks")
+    return len(RELATED & asked(texts).keys()) > 1 or "batch" in texts or texts.get("cache", "")[:5] == "sinks"
 
 
 def spelled(keywords: Mapping[str, str]) -> str:

@@ -61,7 +61,7 @@ def _run_module(name: str, arguments: list[str]) -> None:
 
 
 def _run_script(given: str, arguments: list[str]) -> int:
-    path = os.path.abspath(given)
+    path = os.path.join(os.getcwd(), given)  # not made shorter: python does not do that either
     if pkgutil.get_importer(path) is not None:  # a folder or a zip file with a __main__.py
         _take_over(path, [given, *arguments])
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
@@ -103,21 +103,23 @@ def _hide_frames() -> None:
     shown = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        for each in _chain(error, set()):
+        for each in _chain(error):
             each.__traceback__ = _without_ours(each.__traceback__)
         shown(kind, error, error.__traceback__)
 
     sys.excepthook = show
 
 
-def _chain(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:
+def _chain(error: BaseException) -> Iterator[BaseException]:
     """The exception, what it came from, and the parts of a group."""
-    if error is None or id(error) in seen:
-        return
-    seen.add(id(error))
-    yield error
-    for other in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
-        yield from _chain(other, seen)
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
@@ -132,6 +134,8 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
         frames = frames[len(files) - files[::-1].index(__file__) :]
     if frames and not frames[-1].tb_frame.f_code.co_filename.startswith(str(HERE)):
         frames = [each for each in frames if each.tb_frame.f_code.co_filename not in BELOW]
+    if not frames:
+        return None
     for each, following in zip(frames, [*frames[1:], None], strict=True):
         each.tb_next = following
-    return frames[0] if frames else None
+    return frames[0]

@@ -48,17 +48,6 @@ def start(*, thorough: bool = True) -> None:
         when_executed(MODELS, _wrap)
 
 
-def stop() -> None:
-    """Models that are made from now on are left alone."""
-    if MODELS not in sys.modules:
-        return
-    kind = sys.modules[MODELS].PreTrainedModel
-    for name in METHODS:
-        method = vars(kind)[name].__func__
-        if hasattr(method, WRAPPED):
-            setattr(kind, name, classmethod(getattr(method, WRAPPED)))
-
-
 def _wrap(module: ModuleType) -> None:
     kind = module.PreTrainedModel
     for name in METHODS:
