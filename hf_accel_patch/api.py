@@ -17,11 +17,14 @@ from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_mo
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import parse
+from hf_accel_patch.passes import attention, self_extend_cache
 from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected
 from hf_accel_patch.report import Report
 
 logger = get_logger(__name__)
 T = TypeVar("T")
+attention.register()  # here, because a pickled model that is read brings this module along, and the functions are its
+self_extend_cache.register()
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
 
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent / "hf_accel_patch"
 ROOMS = (
     "errors",
     "environment",
+    "logs",
+    "display",
     "journal",
     "kernels",
     "ops",
