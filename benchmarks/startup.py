@@ -83,9 +83,8 @@ def starts(rounds: int) -> list[dict[str, Any]]:
 
 def imports(rounds: int) -> list[dict[str, Any]]:
     """Of the package after others, without and with HF_ACCEL_PATCH."""
-    times: dict[tuple[str, bool], list[tuple[float, ...]]] = {
-        (after, on): [] for after in IMPORTS for on in (False, True)
-    }
+    kinds = [(after, on) for after in IMPORTS for on in (False, True)]
+    times: dict[tuple[str, bool], list[tuple[float, ...]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for (after, on), found in times.items():
             found.append(tuple(map(float, output([sys.executable, "-c", TIMED, IMPORTS[after]], on).split())))
@@ -109,12 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = record(start("cpu"), [*starts(options.starts), *imports(options.imports)], options.out)
     for row in rows:
-        shown = {
-            key: round(statistics.median(value), 2)
-            for key, value in row.items()
-            if key.endswith("_ms") and key != "line_ms"
-        }
-        print({key: row[key] for key in ("hook", "line_ms", "after", "patching") if key in row}, shown)
+        medians = {key: round(statistics.median(value), 2) for key, value in row.items() if isinstance(value, list)}
+        print({key: row[key] for key in ("hook", "line_ms", "after", "patching") if key in row}, medians)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_accel_patch
+from benchmarks import startup
 from hf_accel_patch import HfAccelError, cli, hook
 from hf_accel_patch.starting import HOOK
 
@@ -90,6 +91,12 @@ def test_a_program_that_knows_nothing_of_it(folder):
 def test_a_bad_variable_stops_when_transformers_is_imported(folder):
     done = python("print('started'); import transformers; print('on')", folder, HF_ACCEL_PATCH="maybe")
     assert done.returncode == 1 and done.stdout == "started\n" and "HF_ACCEL_PATCH='maybe'; allowed" in done.stderr
+
+
+def test_what_the_benchmark_of_it_says():
+    without, with_hook = startup.starts(1)
+    assert (without["hook"], with_hook["hook"]) == (False, True) and with_hook["line_ms"] > 0
+    assert len(without["start_ms"]) == len(with_hook["start_cpu_ms"]) == 1
 
 
 def test_the_package_is_gone(folder, tmp_path):
