@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-import hf_accel_patch
 from hf_accel_patch import environment
 from hf_accel_patch.api import STATE, adopt
 from hf_accel_patch.checkpoints import HUB, PARTS, as_it_is, read
@@ -27,7 +26,8 @@ making: ContextVar[bool] = ContextVar("making", default=False)  # whether a mode
 
 # Modules whose functions hand a request for a model on: who asks for it is the first caller that is none of them
 ON_THE_WAY = ("transformers.models.auto.", "transformers.modeling_utils", "functools", "contextlib", "torch.")
-OWN = (__name__, "hf_accel_patch.starting")
+PACKAGE = __name__.partition(".")[0]
+OWN = (__name__, f"{PACKAGE}.starting")
 
 # Keywords of from_pretrained with which weights are read as they are, and patched afterwards
 AS_THEY_ARE = ("quantization_config", "state_dict", "gguf_file", "output_loading_info")
@@ -55,7 +55,6 @@ def make(kind: type[PreTrainedModel], method: Callable[..., Any], *args: Any, **
 
 
 def _make(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    hf_accel_patch.patch  # noqa: B018  registers what patched models use
     asked = passes()
     if is_deepspeed_zero3_enabled():
         logger.warning(f"{PATCH}: DeepSpeed ZeRO-3 spreads weights over processes, so models are left as they are")
@@ -151,7 +150,7 @@ def _asked_for_itself() -> bool:
     while frame.f_back is not None and _module(frame).startswith((*ON_THE_WAY, *OWN)):
         frame = frame.f_back
     part_of_another = _module(frame).startswith(("transformers.models.", "transformers_modules."))
-    return not part_of_another and not _module(frame).startswith(f"{hf_accel_patch.__name__}.")
+    return not part_of_another and not _module(frame).startswith(f"{PACKAGE}.")
 
 
 def _module(frame: Any) -> str:

@@ -14,6 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 from cases import greedy, logits, prompt, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from test_checkpoints import write
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, pipeline
 from transformers.utils import logging
 
@@ -296,6 +297,16 @@ def test_a_checkpoint_that_is_quantized_already(on, folder, tmp_path, warned):
     on(QUANTIZE="int8")
     found = rows(AutoModelForCausalLM.from_pretrained(tmp_path))["quantize"]
     assert found["scheme"] == "int4" and any("HF_ACCEL_QUANTIZE=int8 is left out" in line for line in warned())
+
+
+def test_a_checkpoint_of_another_quantizer(on, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    write(tmp_path, "nf4")
+    expected = logits(load(tmp_path), prompt())
+    on(LINEAR="0")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert rows(model)["quantize"]["checkpoint"] == "bitsandbytes" and "cache" in applied(model)
+    assert torch.equal(logits(model, prompt()), expected)
 
 
 def test_quantization_that_the_program_asks_for(on, folder, warned):

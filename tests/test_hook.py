@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,22 @@ def test_without_the_variable_nothing_is_there(folder):
     for off in ({}, {"HF_ACCEL_PATCH": ""}, {"HF_ACCEL_QUANTIZE": "nonsense"}):
         done = python(code, folder, **off)
         assert (done.stdout, done.stderr) == ("0 False\n", "")
+
+
+def test_when_python_starts(tmp_path):
+    """Of an environment of its own, which reads the file by itself."""
+    venv.create(tmp_path, with_pip=False)
+    python = next(tmp_path.glob("*/python"))
+    hook.install(next(tmp_path.glob("lib/python*/site-packages")))
+    code = f"import sys; print(*[type(each).__name__ == {HOOK!r} for each in sys.meta_path][:1], len(sys.modules))"
+    done = {
+        text: subprocess.run(
+            [python, "-c", code], env=os.environ | {"HF_ACCEL_PATCH": text}, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for text in ("", "1")
+    }
+    assert [found for found, _ in done.values()] == ["False", "True"]
+    assert done[""][1] == done["1"][1]  # nothing is imported at the start, either way
 
 
 def test_a_program_that_knows_nothing_of_it(folder):

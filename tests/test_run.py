@@ -167,6 +167,14 @@ def test_as_with_python(arguments, programs):
     assert plain.stdout or plain.stderr or plain.returncode
 
 
+@pytest.mark.parametrize("arguments", [["names.py", "a"], ["error.py"], ["-m", "package.fails"], ["interrupt.py"]])
+def test_by_its_installed_name(arguments, programs):
+    script = programs.parent / "hf-accel-patch"
+    script.write_text("import sys\nfrom hf_accel_patch.cli import main\nsys.exit(main())\n")
+    plain, ours = python(*arguments, folder=programs), python(script, "run", *arguments, folder=programs)
+    assert (plain.returncode, plain.stdout, plain.stderr) == (ours.returncode, ours.stdout, ours.stderr)
+
+
 def test_without_the_folder_of_the_script(programs):
     """-P, or PYTHONSAFEPATH: nothing is put before the path."""
     if sys.version_info < (3, 11):
