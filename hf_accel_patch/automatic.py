@@ -107,7 +107,8 @@ def _stored(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | None:
             return None  # an adapter, or nothing that can be read
     if found is None:
         return None
-    return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unknown method"))
+    method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unknown method")
+    return str(getattr(method, "value", method))
 
 
 def _patch(model: Any, asked: tuple[Pass, ...], source: dict[str, Any]) -> None:
