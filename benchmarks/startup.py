@@ -24,6 +24,7 @@ from benchmarks.decode import RESULTS, record, start
 from hf_accel_patch import hook
 from hf_accel_patch.environment import PATCH, PREFIX
 
+STARTS = 12  # in a row
 ROOT = Path(__file__).parent.parent
 IMPORTS = {
     "torch and transformers": "import torch, transformers",
@@ -72,10 +73,11 @@ def starts(rounds: int) -> list[dict[str, Any]]:
         python = str(Path(folder) / "bin" / "python")
         site = Path(output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
         times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-        for _ in range(rounds):
-            for installed in times:
+        for turn in range(rounds):
+            for installed in (False, True) if turn % 2 else (True, False):
                 hook.install(site) if installed else hook.remove(site)
-                times[installed].append(started(python))
+                started(python)  # the first one after a change of the folder takes longer
+                times[installed] += [started(python) for _ in range(STARTS)]
         line_ms = float(output([python, "-c", LINE, hook.LINE]))
     parts = ({"hook": installed, "start_cpu_ms": cpu, "start_ms": clock} for installed, (cpu, clock) in _turned(times))
     return [{"part": "startup-hook", **part, "line_ms": line_ms} for part in parts]
@@ -102,7 +104,7 @@ def _turned(times: dict[Any, list[Any]]) -> list[tuple[Any, list[list[float]]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=200, help="rounds of starts")
+    parser.add_argument("--starts", type=int, default=20, help=f"rounds of {STARTS} starts")
     parser.add_argument("--imports", type=int, default=7, help="rounds of imports")
     parser.add_argument("--out", type=Path, default=RESULTS / "startup.jsonl")
     options = parser.parse_args()
