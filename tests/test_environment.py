@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from transformers.utils import logging
 
 from hf_accel_patch import AlreadyPatched, HfAccelConfig, environment, load, options, patch, report, starting, unpatch
+from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes import cache, quantize, scaling, speculative
 
@@ -336,6 +337,17 @@ def test_an_assistant_is_a_model_like_any_other(on, folder):
     model, assistant = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     assert "speculative" in applied(assistant)
     assert torch.equal(greedy(model, prompt(), assistant_model=assistant), greedy(stock, prompt()))
+
+
+@pytest.mark.skipif("budget" not in options.KEYWORDS, reason="there is no planner")
+def test_a_budget(on, folder, warned):
+    floats = weight_bytes(AutoModelForCausalLM.from_pretrained(folder))
+    on(BUDGET=str(floats), CONTEXT="64")  # weights, cache and activations: these weights must become smaller
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "quantize" in applied(model) and weight_bytes(model) < floats and not warned()
+    on(BUDGET="1kB")
+    assert not rows(AutoModelForCausalLM.from_pretrained(folder))
+    assert any("LlamaForCausalLM is left as it is" in line and "too small" in line for line in warned())
 
 
 def test_threads(on, folder):
