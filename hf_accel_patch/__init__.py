@@ -6,16 +6,17 @@
 >>> print(report(model))
 
 Importing adds entries to transformers' registries, under keys that no unpatched model selects, and changes nothing
-else. Where transformers has not loaded its models yet, which takes a second, that waits until a name is used, or a
-quantized checkpoint is read.
+else, unless HF_ACCEL_PATCH is set: then models are patched as they are made. What takes a second to load waits until a
+name is used, or a quantized checkpoint is read.
 """
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_accel_patch import registering
+from hf_accel_patch import registering, starting
 
 if TYPE_CHECKING:
     from hf_accel_patch.api import patch, patched, plan, report, unpatch
@@ -51,15 +52,20 @@ __all__ = [
 ]
 
 
+class _Package(ModuleType):
+    """Some functions share their names with modules, which would take them when they are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
 def _load() -> None:
-    """Import everything and register. The names are set here, because two of them are those of modules as well."""
+    """Import everything."""
     from hf_accel_patch import api, checkpoints, errors, loading, passes, uptraining, verifying
-    from hf_accel_patch.passes import attention, self_extend_cache
 
     homes = (passes, errors, loading, checkpoints, api, uptraining, verifying)
     globals().update({name: next(vars(home)[name] for home in homes if name in vars(home)) for name in __all__})
-    attention.register()
-    self_extend_cache.register()
     loading.register()
 
 
@@ -70,7 +76,6 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-if "transformers.modeling_utils" in sys.modules:
-    _load()
-else:
-    registering.register()
+sys.modules[__name__].__class__ = _Package
+registering.register()
+starting.start_at_import()

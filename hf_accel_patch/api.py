@@ -17,11 +17,14 @@ from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_mo
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import parse
-from hf_accel_patch.plan import Pass, Plan, Step, build, described
+from hf_accel_patch.passes import attention, self_extend_cache
+from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected
 from hf_accel_patch.report import Report
 
 logger = get_logger(__name__)
 T = TypeVar("T")
+attention.register()  # here, because a pickled model that is read brings this module along, and the functions are its
+self_extend_cache.register()
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
 
 
@@ -33,6 +36,7 @@ class State:
     journal: Journal
     report: Report
     source: dict[str, Any] = field(default_factory=dict)  # keywords with which its checkpoint was read
+    lenient: bool = False  # whether HF_ACCEL_PATCH asked for it
 
 
 def patch(model: T, **options: Any) -> T:
@@ -118,18 +122,21 @@ def adopt(
     quantized: Callable[[PreTrainedModel], dict[str, Any]] | None,
     journal: Journal | None = None,
     source: dict[str, Any] | None = None,
+    *,
+    lenient: bool = False,
 ) -> PreTrainedModel:
     """Patch a model that came from its checkpoint quantized: `quantized` says what the report says of that, and
-    `journal` has it, where there were float weights."""
+    `journal` has it, where there were float weights. `lenient`: what it cannot have is left out, with a warning."""
     others = tuple(each for each in passes if quantized is None or each.name != "quantize")
     view = bind(model)
     check_weights(view)
-    state = _apply(view, others, build(view, others), journal)
+    state = _apply(view, others, build(view, others, lenient=lenient), journal, lenient=lenient)
     rows = list(state.report.rows)
     if quantized is not None:
         place = next(i for i, each in enumerate(passes) if each.name == "quantize")
         rows.insert(place, {"pass": "quantize", **quantized(model)})
-    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)), source or {})
+    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)), source or {}, lenient)
+    _log(model)
     return model
 
 
@@ -144,15 +151,24 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
             )
         if state.passes == passes:
             return
-        raise AlreadyPatched(f"{type(model).__name__} is patched with other options", "call unpatch(model) first")
+        hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
+        raise AlreadyPatched(
+            f"{type(model).__name__} is patched with other options", f"{hint}call unpatch(model) first"
+        )
     view = bind(target)
     check_weights(view)
     vars(model)[STATE] = _apply(view, passes, build(view, passes))
+    _log(model)
+
+
+def _log(model: PreTrainedModel) -> None:
     for line in report(model).lines():
         logger.info(f"{type(model).__name__}: {line}")
 
 
-def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None) -> State:
+def _apply(
+    view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None, *, lenient: bool = False
+) -> State:
     """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
     is done so far, whole and usable, under a report that says so."""
     journal, rows, left = journal or Journal(), [], list(decided.decisions)
@@ -164,9 +180,11 @@ def _apply(view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal
                 before = view.weight_bytes()
                 decision.by.apply(decision, journal)
                 if decision.reshapes:
-                    left = [each.by.inspect(view) for each in left]
+                    left = [inspected(each.by, view, lenient=lenient) for each in left]
                 if decision.of_weights:
                     row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
+            elif decision.refused:
+                logger.warning(f"{view.subject} is patched without {decision.by.name}: {decision.reason}")
             rows.append(row)
         journal.delete_attribute(view.model, "_compiled_call")  # compiled from the model as it was
     except BaseException as error:

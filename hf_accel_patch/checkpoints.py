@@ -53,6 +53,19 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     Raises ValueError or TypeError for impossible options, HfAccelError for a checkpoint that is damaged, of an unknown
     method, or quantized already where `quantize=` asks for more.
     """
+    return read(path, options)
+
+
+def read(
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+    reader: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_pretrained,
+    *,
+    lenient: bool = False,
+) -> PreTrainedModel:
+    """`load`, with another function that reads the checkpoint. `lenient`: passes that the model cannot have are left
+    out, with a warning."""
+    options = dict(options)
     passes = parse({key: options.pop(key) for key in KEYWORDS if key in options})
     quantize = next((each for each in passes if isinstance(each, Quantize)), None)
     if quantize is not None and quantize.originals == "keep":
@@ -80,7 +93,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     if method in PARTS:
         if given is None:
             config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
-        return adopt(_foreign(path, copy.deepcopy(config), found or {}, method, options, hub), passes, _as_it_is)
+        model = _foreign(path, copy.deepcopy(config), found or {}, method, options, hub)
+        return adopt(model, passes, as_it_is, lenient=lenient)
     if found is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise HfAccelError(
             f"the checkpoint at {path} is quantized by {method or 'an unknown method'}, which is not read"
@@ -93,11 +107,11 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
             quantize.scheme, quantize.group_size, quantize.skip, quantize.backend
         )
     with _recorded(kept):
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = reader(path, **options)
     if quantize is not None:
-        return adopt(model, passes, lambda _: kept.facts, kept.journal, hub)
+        return adopt(model, passes, lambda _: kept.facts, kept.journal, hub, lenient=lenient)
     quantized = method == METHOD and (found or {}).get("weights")
-    return adopt(model, passes, _as_it_is if quantized else None, source=hub)
+    return adopt(model, passes, as_it_is if quantized else None, source=hub, lenient=lenient)
 
 
 @contextmanager
@@ -109,7 +123,7 @@ def _recorded(kept: Recording) -> Iterator[None]:
         recording.reset(token)
 
 
-def _as_it_is(model: PreTrainedModel) -> dict[str, Any]:
+def as_it_is(model: PreTrainedModel) -> dict[str, Any]:
     """What a report says of weights that came quantized."""
     config: HfAccelConfig = model.hf_quantizer.quantization_config
     size = weight_bytes(model)

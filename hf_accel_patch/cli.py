@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from transformers.utils import logging
-
+from hf_accel_patch import running
 from hf_accel_patch.errors import HfAccelError
 
 BAD_INPUT = 2  # the exit code of argparse for bad arguments, and ours for what the package refuses
@@ -26,6 +25,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What the package refuses becomes one line on stderr and code 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if running.names_program(arguments):
+        return running.run(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         with quiet():
@@ -38,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
     from hf_accel_patch.bench_command import add_bench
+    from hf_accel_patch.hook_command import add_hook
+    from hf_accel_patch.run_command import add_run
     from hf_accel_patch.uptrain_command import add_uptrain
     from hf_accel_patch.verify_command import add_verify
 
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan, add_verify, add_bench, add_uptrain):
+    for add in (_add_demo, _add_plan, add_verify, add_bench, add_run, add_uptrain, add_hook):
         add(commands)
     return found
 
@@ -143,6 +147,8 @@ def positive(text: str) -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings and progress bars of transformers, which are as they were afterwards."""
+    from transformers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

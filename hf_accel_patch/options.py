@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+from hf_accel_patch.environment import FALSE, TRUE
 from hf_accel_patch.passes import (
     GQA,
     Attention,
@@ -23,7 +24,6 @@ from hf_accel_patch.plan import Pass
 
 KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context")
 NUMBERS = ("gqa", "context")  # what takes whole numbers
-TRUE, FALSE = ("1", "ON", "YES", "TRUE"), ("0", "OFF", "NO", "FALSE")  # in any case
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_accel_patch.display import Shown
+from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 
@@ -48,6 +49,7 @@ class Skip:
     by: Pass
     reason: str
     bytes_now: int = 0
+    refused: bool = False  # asked for by name, and this model cannot have it
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,19 @@ class Plan(Shown):
         return {"model": self.subject, "passes": list(self.shown_rows())}
 
 
-def build(view: View, passes: Iterable[Pass]) -> Plan:
+def build(view: View, passes: Iterable[Pass], *, lenient: bool = False) -> Plan:
     """Ask every pass. Nothing is written."""
-    return Plan(view.subject, tuple(each.inspect(view) for each in passes))
+    return Plan(view.subject, tuple(inspected(each, view, lenient=lenient) for each in passes))
+
+
+def inspected(by: Pass, view: View, *, lenient: bool = False) -> Step | Skip:
+    """Ask one pass. `lenient`: one that this model cannot have is a Skip, though it was asked for by name."""
+    try:
+        return by.inspect(view)
+    except (HfAccelError, ValueError) as error:
+        if not lenient:
+            raise
+        return Skip(by, str(error).partition("\n\nhint: ")[0], view.weight_bytes(), refused=True)
 
 
 def described(decision: Step | Skip) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,7 @@ def register() -> None:
     if TABLE in sys.modules:
         _enter(sys.modules[TABLE])
     else:
-        sys.meta_path.insert(0, _Waiting())
+        when_executed(TABLE, _enter)
 
 
 def _enter(table: ModuleType) -> None:
@@ -47,20 +48,29 @@ def _enter(table: ModuleType) -> None:
     table.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)
 
 
+def when_executed(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Call `then` with the module of this name as soon as it has been imported."""
+    if not any(isinstance(each, _Waiting) and (each.name, each.then) == (name, then) for each in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting(name, then))
+
+
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the others find the table, and has it entered when it has been executed."""
+    """Finds nothing itself: lets the others find a module, and acts when it has been executed."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != TABLE:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_enter(module: ModuleType) -> None:
+            def execute_and_act(module: ModuleType) -> None:
                 execute(module)
-                _enter(module)
+                self.then(module)
 
-            spec.loader.exec_module = execute_and_enter  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

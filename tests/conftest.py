@@ -71,7 +71,7 @@ def stock() -> Callable[[str], Outputs]:
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type]]:
     """The classes of the attention modules that called our function, in the order of their calls."""
-    import hf_accel_patch  # noqa: F401  (registers the function)
+    import hf_accel_patch.api  # noqa: F401  (registers the function)
 
     calls: list[type] = []
     ours = AttentionInterface._global_mapping[KEY]

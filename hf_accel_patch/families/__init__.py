@@ -159,6 +159,13 @@ def _is_causal_lm(module: Any) -> bool:
     return isinstance(module, PreTrainedModel) and type(module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def makes_causal_lms(kind: type) -> bool:
+    """Whether objects of this class are causal LMs: those of transformers, subclasses of theirs, code of others."""
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    remote = getattr(kind, "_auto_class", None) == "AutoModelForCausalLM"
+    return remote or any(base.__name__ in known or base.__name__.endswith("ForCausalLM") for base in kind.__mro__)
+
+
 def check_weights(view: View) -> None:
     """Raise UnsupportedModel for weights that are not whole in the memory of this process. Those that accelerate
     brings for every forward are."""
