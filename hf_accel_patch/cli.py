@@ -38,11 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
+    from hf_accel_patch.plan_command import add_plan
     from hf_accel_patch.uptrain_command import add_uptrain
 
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan, add_uptrain):
+    for add in (_add_demo, add_plan, add_uptrain):
         add(commands)
     return found
 
@@ -83,21 +84,6 @@ def _demo(options: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         show(result)
-
-
-def _add_plan(commands: Any) -> None:
-    added = commands.add_parser("plan", help="print what patch() would do to a model; its weights are not read")
-    added.add_argument("model", metavar="PATH_OR_ID")
-    add_passes(added)
-    add_json(added)
-    added.set_defaults(command=_plan)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from hf_accel_patch import plan
-
-    planned = plan(options.model, **keywords(options))
-    print(planned.to_json() if options.json else planned)
 
 
 def add_passes(added: argparse.ArgumentParser) -> None:

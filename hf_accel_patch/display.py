@@ -51,12 +51,7 @@ class Shown:
             return self.title
         if not sys.stdout.isatty():
             return "\n".join([self.title, *_aligned([COLUMNS, *map(cells, rows)]), *self.notes])
-        from rich.console import Console
-
-        text = io.StringIO()
-        console = Console(file=text, width=Console().width, color_system=None, highlight=False)
-        console.print(self)
-        return text.getvalue().rstrip("\n")
+        return in_terminal(self)
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
@@ -97,6 +92,16 @@ def cells(row: dict[str, Any]) -> Cells:
     size = f"{in_words(before)} -> {in_words(after)}" if before != after else "same"
     said = ", ".join(_fact(key, row[key]) for key in row if key not in HIDDEN and row[key] != [])
     return row["pass"], "on", "exact" if row["exact"] else "changed", size, said
+
+
+def in_terminal(shown: Any) -> str:
+    """What rich makes of it at the width of the terminal, as text."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=Console().width, color_system=None, highlight=False)
+    console.print(shown)
+    return text.getvalue().rstrip("\n")
 
 
 def in_words(size_bytes: int) -> str:
