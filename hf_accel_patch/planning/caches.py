@@ -17,17 +17,15 @@ from hf_accel_patch.passes.quantized_layers import SLACK as PACKED_SLACK
 @dataclass(frozen=True)
 class Kept:
     """Bytes of a cache: right after a prompt of that many tokens; and at most, where a text has grown to as many token
-    by token, with the room for more that buffers have then and with what a buffer is moved out of. `open`: keys and
-    values of the layer that is at work, where they are not yet in the cache."""
+    by token, with the room for more that buffers have then and with what a buffer is moved out of."""
 
     prompt: int
     grown: int
-    open: int = 0
 
 
 def kept(cache: KVCache | None, rows: Sequence[CacheRow], tokens: int, batch: int, width: int) -> Kept:
     """Of `batch` sequences of `tokens`, in numbers of `width` bytes. None: stock's cache."""
-    prompt, grown, moved, at_work = 0, 0, 0, 0
+    prompt, grown, moved = 0, 0, 0
     for row in rows:
         size = row.heads * (row.key_size + row.value_size) * width * batch
         seen = min(tokens, row.window - 1) if row.window else tokens
@@ -36,12 +34,11 @@ def kept(cache: KVCache | None, rows: Sequence[CacheRow], tokens: int, batch: in
             continue
         if cache.offload is not None and row.kind in OFFLOADED:
             stays = min(tokens, cache.latest + BLOCK) * size
-            prompt, grown, at_work = prompt + stays, grown + stays, max(at_work, tokens * size)
+            prompt, grown = prompt + stays, grown + stays
             continue
         if cache.kind in ("int8", "int4") and row.kind in QUANTIZED:
             packed = _packed(cache, row, seen, batch, width)
             prompt, grown, moved = prompt + packed, grown + packed, max(moved, packed // 2)
-            at_work = max(at_work, tokens * size)
             continue
         least, slack = (WINDOW_LEAST, WINDOW_SLACK) if row.window else (LEAST, SLACK)
         if cache.window is not None and row.window is None:
@@ -50,7 +47,7 @@ def kept(cache: KVCache | None, rows: Sequence[CacheRow], tokens: int, batch: in
         prompt += (seen + room) * size if row.kind in IN_PLACE else seen * size
         grown += (seen + max(least, int(seen * slack))) * size
         moved = max(moved, seen * size // 2)
-    return Kept(prompt, grown + moved, at_work)
+    return Kept(prompt, grown + moved)
 
 
 def _packed(cache: KVCache, row: CacheRow, tokens: int, batch: int, width: int) -> int:

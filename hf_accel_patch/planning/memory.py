@@ -45,7 +45,7 @@ class Estimates:
     tokens: int
     batch: int = 1
     skeleton: View | None = None  # the same model in float weights on the meta device, if there is one
-    _traces: dict[tuple[bool, frozenset[str]], Traced] = field(default_factory=dict, repr=False)
+    _traces: dict[tuple[bool, bool, frozenset[str]], Traced] = field(default_factory=dict, repr=False)
     _weights: dict[Any, tuple[int, frozenset[str]]] = field(default_factory=dict, repr=False)
     _saved: dict[Any, tuple[int, float]] = field(default_factory=dict, repr=False)
 
@@ -65,29 +65,29 @@ class Estimates:
 
     def _size(self, quantize: Quantize | None, cache: KVCache | None, gqa: GQA | None, *, ours: bool) -> Size:
         weights, names = self._weighed(quantize)
-        trace = self._trace(ours, names)
-        saved, share = self._grouped(gqa)
-        rows = [replace(row, heads=max(1, round(row.heads * share))) for row in trace.rows]
         if cache is not None and not isinstance(cache.inspect(self.view), Step):
             cache = None
+        trace = self._trace(ours, cache is not None and cache.kind in ("int8", "int4"), names)
+        saved, share = self._grouped(gqa)
+        rows = [replace(row, heads=max(1, round(row.heads * share))) for row in trace.rows]
         sizes = kept(cache, rows, self.tokens, self.batch, dtype_of(self.view.model).itemsize)
-        held = sizes.prompt + trace.states
-        during = trace.activations + sizes.open
+        held, during = sizes.prompt + trace.states, trace.activations
         if cache is None:  # a window of stock's is a slice of the whole prompt until the next token
             during += max(0, int(trace.held * share) - held)
-        after = sizes.grown + trace.states - held + trace.activations // self.tokens
+        after = sizes.grown - sizes.prompt + trace.activations // self.tokens
         return Size(weights - saved * weights // self.view.weight_bytes(), held, max(during, after))
 
     def _weighed(self, quantize: Quantize | None) -> tuple[int, frozenset[str]]:
         key = None if quantize is None else (quantize.scheme, quantize.group_size, quantize.skip, quantize.originals)
         if key not in self._weights:
-            size = self.view.weight_bytes()
+            size, names = self.view.weight_bytes(), quantized_names(self.view)
             if quantize is not None:
                 targets, _ = quantize.choose(self.view)
                 if quantize.originals != "keep":
                     size -= sum(p.numel() * p.element_size() for target in targets for p in target.parameters())
                 size += sum(target.packed_bytes for target in targets)
-            self._weights[key] = size, quantized_names(self.view, quantize)
+                names |= {name for target in targets for name, _ in target.modules}
+            self._weights[key] = size, names
         return self._weights[key]
 
     def _grouped(self, gqa: GQA | None) -> tuple[int, float]:
@@ -100,11 +100,13 @@ class Estimates:
             )
         return self._saved[gqa]
 
-    def _trace(self, ours: bool, names: frozenset[str]) -> Traced:
-        if (ours, names) not in self._traces:
+    def _trace(self, ours: bool, packed: bool, names: frozenset[str]) -> Traced:
+        key = ours, packed, names
+        if key not in self._traces:
             self.skeleton = self.skeleton or twin(self.view)
-            self._traces[ours, names] = traced(self.skeleton, self.tokens, self.batch, ours=ours, quantized=names)
-        return self._traces[ours, names]
+            found = traced(self.skeleton, self.tokens, self.batch, ours=ours, packed=packed, quantized=names)
+            self._traces[key] = found
+        return self._traces[key]
 
 
 def tokens_of(view: View, context: int | None) -> int:

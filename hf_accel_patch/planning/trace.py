@@ -10,8 +10,6 @@ PyTorch's own kernels is not seen.
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,26 +18,23 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.initialization import no_init_weights
 
-from hf_accel_patch.families import CacheRow, View, bind, cache_rows, dtype_of
+from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families import CacheRow, View, bind, cache_rows, dtype_of, layer_list
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.experts import Routed, piece_tokens
-from hf_accel_patch.ops.linear import UNPACK_ELEMENTS
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.attention import Attention
-from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.plan import Step
+from hf_accel_patch.planning.stand_ins import Products, experts, implementation
 
-BUSIEST = 2  # times its share of the tokens goes to the expert that gets most of them, where experts go one by one
+PLACES = ("idx", "index", "layer_id", "layer_number")  # in the names of attributes that say where a layer stands
 
 
 @dataclass(frozen=True)
@@ -103,27 +98,12 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references.pop(key, None)
 
 
-class Products(TorchFunctionMode):
-    """Products and attention as they are on a real device. `quantized`: by id, the parameters whose codes are used."""
-
-    def __init__(self, quantized: set[int]) -> None:
-        super().__init__()
-        self.quantized = quantized
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _attention(func, *args, **kwargs)
-        if func is F.linear and id(args[1]) in self.quantized:
-            return _product(args[0], args[1].shape[0], *args[2:], **kwargs)
-        if func is torch.addmm and id(args[2]) in self.quantized:
-            return _product(args[1], args[2].shape[1], args[0])
-        return func(*args, **kwargs)
-
-
-def traced(view: View, tokens: int, batch: int, *, ours: bool, quantized: frozenset[str] = frozenset()) -> Traced:
+def traced(
+    view: View, tokens: int, batch: int, *, ours: bool, packed: bool = False, quantized: frozenset[str] = frozenset()
+) -> Traced:
     """One forward over `tokens` of `batch` sequences, of a model on the meta device. `ours`: with this package's
-    attention and prefill. `quantized`: the names of the modules whose weights are quantized by then."""
+    attention and prefill; `packed`: with a cache that keeps no keys and values as they are. `quantized`: the names of
+    the modules whose weights are quantized by then."""
     model, journal = view.model, Journal()
     try:
         with torch.no_grad():
@@ -137,49 +117,96 @@ def traced(view: View, tokens: int, batch: int, *, ours: bool, quantized: frozen
             for name, module in modules.items():
                 found = linear_weights(module)
                 if not isinstance(found, str) and found[0] == "experts":
-                    way = "codes" if name in quantized else "pieces" if ours else _implementation(module)
-                    journal.set_attribute(module, "forward", partial(_experts, module, way))
-            return _run(view, tokens, batch, weights)
+                    way = "codes" if name in quantized else "pieces" if ours else implementation(module)
+                    journal.set_attribute(module, "forward", partial(experts, module, way))
+            return _run(view, tokens, batch, weights, packed)
     except Exception as error:  # whatever the forward of a model wants to know of values, which are not there
         return _by_rule(view, tokens, batch, " ".join(f"{type(error).__name__}: {error}".split())[:160])
     finally:
         journal.undo()
 
 
-def _run(view: View, tokens: int, batch: int, quantized: set[int]) -> Traced:
+def _run(view: View, tokens: int, batch: int, quantized: set[int], packed: bool) -> Traced:
     model: Any = view.model
-    living = Living(model)
-    cache = DynamicCache(config=view.config)
+    living, cache = Living(model), DynamicCache(config=view.config)
     noted: dict[int, CacheRow] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer):
-            vars(layer)["update"] = partial(_update, layer, living, noted, index)
+            vars(layer)["update"] = partial(_update, layer, living, noted, index, packed)
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
-    with _evaluating(model), living, Products(quantized):
+    with _first_of_kinds(view, cache) as like, _evaluating(model), living, Products(quantized):
         model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-    keys = [each for layer in cache.layers for name in ("keys", "values") for each in _tensors(vars(layer).get(name))]
-    others = [
-        each
-        for layer in cache.layers
-        for name, value in vars(layer).items()
-        if name not in ("keys", "values")
-        for each in _tensors(value)
-        if each.is_meta
-    ]
-    states = living.release(others)
-    return Traced(living.most, tuple(noted[index] for index in sorted(noted)), living.release(keys) + states, states)
+    rows, held, states = [], 0, 0
+    for index in like or range(len(cache.layers)):
+        contents = {name: _tensors(value) for name, value in vars(cache.layers[index]).items()}
+        keys = [*contents.pop("keys", ()), *contents.pop("values", ())]
+        others = living.release([each for found in contents.values() for each in found if each.is_meta])
+        rows += [noted[index]] if index in noted else []
+        held, states = held + living.release(keys) + others, states + others
+    return Traced(living.most, tuple(rows), held, states)
 
 
 def _update(
-    layer: Any, living: Living, noted: dict[int, CacheRow], index: int, keys: Tensor, values: Tensor, *a: Any, **kw: Any
+    layer: Any,
+    living: Living,
+    noted: dict[int, CacheRow],
+    index: int,
+    packed: bool,
+    keys: Tensor,
+    values: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """`update` of a layer of the cache, whose keys and values are counted apart."""
     window = getattr(layer, "sliding_window", None)
     noted[index] = CacheRow(keys.shape[1], keys.shape[-1], values.shape[-1], window, type(layer))
-    result = type(layer).update(layer, keys, values, *a, **kw)
+    if packed:
+        return keys, values
+    result = type(layer).update(layer, keys, values, *args, **kwargs)
     living.release([*_tensors(layer.keys), *_tensors(layer.values)])
     return result
+
+
+@contextmanager
+def _first_of_kinds(view: View, cache: Any) -> Iterator[list[int]]:
+    """Inside, the model ends after the first two layers of each kind, for what is alive in the first is less; yields,
+    for each layer that it has, which of those is like it, or nothing where all run."""
+    try:
+        layers = layer_list(view)
+    except UnsupportedModel:
+        yield []
+        return
+    kinds = [_kind(layer, held) for layer, held in zip(layers, cache.layers, strict=False)]
+    count = 1 + max((i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2), default=0)
+    if len(layers) != len(cache.layers) or count >= len(layers):
+        yield []
+        return
+    places = [
+        (module, name) for module in view.model.modules() for name, part in module._modules.items() if part is layers
+    ]
+    for module, name in places:
+        module._modules[name] = nn.ModuleList(list(layers)[:count])
+    try:
+        yield [kinds.index(kind) for kind in kinds]
+    finally:
+        for module, name in places:
+            module._modules[name] = layers
+
+
+def _kind(layer: nn.Module, held: Any) -> tuple[Any, ...]:
+    """What tells two layers apart, but for their places: modules, shapes of weights, plain attributes; and what the
+    cache keeps of it."""
+    described: list[Any] = [type(held), getattr(held, "sliding_window", None)]
+    for name, module in layer.named_modules():
+        described += [name, type(module), *(tuple(p.shape) for p in module._parameters.values() if p is not None)]
+        plain = (str, bool, int, float)
+        described += [
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, plain) and not any(part in key for part in PLACES)
+        ]
+    return tuple(described)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -197,90 +224,6 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _attention(
-    func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
-    """PyTorch's kernels: fused where the sizes of heads are equal, and their number is or is said not to be, with a
-    mask of true and false made into numbers; else with all scores, as on the meta device."""
-    grouped = query.shape[1] != key.shape[1] and not kwargs.get("enable_gqa")
-    if query.shape[-1] != value.shape[-1] or grouped:
-        result: Tensor = func(query, key, value, attn_mask, *args, **kwargs)
-        return result
-    mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else None
-    B, H, T, _ = query.shape
-    output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
-    del mask
-    return output
-
-
-def _product(x: Tensor, features: int, bias: Tensor | None = None) -> Tensor:
-    """A product with codes, of more rows of activations than the kernels for single tokens take."""
-    K, dtype = x.shape[-1], x.dtype
-    rows = x.reshape(-1, K).to(torch.bfloat16).contiguous()
-    y = rows.new_empty(len(rows), features)
-    block = rows.new_empty(min(UNPACK_ELEMENTS, features * K))
-    del block, rows
-    y = y.to(dtype).view(*x.shape[:-1], features)
-    return y if bias is None else y + bias
-
-
-def _implementation(module: Any) -> str:
-    return str(getattr(module.config, "_experts_implementation", None) or "eager")
-
-
-def _experts(module: Any, way: str, hidden: Tensor, index: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """Experts whose tokens are spread evenly, but for the busiest. `way`: all at once as stock does ("grouped_mm", ...), in pieces, expert
-    by expert with all tokens repeated ("codes"), or expert by expert ("eager")."""
-    found = linear_weights(module)
-    assert not isinstance(found, str)
-    into, back = found[1]
-    (tokens, chosen), (inputs, features) = index.shape, (into.shape[1], hidden.shape[1])
-    each = math.ceil(tokens * chosen / into.experts)
-    if way == "eager":
-        y = torch.empty_like(hidden)
-        _expert(module, hidden.new_empty(each, inputs), into, back)
-        return y
-    if way == "codes":
-        x, parts = hidden.new_empty(tokens * chosen, inputs), []
-        busiest = min(tokens, BUSIEST * each)
-        starts = [*range(0, max(1, len(x) - busiest), each), len(x) - busiest]
-        for start, stop in itertools.pairwise(sorted({*starts, len(x)})):
-            h = _product(x[start:stop], into.shape[0])
-            h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-            parts.append(_product(h, features))
-            del h
-        y = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return _summed(y, tokens, chosen)
-    pieces = 1
-    if way == "pieces":
-        host = torch.empty(0, dtype=hidden.dtype, device="cpu")
-        pieces = max(1, tokens // piece_tokens(host, chosen, Routed(into.experts, sum(into.shape))))
-    outputs = []
-    for length in _lengths(tokens, pieces):
-        x = hidden.new_empty(length * chosen, inputs)
-        outputs.append(_summed(_expert(module, x, into, back), length, chosen))
-        del x
-    return outputs[0] if pieces == 1 else torch.cat(outputs)
-
-
-def _expert(module: Any, x: Tensor, into: Any, back: Any) -> Tensor:
-    h = x.new_empty(len(x), into.shape[0])
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-    return h.new_empty(len(h), back.shape[0])
-
-
-def _summed(y: Tensor, tokens: int, chosen: int) -> Tensor:
-    """What `chosen` experts have made of each token, weighed, in the order of the tokens, and added up."""
-    y = y * y.new_empty(len(y), 1)
-    y = torch.empty_like(y)
-    return y.view(tokens, chosen, -1).sum(1)
-
-
-def _lengths(tokens: int, pieces: int) -> list[int]:
-    length = math.ceil(tokens / pieces)
-    return [min(length, tokens - start) for start in range(0, tokens, length)]
 
 
 def _by_rule(view: View, tokens: int, batch: int, problem: str) -> Traced:
@@ -313,9 +256,6 @@ def twin(view: View) -> View:
         return bind(kind._from_config(config, dtype=dtype_of(model)))
 
 
-def quantized_names(view: View, quantize: Quantize | None) -> frozenset[str]:
-    """The modules whose weights are codes, or would be."""
-    names = {name for name, module in view.model.named_modules() if isinstance(module, QuantizedModule)}
-    if quantize is not None:
-        names |= {name for target in quantize.choose(view)[0] for name, _ in target.modules}
-    return frozenset(names)
+def quantized_names(view: View) -> frozenset[str]:
+    """The modules whose weights are codes."""
+    return frozenset(name for name, module in view.model.named_modules() if isinstance(module, QuantizedModule))
