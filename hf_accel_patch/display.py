@@ -123,5 +123,7 @@ def _unmarked(cell: str) -> str:
 
 
 def _fact(key: str, value: Any) -> str:
-    """A long list is counted; `to_dict` has it whole."""
+    """A long list is counted; `to_dict` has it whole. Bytes are put in words."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{key.removesuffix('_bytes')} {in_words(value)}"
     return f"{len(value)} {key}" if isinstance(value, list) and len(value) > 3 else f"{key} {value}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, keywords, positive
+from hf_accel_patch.cli import add_json, add_passes, keywords
 
 
 def add_plan(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add_plan(commands: Any) -> None:
     add_passes(added)
     memory = added.add_argument_group("memory")
     memory.add_argument("--budget", metavar="SIZE", help="choose what fits into it: 6GiB, 500MB, or a number of bytes")
-    memory.add_argument("--batch", type=positive, metavar="N", help="sequences at a time (1)")
+    memory.add_argument("--batch", metavar="N", help="sequences at a time (1)")
     memory.add_argument("--plot", metavar="FILE", help="write memory against context as a figure: FILE.png, FILE.svg")
     add_json(added)
     added.set_defaults(command=_plan)
@@ -43,8 +43,8 @@ def _plot(options: argparse.Namespace, asked: dict[str, Any], memory: Any) -> No
     from hf_accel_patch.planning.stored import opened
 
     here = opened(options.model, AutoConfig.from_pretrained(options.model))
-    asked = asked | {"batch": None} if "budget" not in asked else asked
-    passes = fitted(here.view, parse(asked), Estimates(here.view, memory.tokens, memory.batch, here.skeleton))
+    chosen = {name: value for name, value in asked.items() if name != "batch" or "budget" in asked}
+    passes = fitted(here.view, parse(chosen), Estimates(here.view, memory.tokens, memory.batch, here.skeleton))
     limit = None
     if memory.budget is not None:
         limit = "budget", memory.budget

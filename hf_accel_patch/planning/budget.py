@@ -99,11 +99,12 @@ def _facts(
 ) -> tuple[tuple[str, Any], ...]:
     first = tried[0][1] if tried else size
     facts: dict[str, Any] = {"exact": chosen.exact, "bytes_before": first.peak, "bytes_after": size.peak}
-    facts |= {"chosen": chosen.label, "budget": budget.limit, "context": estimates.tokens, "batch": estimates.batch}
-    facts |= {"weights": size.weights, "cache": size.cache, "activations": size.activations}
     others = ", ".join(f"{each.label} needs {in_binary(needed.peak)}" for each, needed in _telling(tried))
     why = f"{others}; " if others else ""
-    facts["why"] = f"{why}{chosen.label} needs {in_binary(size.peak)} of {in_binary(budget.limit)}"
+    facts |= {"chosen": chosen.label, "why": f"{why}{chosen.label} needs {in_binary(size.peak)}"}
+    facts |= {"budget_bytes": budget.limit, "context": estimates.tokens}
+    facts |= {"batch": estimates.batch} if estimates.batch > 1 else {}
+    facts |= {"weight_bytes": size.weights, "cache_bytes": size.cache, "activation_bytes": size.activations}
     return tuple((facts | ({"rule_of_thumb": estimates.problem} if estimates.problem else {})).items())
 
 

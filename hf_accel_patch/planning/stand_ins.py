@@ -15,7 +15,7 @@ from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.ops.experts import Routed, piece_tokens
 from hf_accel_patch.ops.linear import UNPACK_ELEMENTS
 
-BUSIEST = 2  # times its share of the tokens goes to the expert that gets most of them, where experts go one by one
+BUSIEST = 1.5  # times its share of the tokens goes to the expert that gets most of them, where experts go one by one
 
 
 class Products(TorchFunctionMode):
@@ -81,7 +81,7 @@ def experts(module: Any, way: str, hidden: Tensor, index: Tensor, *rest: Any, **
         return y
     if way == "codes":
         x, parts = hidden.new_empty(tokens * chosen, inputs), []
-        busiest = min(tokens, BUSIEST * each)
+        busiest = min(tokens, int(BUSIEST * each))
         starts = [*range(0, max(1, len(x) - busiest), each), len(x) - busiest]
         for start, stop in itertools.pairwise(sorted({*starts, len(x)})):
             h = _product(x[start:stop], into.shape[0])
