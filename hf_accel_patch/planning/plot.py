@@ -34,14 +34,16 @@ def plot(
             "--plot needs matplotlib, which is not installed", "pip install 'hf_accel_patch[plots]'"
         ) from None
     lengths = sorted({max(1, tokens >> step) for step in range(LENGTHS)})
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for label, peaks in _lines([at(length) for length in lengths], passes).items():
-        axes.plot(lengths, [peak / GIB for peak in peaks], marker="o", markersize=3, label=label)
+        style = {"patched": (0, (1, 1)), "stock": "-"}.get(label, "--" if "cache" in label else "-")
+        wide = 4 if label == "patched" else 1.5
+        axes.plot(lengths, [peak / GIB for peak in peaks], linestyle=style, linewidth=wide, label=label)
     if limit is not None:
         axes.axhline(limit[1] / GIB, color="black", linestyle="--", linewidth=1, label=limit[0])
     axes.set(xlabel="context, tokens", ylabel="peak, GiB", title=title, ylim=(0, None), xlim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     try:
         figure.savefig(path, dpi=120)
