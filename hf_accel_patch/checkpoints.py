@@ -34,7 +34,7 @@ from hf_accel_patch.passes.saving import METHOD
 from hf_accel_patch.plan import Pass
 from hf_accel_patch.planning.budget import Budget, fitted
 from hf_accel_patch.planning.memory import Estimates
-from hf_accel_patch.planning.stored import opened
+from hf_accel_patch.planning.stored import FIRST, opened
 from hf_accel_patch.reading import Recording, recording
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
@@ -43,7 +43,6 @@ PARTS = {  # the tensors that a layer has in a checkpoint of another method, by 
     "awq": ("qweight", "qzeros", "scales"),
     "bitsandbytes": ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
 }
-FIRST = {"gptq": ".qweight", "awq": ".qweight", "bitsandbytes": ".weight.absmax"}  # what only a quantized layer has
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parent.parent / "hf_accel_patch"
 ROOMS = (
     "errors",
+    "logs",
+    "display",
     "journal",
     "kernels",
     "ops",
@@ -19,10 +21,11 @@ ROOMS = (
     "plan",
     "report",
     "passes",
-    "options",
-    "api",
     "reading",
     "loading",
+    "planning",
+    "options",
+    "api",
     "checkpoints",
     "uptraining",
 )

@@ -152,6 +152,14 @@ def test_kept_counts_room_and_growth():
     assert {row.window for row in rows} == {None, 128}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])  # the head of the latter two is the embedding table
+def test_a_configuration_is_as_good_as_the_model(family, tmp_path):
+    model = build(family)
+    model.config.save_pretrained(tmp_path)
+    by_path, by_model = (plan(each, quantize="int4", context=300).to_dict()["memory"] for each in (tmp_path, model))
+    assert by_path["schemes"] == by_model["schemes"]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 def test_a_checkpoint_of_ours_is_as_large_as_it_loads(scheme, tmp_path):
     patch(build("llama"), quantize=scheme).save_pretrained(tmp_path)

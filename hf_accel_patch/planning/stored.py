@@ -24,12 +24,15 @@ from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, bind, layer_list
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.loading import HfAccelConfig
 from hf_accel_patch.ops.packing import int4_block
 from hf_accel_patch.passes import Quantize
 from hf_accel_patch.passes.grouped import shrink
 from hf_accel_patch.passes.saving import METHOD
 from hf_accel_patch.plan import Pass, Plan, Skip
+from hf_accel_patch.reading import Found, Prepared
 
+FIRST = {"gptq": ".qweight", "awq": ".qweight", "bitsandbytes": ".weight.absmax"}  # what only a quantized layer has
 BITSANDBYTES_BLOCK = 64  # weights that share a scale, where nothing else was said
 
 
@@ -81,7 +84,9 @@ def _empty(config: Any, dtype: Any) -> View:
         vars(config).pop(name, None)
     chosen = {} if dtype in (None, "auto") else {"dtype": dtype}
     with torch.device("meta"), no_init_weights():
-        return bind(AutoModelForCausalLM.from_config(config, **chosen))
+        model = AutoModelForCausalLM.from_config(config, **chosen)
+    model.tie_weights()  # which goes with the initialization that is left out
+    return bind(model)
 
 
 def described(config: Any) -> dict[str, Any] | None:
@@ -93,9 +98,6 @@ def described(config: Any) -> dict[str, Any] | None:
 def install(model: PreTrainedModel, found: dict[str, Any], path: str | os.PathLike[str]) -> str:
     """Put the codes that `load(path)` would read, without memory, in the place of the weights of a model on the meta
     device; returns the scheme, or "" for a method that is not read."""
-    from hf_accel_patch.loading import HfAccelConfig
-    from hf_accel_patch.reading import Found, Prepared
-
     method = str(found.get("quant_method", ""))
     if method == METHOD:
         config = HfAccelConfig(**found)
@@ -117,8 +119,6 @@ def _of_others(
     model: PreTrainedModel, found: dict[str, Any], method: str, path: str | os.PathLike[str]
 ) -> tuple[str, dict[str, list[Any]]]:
     """The scheme in which `load` holds the weights of a checkpoint of another method, and their names by group size."""
-    from hf_accel_patch.checkpoints import FIRST
-
     if method not in FIRST:
         return "", {}
     bits = int(found.get("bits", found.get("w_bit", 4)))
@@ -170,8 +170,12 @@ def _by_rule(model: PreTrainedModel, found: dict[str, Any], method: str) -> list
 
 
 def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    weights = linear_weights(model.get_submodule(name))
-    assert not isinstance(weights, str)
+    try:
+        weights = linear_weights(model.get_submodule(name))
+    except AttributeError:
+        raise UnsupportedModel(f"the checkpoint has a quantized layer {name}, which this model lacks") from None
+    if isinstance(weights, str):
+        raise UnsupportedModel(f"the checkpoint has quantized {name}, which is no linear layer here")
     return weights[1][0].shape
 
 

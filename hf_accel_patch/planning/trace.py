@@ -253,7 +253,9 @@ def twin(view: View) -> View:
         vars(config).pop(name, None)
     kind: Any = type(model)
     with torch.device("meta"), no_init_weights():
-        return bind(kind._from_config(config, dtype=dtype_of(model)))
+        made = kind._from_config(config, dtype=dtype_of(model))
+    made.tie_weights()  # which goes with the initialization that is left out
+    return bind(made)
 
 
 def quantized_names(view: View) -> frozenset[str]:
