@@ -10,15 +10,19 @@ from os import PathLike
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import AlreadyPatched, NotReversible
 from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
-from hf_accel_patch.options import parse
+from hf_accel_patch.options import count, parse
 from hf_accel_patch.passes import attention, self_extend_cache
 from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected
+from hf_accel_patch.planning.budget import Budget, fitted
+from hf_accel_patch.planning.memory import Estimates, tokens_of
+from hf_accel_patch.planning.overview import overview
+from hf_accel_patch.planning.stored import Opened, opened
 from hf_accel_patch.report import Report
 
 logger = get_logger(__name__)
@@ -36,6 +40,7 @@ class State:
     journal: Journal
     report: Report
     source: dict[str, Any] = field(default_factory=dict)  # keywords with which its checkpoint was read
+    asked: tuple[Pass, ...] = ()  # `passes`, or the budget that has chosen them
     lenient: bool = False  # whether HF_ACCEL_PATCH asked for it
 
 
@@ -44,7 +49,9 @@ def patch(model: T, **options: Any) -> T:
 
     `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
     exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` or `linear=False` switches a pass
-    off. `context=16384` scales positions as texts of so many tokens need it.
+    off. `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
+    given, the least lossy schemes of weights and cache with which these and the activations of a text of `context`
+    tokens fit, for `batch` sequences; HfAccelError names the smallest size where none does.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.
@@ -84,7 +91,8 @@ def unpatch(model: T, *, reload: bool = False) -> T:
 
 @contextmanager
 def patched(model: T, **options: Any) -> Iterator[T]:
-    """Patched inside the `with` block, as before after it, also when the block raises. Originals are kept."""
+    """Patched inside the `with` block, as before after it, also when the block raises. Originals are kept, so a budget
+    is met by the cache alone."""
     already = STATE in vars(find_model(model))
     _patch(model, parse(options, keep_originals=True))
     try:
@@ -94,15 +102,26 @@ def patched(model: T, **options: Any) -> Iterator[T]:
             unpatch(model)
 
 
-def plan(model: object, **options: Any) -> Plan:
-    """What `patch` would do, without doing it. `model`: as for `patch`, or the path or id of a checkpoint, of which
-    only the configuration is read."""
-    passes = parse(options)
-    if isinstance(model, str | PathLike):
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    return build(bind(model), passes)
+def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
+    """What `patch` would do, without doing it, and the memory that it would take for `batch` sequences (1) of `context`
+    tokens (as many as the model was made for).
+
+    `model`: as for `patch`, or the path or id of a checkpoint, of which only the configuration is read, and the names
+    in its files where it is quantized.
+    """
+    count("batch", batch)
+    asked = parse(options | ({} if batch is None or options.get("budget") is None else {"batch": batch}))
+    here = (
+        opened(model, AutoConfig.from_pretrained(model)) if isinstance(model, str | PathLike) else Opened(bind(model))
+    )
+    here.check(asked)
+    budget = asked[0] if isinstance(asked[0], Budget) else None
+    tokens = tokens_of(here.view, options.get("context")) if budget is None else budget.counted(here.view)
+    estimates = Estimates(here.view, tokens, batch or 1, here.skeleton)
+    passes = fitted(here.view, asked, estimates)
+    memory = overview(estimates, passes, None if budget is None else budget.limit)
+    decided = here.told(build(here.view, passes))
+    return dataclasses.replace(decided, memory=memory)
 
 
 def report(model: object) -> Report:
@@ -122,11 +141,13 @@ def adopt(
     quantized: Callable[[PreTrainedModel], dict[str, Any]] | None,
     journal: Journal | None = None,
     source: dict[str, Any] | None = None,
+    asked: tuple[Pass, ...] | None = None,
     *,
     lenient: bool = False,
 ) -> PreTrainedModel:
     """Patch a model that came from its checkpoint quantized: `quantized` says what the report says of that, and
-    `journal` has it, where there were float weights. `lenient`: what it cannot have is left out, with a warning."""
+    `journal` has it, where there were float weights. `asked`: the budget that has chosen the passes, before them.
+    `lenient`: what the model cannot have is left out, with a warning."""
     others = tuple(each for each in passes if quantized is None or each.name != "quantize")
     view = bind(model)
     check_weights(view)
@@ -135,12 +156,13 @@ def adopt(
     if quantized is not None:
         place = next(i for i, each in enumerate(passes) if each.name == "quantize")
         rows.insert(place, {"pass": "quantize", **quantized(model)})
-    vars(model)[STATE] = State(passes, state.journal, Report(view.subject, tuple(rows)), source or {}, lenient)
+    report, asked = Report(view.subject, tuple(rows)), passes if asked is None else asked
+    vars(model)[STATE] = State(passes, state.journal, report, source or {}, asked, lenient)
     _log(model)
     return model
 
 
-def _patch(target: object, passes: tuple[Pass, ...]) -> None:
+def _patch(target: object, asked: tuple[Pass, ...]) -> None:
     model = find_model(target)
     state: State | None = vars(model).get(STATE)
     if state is not None:
@@ -149,7 +171,7 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
                 f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
                 "unpatch(model, reload=True), or use it as it is",
             )
-        if state.passes == passes:
+        if state.asked == asked:
             return
         hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
         raise AlreadyPatched(
@@ -157,7 +179,8 @@ def _patch(target: object, passes: tuple[Pass, ...]) -> None:
         )
     view = bind(target)
     check_weights(view)
-    vars(model)[STATE] = _apply(view, passes, build(view, passes))
+    passes = fitted(view, asked)
+    vars(model)[STATE] = dataclasses.replace(_apply(view, passes, build(view, passes)), asked=asked)
     _log(model)
 
 

@@ -15,11 +15,12 @@ from hf_accel_patch import environment
 from hf_accel_patch.api import STATE, adopt
 from hf_accel_patch.checkpoints import HUB, PARTS, as_it_is, read
 from hf_accel_patch.environment import PATCH
-from hf_accel_patch.families import makes_causal_lms, weight_bytes
+from hf_accel_patch.families import bind, makes_causal_lms, weight_bytes
 from hf_accel_patch.loading import HfAccelQuantizer
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import from_text, parse
 from hf_accel_patch.plan import Pass
+from hf_accel_patch.planning.budget import fitted
 
 logger = get_logger(__name__)
 making: ContextVar[bool] = ContextVar("making", default=False)  # whether a model is being made in this thread
@@ -129,7 +130,7 @@ def _patch(model: Any, asked: tuple[Pass, ...], source: dict[str, Any]) -> None:
         named = _named("quantize", texts)
         logger.warning(f"the weights of {type(model).__name__} are quantized already: {named} is left out")
     try:
-        adopt(model, asked, quantized, source=source, lenient=True)
+        adopt(model, fitted(bind(model), asked), quantized, source=source, asked=asked, lenient=True)
     except Exception as error:  # remote code may do anything
         state = vars(model).get(STATE)
         left = "is patched in part" if state is not None else "is left as it is"

@@ -18,7 +18,8 @@ from hf_accel_patch.demo import warm_up
 from hf_accel_patch.display import in_words
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import context_tokens
-from hf_accel_patch.measure import PeakMemory, available_bytes, spread, timed_in_turn, token_ms, weight_bytes
+from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms, weight_bytes
+from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
 from hf_accel_patch.shapes import SHAPES, empty_model, random_model
 from hf_accel_patch.texts import held_out_text

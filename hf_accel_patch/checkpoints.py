@@ -31,6 +31,10 @@ from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.options import KEYWORDS, parse
 from hf_accel_patch.passes import Quantize
 from hf_accel_patch.passes.saving import METHOD
+from hf_accel_patch.plan import Pass
+from hf_accel_patch.planning.budget import Budget, fitted
+from hf_accel_patch.planning.memory import Estimates
+from hf_accel_patch.planning.stored import FIRST, opened
 from hf_accel_patch.reading import Recording, recording
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
@@ -39,7 +43,6 @@ PARTS = {  # the tensors that a layer has in a checkpoint of another method, by 
     "awq": ("qweight", "qzeros", "scales"),
     "bitsandbytes": ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
 }
-FIRST = {"gptq": ".qweight", "awq": ".qweight", "bitsandbytes": ".weight.absmax"}  # what only a quantized layer has
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -48,7 +51,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     `options`: the keywords of `patch`; whatever else is handed to `AutoModelForCausalLM.from_pretrained`. With
     `quantize=` weights are quantized one by one while they are read: the float model never exists whole. Without it, a
     checkpoint that GPTQ (4 and 8 bits), AWQ, bitsandbytes (4 and 8 bits) or this package has quantized is read as it
-    is, onto our kernels. Only safetensors are read.
+    is, onto our kernels. `budget=` decides before anything is read. Only safetensors are read.
 
     Raises ValueError or TypeError for impossible options, HfAccelError for a checkpoint that is damaged, of an unknown
     method, or quantized already where `quantize=` asks for more.
@@ -66,8 +69,8 @@ def read(
     """`load`, with another function that reads the checkpoint. `lenient`: passes that the model cannot have are left
     out, with a warning."""
     options = dict(options)
-    passes = parse({key: options.pop(key) for key in KEYWORDS if key in options})
-    quantize = next((each for each in passes if isinstance(each, Quantize)), None)
+    asked = parse({key: options.pop(key) for key in KEYWORDS if key in options})
+    quantize = next((each for each in asked if isinstance(each, Quantize)), None)
     if quantize is not None and quantize.originals == "keep":
         raise ValueError("load() reads no float weights that it could keep; leave out originals='keep'")
     if quantize is not None and quantize.calibrate is not None:
@@ -90,11 +93,13 @@ def read(
     if quantize is not None and found is not None:
         hint = "leave out quantize=" if found.get("weights") else "load it, and patch the model with quantize="
         raise HfAccelError(f"the checkpoint at {path} is quantized by {method} already", hint)
+    passes = _fitted(path, config, asked, options.get("dtype"))
+    quantize = next((each for each in passes if isinstance(each, Quantize)), None)
     if method in PARTS:
         if given is None:
             config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
         model = _foreign(path, copy.deepcopy(config), found or {}, method, options, hub)
-        return adopt(model, passes, as_it_is, lenient=lenient)
+        return adopt(model, passes, as_it_is, asked=asked, lenient=lenient)
     if found is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise HfAccelError(
             f"the checkpoint at {path} is quantized by {method or 'an unknown method'}, which is not read"
@@ -109,9 +114,18 @@ def read(
     with _recorded(kept):
         model = reader(path, **options)
     if quantize is not None:
-        return adopt(model, passes, lambda _: kept.facts, kept.journal, hub, lenient=lenient)
+        return adopt(model, passes, lambda _: kept.facts, kept.journal, hub, asked, lenient=lenient)
     quantized = method == METHOD and (found or {}).get("weights")
-    return adopt(model, passes, as_it_is if quantized else None, source=hub, lenient=lenient)
+    return adopt(model, passes, as_it_is if quantized else None, source=hub, asked=asked, lenient=lenient)
+
+
+def _fitted(path: str | os.PathLike[str], config: Any, asked: tuple[Pass, ...], dtype: Any) -> tuple[Pass, ...]:
+    """What a budget decides, from the configuration alone."""
+    if not isinstance(asked[0], Budget):
+        return asked
+    here = opened(path, config, dtype)
+    estimates = Estimates(here.view, asked[0].counted(here.view), asked[0].batch, here.skeleton)
+    return fitted(here.view, asked, estimates)
 
 
 @contextmanager

@@ -41,13 +41,14 @@ def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
     from hf_accel_patch.bench_command import add_bench
     from hf_accel_patch.hook_command import add_hook
+    from hf_accel_patch.plan_command import add_plan
     from hf_accel_patch.run_command import add_run
     from hf_accel_patch.uptrain_command import add_uptrain
     from hf_accel_patch.verify_command import add_verify
 
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan, add_verify, add_bench, add_run, add_uptrain, add_hook):
+    for add in (_add_demo, add_plan, add_verify, add_bench, add_run, add_uptrain, add_hook):
         add(commands)
     return found
 
@@ -88,21 +89,6 @@ def _demo(options: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         show(result)
-
-
-def _add_plan(commands: Any) -> None:
-    added = commands.add_parser("plan", help="print what patch() would do to a model; its weights are not read")
-    added.add_argument("model", metavar="PATH_OR_ID")
-    add_passes(added)
-    add_json(added)
-    added.set_defaults(command=_plan)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from hf_accel_patch import plan
-
-    planned = plan(options.model, **keywords(options))
-    print(planned.to_json() if options.json else planned)
 
 
 def add_passes(added: argparse.ArgumentParser) -> None:

@@ -20,13 +20,13 @@ from hf_accel_patch import Quantize, patch, plan, report, unpatch
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.measure import (
     PeakMemory,
-    available_bytes,
     interleaved_ms,
     perplexity,
     spread_windows,
     token_ms,
     weight_bytes,
 )
+from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
 from hf_accel_patch.shapes import SHAPES, empty_model, random_model
 from hf_accel_patch.texts import held_out_text

@@ -51,12 +51,7 @@ class Shown:
             return self.title
         if not sys.stdout.isatty():
             return "\n".join([self.title, *_aligned([COLUMNS, *map(cells, rows)]), *self.notes])
-        from rich.console import Console
-
-        text = io.StringIO()
-        console = Console(file=text, width=Console().width, color_system=None, highlight=False)
-        console.print(self)
-        return text.getvalue().rstrip("\n")
+        return in_terminal(self)
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
@@ -99,6 +94,16 @@ def cells(row: dict[str, Any]) -> Cells:
     return row["pass"], "on", "exact" if row["exact"] else "changed", size, said
 
 
+def in_terminal(shown: Any) -> str:
+    """What rich makes of it at the width of the terminal, as text."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=Console().width, color_system=None, highlight=False)
+    console.print(shown)
+    return text.getvalue().rstrip("\n")
+
+
 def in_words(size_bytes: int) -> str:
     """1_234_567 -> '1.23 MB'."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -113,5 +118,7 @@ def _aligned(rows: Sequence[Cells]) -> list[str]:
 
 
 def _fact(key: str, value: Any) -> str:
-    """A long list is counted; `to_dict` has it whole."""
+    """A long list is counted; `to_dict` has it whole. Bytes are put in words."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{key.removesuffix('_bytes')} {in_words(value)}"
     return f"{len(value)} {key}" if isinstance(value, list) and len(value) > 3 else f"{key} {value}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -73,25 +72,6 @@ def _status(field: str) -> int | None:
         if name == field:
             return int(value.split()[0]) * 1024
     return None
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a model could still take: of the device, or of this machine within the limit of its container.
-    None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    if sys.platform != "linux":
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else None
-    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    system = next((int(row[1]) * 1024 for row in rows if row[0] == "MemAvailable:"), None)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or no limit: "max"
-        return system
-    return limit if system is None else min(limit, system)
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]

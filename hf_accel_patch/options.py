@@ -20,15 +20,30 @@ from hf_accel_patch.passes import (
     Speculative,
 )
 from hf_accel_patch.passes.scaling import ALLOWED, RopeScaling
-from hf_accel_patch.plan import Pass
+from hf_accel_patch.plan import Pass, size_in_bytes
+from hf_accel_patch.planning.budget import Budget, Candidate
 
-KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context")
-NUMBERS = ("gqa", "context")  # what takes whole numbers
+KEYWORDS = ("gqa", "rope", "quantize", "linear", "attention", "cache", "speculative", "context", "budget", "batch")
+NUMBERS = ("gqa", "context", "batch")  # what takes whole numbers
+LADDER = (  # schemes of weights and cache, from the least lossy on
+    (None, None),
+    (None, "int8"),
+    ("int8", None),
+    ("int8", "int8"),
+    (None, "int4"),
+    ("int8", "int4"),
+    ("int4", None),
+    ("int4", "int8"),
+    ("int4", "int4"),
+)
+PLAIN = "switched off: the room that it keeps for more tokens does not fit into the budget"
 CACHES = "True, False, 'int8', 'int4', 'sinks:WINDOW' with a number of tokens, or a KVCache"
 
 
 def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pass, ...]:
     """The passes that these keywords of `patch` ask for.
+
+    With `budget=` they come after a `Budget`, which holds what may be chosen instead of them.
 
     Raises TypeError for an unknown keyword and ValueError for an impossible value. `keep_originals`: whatever the
     passes replace must come back.
@@ -36,6 +51,18 @@ def parse(keywords: dict[str, Any], *, keep_originals: bool = False) -> tuple[Pa
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(f"patch() has no keyword {name!r}; its keywords are {', '.join(KEYWORDS)}")
+    passes, batch = _passes(keywords, keep_originals), count("batch", keywords.get("batch"))
+    if keywords.get("budget") is None:
+        if batch is not None:
+            raise ValueError(f"batch={batch} is the number of sequences that a budget is for; give budget= too")
+        return passes
+    limit = _limit(keywords["budget"])
+    return Budget(
+        limit, keywords.get("context"), batch or 1, _candidates(keywords, keep_originals), keep_originals
+    ), *passes
+
+
+def _passes(keywords: dict[str, Any], keep_originals: bool) -> tuple[Pass, ...]:
     quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
         _gqa(keywords.get("gqa"), keep_originals),
@@ -66,6 +93,56 @@ def from_text(keyword: str, text: str) -> Any:
     return int(text)
 
 
+def count(keyword: str, value: Any) -> int | None:
+    """A number of tokens or sequences, or None. Raises ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        what = {"context": "tokens", "batch": "sequences"}[keyword]
+        raise ValueError(f"{keyword}={value!r}; allowed: a number of {what}, at least 1, or None")
+    return value
+
+
+def _limit(value: Any) -> int:
+    allowed = "allowed: a number of bytes, or a text such as '6GiB', '500MiB' or '2GB'"
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"budget={value!r}; {allowed}")
+    try:
+        return size_in_bytes(value)
+    except ValueError:
+        raise ValueError(f"budget={value!r}; {allowed}") from None
+
+
+def _candidates(keywords: dict[str, Any], keep_originals: bool) -> tuple[Candidate, ...]:
+    """What a budget may choose from: the schemes of weights and cache that the user has not fixed. After each exact
+    cache comes stock's, which is as exact, slower, and keeps no room for more tokens."""
+    fixed = {name: keywords.get(name) is not None for name in ("quantize", "cache")}
+    lossy = any(keywords.get(name) not in (None, True, False) for name in ("gqa", "rope", "quantize", "cache"))
+    found = []
+    for scheme, kind in LADDER:
+        if (scheme and (fixed["quantize"] or keep_originals)) or (kind and fixed["cache"]):
+            continue
+        changed = {"quantize": scheme, "cache": kind}
+        try:
+            passes = _passes(keywords | {name: value for name, value in changed.items() if value}, keep_originals)
+        except ValueError:  # a scaling of positions that no quantized cache can follow
+            continue
+        exact, label = not (scheme or kind or lossy), _label(scheme, kind, lossy)
+        found.append(Candidate(label, exact, passes))
+        if kind is None and not fixed["cache"]:
+            plain = tuple(Later("cache", PLAIN) if each.name == "cache" else each for each in passes)
+            found.append(Candidate(f"{label} with stock's cache", exact, plain))
+    return tuple(found)
+
+
+def _label(scheme: str | None, kind: str | None, lossy: bool) -> str:
+    if scheme is None:
+        return f"cache in {kind}" if kind else "what was asked for" if lossy else "exact"
+    if kind is None:
+        return f"weights in {scheme}"
+    return f"weights and cache in {scheme}" if scheme == kind else f"weights in {scheme}, cache in {kind}"
+
+
 def _gqa(value: Any, keep_originals: bool) -> Pass:
     if value is None or value is False:
         return Later("gqa", "not asked for: key/value heads stay as they are")
@@ -78,12 +155,10 @@ def _gqa(value: Any, keep_originals: bool) -> Pass:
 
 
 def _positions(keywords: dict[str, Any]) -> Pass:
-    attention, tokens = keywords.get("attention", True), keywords.get("context")
+    attention, tokens = keywords.get("attention", True), count("context", keywords.get("context"))
     rope = _rope(keywords.get("rope"), keywords.get("cache", True), attention)
     if tokens is None:
         return rope
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"context={tokens!r}; allowed: a number of tokens, at least 1, or None")
     return Context(tokens, rope, attention is not False)
 
 

@@ -58,6 +58,7 @@ class Plan(Shown):
 
     subject: str
     decisions: tuple[Step | Skip, ...]
+    memory: Any = None  # a planning.overview.Memory: what it takes, and what would take less
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -75,8 +76,15 @@ class Plan(Shown):
         return tuple(described(decision) for decision in self.decisions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"model": ..., "passes": [{"pass": "quantize", "exact": False, ...}, ...]}`."""
-        return {"model": self.subject, "passes": list(self.shown_rows())}
+        """Plain data: `{"model": ..., "passes": [{"pass": "quantize", "exact": False, ...}, ...], "memory": {...}}`."""
+        found: dict[str, Any] = {"model": self.subject, "passes": list(self.shown_rows())}
+        return found if self.memory is None else found | {"memory": self.memory.to_dict()}
+
+    def __str__(self) -> str:
+        return super().__str__() if self.memory is None else f"{super().__str__()}\n\n{self.memory}"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + ("" if self.memory is None else self.memory._repr_html_())
 
 
 def build(view: View, passes: Iterable[Pass], *, lenient: bool = False) -> Plan:

@@ -159,6 +159,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
+def unattended(query: Tensor, key: Tensor, value: Tensor, fused: bool, masked: bool) -> Tensor:
+    """As `attend` does without values, on the meta device: [B, T, H, V]. It takes and frees the memory that `attend`
+    takes on a CPU."""
+    (B, H, T, _), S = query.shape, key.shape[2]
+    row_bytes = S * B * (5 if fused else 8 * H)
+    rows = next((stop - start for start, stop in blocks(T, row_bytes, SCORE_BYTES)), 0)
+    block = query.new_empty(rows * row_bytes, dtype=torch.uint8) if masked or not fused else None
+    output = query.new_empty(B, T, H, value.shape[-1])
+    del block
+    return output if fused and not masked else torch.empty_like(output)
+
+
 def scored(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
+from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored, unattended
 from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.latent import Latent, attend_latents
@@ -150,6 +150,10 @@ def attention_forward(
     if latents is not None and (answer or dropout or (T > 1 and attention_mask is None) or not latents.stay(T)):
         (key, value), latents = latents.expanded, None
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
+    if query.is_meta and not answer:  # only planned
+        described = isinstance(attention_mask, DescribedMask)
+        plain = softcap is None and s_aux is None and sinks is None and key.shape[-1] == value.shape[-1]
+        return unattended(query, key, value, plain, described or position_bias is not None), None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if (

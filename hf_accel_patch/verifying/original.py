@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_accel_patch.api import STATE, State, unpatch
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import ADAPTERS, dtype_of, find_model, weight_bytes
-from hf_accel_patch.measure import available_bytes
 from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.verifying.untouched import untouched
 
 ROOM = 1.25  # times its weights: the whole original beside the patched model, and what running it needs

@@ -1,0 +1,114 @@
+"""Weights, cache and activations of a model under some passes, in bytes, without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_accel_patch.families import View, context_tokens, dtype_of
+from hf_accel_patch.passes import GQA, Attention, KVCache, Quantize
+from hf_accel_patch.plan import Pass, Step
+from hf_accel_patch.planning.caches import kept
+from hf_accel_patch.planning.trace import Traced, quantized_names, traced, twin
+
+DEFAULT_TOKENS = 2048  # where neither the user nor the configuration says how many
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes. `activations` are those of the prompt at its widest, or of the last token's step, if that needs more with
+    the room that a growing cache has; `peak` is their sum with the weights and the cache."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.cache + self.activations
+
+    def to_dict(self) -> dict[str, int]:
+        sizes = {"weights": self.weights, "cache": self.cache, "activations": self.activations}
+        return sizes | {"peak": self.peak}
+
+
+@dataclass
+class Estimates:
+    """Of one model for `batch` sequences of `tokens`. What has been found out is kept for the next question.
+
+    Weights are counted as the passes would leave them, exactly. The cache is counted from the shapes in which a run on
+    the meta device hands keys and values to it. Activations are those that live in that run.
+    """
+
+    view: View
+    tokens: int
+    batch: int = 1
+    skeleton: View | None = None  # the same model in float weights on the meta device, if there is one
+    _traces: dict[tuple[bool, bool, frozenset[str]], Traced] = field(default_factory=dict, repr=False)
+    _weights: dict[Any, tuple[int, frozenset[str]]] = field(default_factory=dict, repr=False)
+    _saved: dict[Any, tuple[int, float]] = field(default_factory=dict, repr=False)
+
+    def stock(self) -> Size:
+        """Of the model as it is, by stock transformers."""
+        return self._size(None, None, None, ours=False)
+
+    def of(self, passes: Iterable[Pass]) -> Size:
+        """Of the model under these passes. Raises UnsupportedModel where it cannot have one."""
+        found: dict[type, Any] = {type(each): each for each in passes}
+        return self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), ours=Attention in found)
+
+    @property
+    def problem(self) -> str:
+        """Why activations are a rule of thumb, or nothing."""
+        return next((each.problem for each in self._traces.values() if each.problem), "")
+
+    def _size(self, quantize: Quantize | None, cache: KVCache | None, gqa: GQA | None, *, ours: bool) -> Size:
+        weights, names = self._weighed(quantize)
+        if cache is not None and not isinstance(cache.inspect(self.view), Step):
+            cache = None
+        trace = self._trace(ours, cache is not None and cache.kind in ("int8", "int4"), names)
+        saved, share = self._grouped(gqa)
+        rows = [replace(row, heads=max(1, round(row.heads * share))) for row in trace.rows]
+        sizes = kept(cache, rows, self.tokens, self.batch, dtype_of(self.view.model).itemsize)
+        held, during = sizes.prompt + trace.states, trace.activations
+        if cache is None:  # a window of stock's is a slice of the whole prompt until the next token
+            during += max(0, int(trace.held * share) - held)
+        after = sizes.grown - sizes.prompt + trace.activations // self.tokens
+        return Size(weights - saved * weights // self.view.weight_bytes(), held, max(during, after))
+
+    def _weighed(self, quantize: Quantize | None) -> tuple[int, frozenset[str]]:
+        key = None if quantize is None else (quantize.scheme, quantize.group_size, quantize.skip, quantize.originals)
+        if key not in self._weights:
+            size, names = self.view.weight_bytes(), quantized_names(self.view)
+            if quantize is not None:
+                targets, _ = quantize.choose(self.view)
+                if quantize.originals != "keep":
+                    size -= sum(p.numel() * p.element_size() for target in targets for p in target.parameters())
+                size += sum(target.packed_bytes for target in targets)
+                names |= {name for target in targets for name, _ in target.modules}
+            self._weights[key] = size, names
+        return self._weights[key]
+
+    def _grouped(self, gqa: GQA | None) -> tuple[int, float]:
+        """The bytes of weights that fewer key/value heads save, and which share of the cache is left."""
+        if gqa not in self._saved:
+            decided = None if gqa is None else gqa.inspect(self.view)
+            facts = decided.facts if isinstance(decided, Step) else None
+            self._saved[gqa] = (
+                (facts["bytes_before"] - facts["bytes_after"], facts["kv_heads"] / facts["was"]) if facts else (0, 1.0)
+            )
+        return self._saved[gqa]
+
+    def _trace(self, ours: bool, packed: bool, names: frozenset[str]) -> Traced:
+        key = ours, packed, names
+        if key not in self._traces:
+            self.skeleton = self.skeleton or twin(self.view)
+            found = traced(self.skeleton, self.tokens, self.batch, ours=ours, packed=packed, quantized=names)
+            self._traces[key] = found
+        return self._traces[key]
+
+
+def tokens_of(view: View, context: int | None) -> int:
+    """How many tokens to count: those asked for, or what the model was made for."""
+    return context or context_tokens(view.config) or DEFAULT_TOKENS

@@ -1,0 +1,162 @@
+"""What a plan shows of memory: stock, what was asked for, and the alternatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_accel_patch.display import in_terminal, in_words
+from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.passes import KVCache, Quantize
+from hf_accel_patch.plan import Pass
+from hf_accel_patch.planning.machine import available_bytes, device_of
+from hf_accel_patch.planning.memory import Estimates, Size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STOCK, ASKED = "stock", "as asked"
+COLUMNS = ("memory", "weights", "cache", "activations", "peak", "fits")
+Kind = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "nf4"]
+ALTERNATIVES: tuple[tuple[Scheme | None, Kind | None], ...] = (
+    ("int8", None),
+    ("int4", None),
+    ("nf4", None),
+    (None, "int8"),
+    (None, "int4"),
+    ("int8", "int8"),
+    ("int4", "int4"),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Sizes by scheme, for `batch` sequences of `tokens`. A reason stands in the place of what cannot be had."""
+
+    tokens: int
+    batch: int
+    device: str
+    available: int | None  # bytes that are free there
+    budget: int | None  # bytes
+    sizes: tuple[tuple[str, Size | str], ...]
+    problem: str = ""  # why activations are a rule of thumb
+
+    @property
+    def asked(self) -> Size:
+        return next(size for label, size in self.sizes if label == ASKED and isinstance(size, Size))
+
+    @property
+    def title(self) -> str:
+        batch = f" of {self.batch} sequences" if self.batch > 1 else ""
+        parts = [f"{self.tokens} tokens{batch}"]
+        parts += [f"budget {in_words(self.budget)}"] if self.budget is not None else []
+        parts += [f"{in_words(self.available)} free on {self.device}"] if self.available is not None else []
+        return ", ".join(parts)
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"activations by a rule of thumb: {self.problem}"] if self.problem else []
+
+    def fits(self, size: Size) -> bool | None:
+        """Whether it is within the budget, or without one, within what is free; None where nobody knows."""
+        room = self.available if self.budget is None else self.budget
+        return None if room is None else size.peak <= room
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, in bytes."""
+        described: dict[str, Any] = {"context": self.tokens, "batch": self.batch, "device": self.device}
+        described |= {"available": self.available, "budget": self.budget, **self.asked.to_dict()}
+        rows = []
+        for label, size in self.sizes:
+            known = {"reason": size} if isinstance(size, str) else {**size.to_dict(), "fits": self.fits(size)}
+            rows.append({"scheme": label, **known})
+        return described | {"schemes": rows} | ({"rule_of_thumb": self.problem} if self.problem else {})
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """As `COLUMNS`."""
+        for label, size in self.sizes:
+            if isinstance(size, str):
+                yield label, "", "", "", "", size
+                continue
+            fits = {True: "yes", False: "no", None: ""}[self.fits(size)]
+            yield label, *map(in_words, (size.weights, size.cache, size.activations, size.peak)), fits
+
+    def __str__(self) -> str:
+        if sys.stdout.isatty():
+            return in_terminal(self)
+        rows = [COLUMNS, *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
+        lines = []
+        for name, *sizes, last in rows:
+            padded = [f"{cell:>{width}}" for cell, width in zip(sizes, widths[1:], strict=True)]
+            lines.append("  ".join([f"{name:<{widths[0]}}", *padded, last]).rstrip())
+        return "\n".join([self.title, *lines, *self.notes])
+
+    def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        caption = "\n".join(self.notes) or None
+        shown = Table(title=self.title, title_justify="left", title_style="bold", caption=caption, box=SIMPLE_HEAD)
+        shown.pad_edge, shown.caption_justify = False, "left"
+        for name in COLUMNS:
+            right = name not in (COLUMNS[0], COLUMNS[-1])
+            shown.add_column(name, justify="right" if right else "left", no_wrap=right)
+        for row in self.rows():
+            shown.add_row(*row, style=None if row[-1] != "no" else "dim")
+        return shown
+
+    def _repr_html_(self) -> str:
+        def cells(row: Iterable[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+        body = "".join(cells(row, "td") for row in self.rows())
+        below = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<p><b>{escape(self.title)}</b></p><table>{cells(COLUMNS, 'th')}{body}</table>{below}"
+
+
+def overview(estimates: Estimates, passes: tuple[Pass, ...], budget: int | None = None) -> Memory:
+    """Stock, these passes, and what other schemes would make of it."""
+    view = estimates.view
+    quantized = any(isinstance(module, QuantizedModule) for _, module in view.named_modules())
+    sizes: list[tuple[str, Size | str]] = [(STOCK, estimates.stock()), (ASKED, estimates.of(passes))]
+    for scheme, kind in ALTERNATIVES:
+        if not (scheme and quantized):
+            sizes.append((named(scheme, kind), _size(estimates, instead(passes, scheme, kind))))
+    device = device_of(view.model)
+    problem = estimates.problem
+    return Memory(
+        estimates.tokens, estimates.batch, str(device), available_bytes(device), budget, tuple(sizes), problem
+    )
+
+
+def named(scheme: str | None, kind: str | None) -> str:
+    """The label of an alternative."""
+    return " and ".join(part for part in (scheme and f"{scheme} weights", kind and f"{kind} cache") if part)
+
+
+def instead(passes: tuple[Pass, ...], scheme: Scheme | None, kind: Kind | None) -> tuple[Pass, ...]:
+    """The same passes with weights or the cache in other schemes."""
+    asked = next((each for each in passes if isinstance(each, Quantize)), None)
+    if scheme is not None:
+        skip = () if asked is None else asked.skip
+        chosen = Quantize(scheme, skip=skip, originals=None if asked is None else asked.originals)
+        passes = (*(each for each in passes if each is not asked), chosen)
+    if kind is not None:
+        held = next((each for each in passes if isinstance(each, KVCache)), KVCache())
+        offload = dataclasses.replace(KVCache(kind), offload=held.offload)
+        passes = (*(each for each in passes if not isinstance(each, KVCache)), offload)
+    return passes
+
+
+def _size(estimates: Estimates, passes: tuple[Pass, ...]) -> Size | str:
+    try:
+        return estimates.of(passes)
+    except UnsupportedModel as error:
+        return str(error).partition("\n")[0]

@@ -1,0 +1,87 @@
+"""Estimates and measured bytes of one model after another, as JSON lines: run in a process of its own, whose malloc
+gives back what is freed. `python measured.py FAMILY ...`"""
+
+import gc
+import json
+import sys
+from itertools import chain
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import hf_accel_patch
+from hf_accel_patch.measure import PeakMemory
+from hf_accel_patch.ops.growing import Growing
+
+TOKENS = 768
+BASE = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, vocab_size=512)
+BASE |= dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LLAMA = BASE | dict(num_key_value_heads=2, head_dim=64)
+LATENT = dict(q_lora_rank=96, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=64)
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1)
+GPT = dict(n_embd=256, n_inner=1024, n_layer=3, n_head=4, n_positions=2048, vocab_size=512)
+FAMILIES = {
+    "llama": LLAMA,
+    "gpt2": GPT,
+    "qwen2": {name: size for name, size in LLAMA.items() if name != "head_dim"},
+    "gemma2": LLAMA | dict(query_pre_attn_scalar=64, sliding_window=128),
+    "mixtral": LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=512),
+    "deepseek_v3": BASE | LATENT | ROUTED | dict(num_key_value_heads=4, moe_intermediate_size=256),
+    "falcon": BASE | dict(alibi=False, multi_query=True),
+    "bloom": dict(hidden_size=256, n_layer=3, n_head=4, vocab_size=512),
+}
+WAYS = {"stock": None, "exact": {}, "int8": {"quantize": "int8"}, "cache": {"quantize": "int4", "cache": "int8"}}
+
+
+def build(family, **overrides):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**(FAMILIES[family] | overrides))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def held(cache):
+    """Bytes of all that the layers of a cache hold, buffers with their room."""
+    storages = {}
+
+    def walk(thing):
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, Growing):
+            walk(thing.buffer)
+        elif isinstance(thing, list | tuple):
+            for each in thing:
+                walk(each)
+
+    for value in chain.from_iterable(vars(layer).values() for layer in cache.layers):
+        walk(value)
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def measured(family, way):
+    """What the plan says, and bytes of weights, of the cache, and of the peak."""
+    model, options = build(family), WAYS[way]
+    memory = hf_accel_patch.plan(model, context=TOKENS, **(options or {})).to_dict()["memory"]
+    said = next(row for row in memory["schemes"] if row["scheme"] == ("stock" if options is None else "as asked"))
+    if options is not None:
+        hf_accel_patch.patch(model, **options)
+    ids = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    model(ids, logits_to_keep=1)  # what is loaded and compiled once
+    watch = PeakMemory(torch.device("cpu"))
+    output = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    peak = watch.read()
+    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    again = model(
+        ids[:, :1], past_key_values=output.past_key_values
+    )  # of a window, stock keeps the whole prompt till now
+    cache = held(again.past_key_values)
+    found = {"weights": weights, "cache": cache, "peak": weights + peak}
+    return {"family": family, "way": way, "said": said, "measured": found, "problem": memory.get("rule_of_thumb", "")}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        for how in WAYS:
+            print(json.dumps(measured(name, how)), flush=True)
+            gc.collect()
