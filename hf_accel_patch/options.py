@@ -18,6 +18,7 @@ from hf_accel_patch.passes import (
     Quantize,
     SelfExtend,
     Speculative,
+    Unscaled,
 )
 from hf_accel_patch.passes.scaling import ALLOWED, RopeScaling
 from hf_accel_patch.plan import Pass, size_in_bytes
@@ -66,7 +67,7 @@ def _passes(keywords: dict[str, Any], keep_originals: bool) -> tuple[Pass, ...]:
     quantize = _quantize(keywords.get("quantize"), keep_originals)
     return (
         _gqa(keywords.get("gqa"), keep_originals),
-        _positions(keywords),
+        *_positions(keywords),
         quantize,
         _linear(keywords.get("linear", True), quantize),
         *_attention(keywords.get("attention", True), quantize),
@@ -154,12 +155,16 @@ def _gqa(value: Any, keep_originals: bool) -> Pass:
     return chosen
 
 
-def _positions(keywords: dict[str, Any]) -> Pass:
+def _positions(keywords: dict[str, Any]) -> tuple[Pass, ...]:
     attention, tokens = keywords.get("attention", True), count("context", keywords.get("context"))
     rope = _rope(keywords.get("rope"), keywords.get("cache", True), attention)
+    if rope.scaling is not None:
+        return (rope if tokens is None else Context(tokens, rope, attention is not False),)
+    assert isinstance(rope, Frequencies)
     if tokens is None:
-        return rope
-    return Context(tokens, rope, attention is not False)
+        return Later("rope", "not asked for: positions are those that it was trained on"), rope
+    scaled = Context(tokens, rope, attention is not False)
+    return scaled, Unscaled(scaled, rope)
 
 
 def _rope(value: Any, cache: Any, attention: Any) -> Frequencies | SelfExtend:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import greedy, logits, prompt, tiny
+from cases import entry, greedy, logits, prompt, tiny
 from fingerprint import fingerprint
 from torch import nn
 
@@ -205,7 +205,7 @@ def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch,
 def test_patched_keeps_the_originals_and_comes_off_after_an_exception(model):
     before = fingerprint(model)
     with pytest.raises(RuntimeError), patched(model, quantize="int4") as same:
-        assert same is model and report(model).to_dict()["passes"][2]["originals"] == "keep"
+        assert same is model and entry(report(model).to_dict(), "quantize")["originals"] == "keep"
         raise RuntimeError
     assert fingerprint(model) == before
     with (
@@ -230,7 +230,7 @@ def test_a_peft_model_is_patched_inside(model):
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))
     stock = wrapped(prompt()).logits.detach()
     assert patch(wrapped, quantize=Quantize("int8", originals="keep")) is wrapped
-    row = report(wrapped).to_dict()["passes"][2]
+    row = entry(report(wrapped).to_dict(), "quantize")
     assert {skip["reason"] for skip in row["skipped"]} == {"an adapter that is being trained"}
     ours = wrapped(prompt()).logits
     assert not torch.equal(ours, stock) and (ours - stock).std() < 0.1 * stock.std()

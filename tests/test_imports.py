@@ -24,10 +24,10 @@ ROOMS = (
     "passes",
     "reading",
     "loading",
+    "foreign_layers",
     "planning",
     "options",
     "api",
-    "foreign_layers",
     "checkpoints",
     "uptraining",
 )

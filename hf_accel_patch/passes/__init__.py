@@ -2,7 +2,7 @@
 
 from hf_accel_patch.passes.attention import Attention
 from hf_accel_patch.passes.cache import KVCache
-from hf_accel_patch.passes.context import Context
+from hf_accel_patch.passes.context import Context, Unscaled
 from hf_accel_patch.passes.gqa import GQA
 from hf_accel_patch.passes.later import Later
 from hf_accel_patch.passes.linear import Linear
@@ -28,4 +28,5 @@ __all__ = [
     "RopeScaling",
     "SelfExtend",
     "Speculative",
+    "Unscaled",
 ]

@@ -43,13 +43,10 @@ class Context:
         if has_alibi(view.config):
             return self._without_limit(view)
         if trained is None or trained >= self.tokens:
-            decision = self.given.inspect(view)
             reason = (
                 f"it is trained on {trained} tokens" if trained else "nothing in its configuration limits its length"
             )
-            if isinstance(decision, Step):
-                return dataclasses.replace(decision, facts=decision.facts | {"context": self.tokens, "length": reason})
-            return dataclasses.replace(decision, reason=f"{reason}: no scaling is needed for context={self.tokens}")
+            return Skip(self, f"{reason}: no scaling is needed for context={self.tokens}", view.weight_bytes())
         if uses_learned_positions(view):
             raise self._unsupported(
                 f"it has learned a vector for each of {trained} positions, and none for those beyond them"
@@ -103,3 +100,21 @@ class Context:
 
     def _unsupported(self, reason: str) -> UnsupportedModel:
         return UnsupportedModel(f"context={self.tokens}: {reason}", "leave context out")
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """The repairs of `Frequencies`, where nothing scales positions after all."""
+
+    rope: Context  # what may scale them
+    repairs: Frequencies
+
+    name = "frequencies"
+
+    def inspect(self, view: View) -> Step | Skip:
+        if isinstance(self.rope.inspect(view), Step):
+            return Skip(self, "they are those of rope", view.weight_bytes())
+        return dataclasses.replace(self.repairs.inspect(view), by=self)
+
+    def apply(self, step: Step, journal: Journal) -> None:
+        self.repairs.apply(step, journal)

@@ -72,7 +72,10 @@ class Frequencies:
     scaling: RopeScaling | None = None
     packed: str = ""  # the kind of a cache whose keys cannot be turned
 
-    name = "rope"
+    @property
+    def name(self) -> str:
+        """What is exact has a row of its own."""
+        return "rope" if self.scaling is not None else "frequencies"
 
     def inspect(self, view: View) -> Step | Skip:
         size, rotary, tables = view.weight_bytes(), view.rotary_modules(), table_modules(view)
@@ -99,7 +102,7 @@ class Frequencies:
                     "RopeScaling('dynamic', factor, length=TOKENS) fixes them, as 'yarn' and 'linear' do",
                 )
         if not (changes.buffers or changes.scaled or self.scaling):
-            return Skip(self, "its frequencies are in full precision, and no scaling was asked for", size)
+            return Skip(self, "they are in full precision", size)
         grown = sum(_bytes(new) - _bytes(module._buffers.get(name)) for module, name, new in changes.buffers)
         facts = {"exact": self.scaling is None, "bytes_before": size, "bytes_after": size + grown}
         return Step(self, facts | self._facts(changes), (changes,))

@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, bind, layer_list
 from hf_accel_patch.families.weights import linear_weights
+from hf_accel_patch.foreign_layers import weights_of
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.loading import HfAccelConfig
 from hf_accel_patch.ops.packing import int4_block
@@ -129,13 +130,10 @@ def _of_others(
         scheme = "int4" if bits == 4 else "int8"
     weights: dict[str, list[Any]] = {}
     names = _names(path, (FIRST[method], ".SCB") if method == "bitsandbytes" else (FIRST[method],))
-    for name in names or _by_rule(model, found, method):
-        (_, K) = _shape(model, name)
-        group = (
-            BITSANDBYTES_BLOCK
-            if method == "bitsandbytes"
-            else int(found.get("group_size", found.get("q_group_size", 128)))
-        )
+    modules = {made.module: made.weight.shape[1] for made in weights_of(model, names)}
+    group = int(found.get("group_size", found.get("q_group_size", 128)))
+    group = BITSANDBYTES_BLOCK if method == "bitsandbytes" else group
+    for name, K in (modules or _by_rule(model, found, method)).items():
         size = 0 if scheme in ("int8", "llm.int8") else _kernel_group(K if group == -1 else math.gcd(K, group))
         weights.setdefault(str(size), []).append(name)
     return scheme, weights
@@ -155,28 +153,22 @@ def _names(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[str]
     return [name.removesuffix(suffix) for name in names for suffix in suffixes if name.endswith(suffix)]
 
 
-def _by_rule(model: PreTrainedModel, found: dict[str, Any], method: str) -> list[str]:
-    """As the method chooses by default: linear layers, but for the head and those that it was told to leave out."""
+def _by_rule(model: PreTrainedModel, found: dict[str, Any], method: str) -> dict[str, int]:
+    """As the method chooses by default: linear layers, and experts, but for the head and those that it was told to
+    leave out. By name, with the number of input features."""
     left = [*(found.get("modules_to_not_convert") or ()), *(found.get("llm_int8_skip_modules") or ())]
     head, inside = model.get_output_embeddings(), {id(module) for module in layer_list(bind(model)).modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (method == "bitsandbytes" or id(module) in inside)
-        and not any(part in name or fnmatchcase(name, part) for part in left)
-    ]
-
-
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    try:
-        weights = linear_weights(model.get_submodule(name))
-    except AttributeError:
-        raise UnsupportedModel(f"the checkpoint has a quantized layer {name}, which this model lacks") from None
-    if isinstance(weights, str):
-        raise UnsupportedModel(f"the checkpoint has quantized {name}, which is no linear layer here")
-    return weights[1][0].shape
+    chosen = {}
+    for name, module in model.named_modules():
+        weights = linear_weights(module)
+        plain = isinstance(module, nn.Linear) and module is not head
+        if isinstance(weights, str) or not (plain or (weights[0] == "experts" and method != "bitsandbytes")):
+            continue
+        if (method == "bitsandbytes" or id(module) in inside) and not any(
+            part in name or fnmatchcase(name, part) for part in left
+        ):
+            chosen[name] = weights[1][0].shape[1]
+    return chosen
 
 
 def _kernel_group(multiple: int) -> int:

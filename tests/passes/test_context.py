@@ -24,6 +24,7 @@ def test_rotary_positions_are_scaled(name, tokens, factor):
     row = entry(report(model).to_dict(), "rope")
     assert (row["type"], row["factor"], row["context"]) == ("yarn", factor, factor * TRAINED)
     assert row["chosen"] == f"for context={tokens}"
+    assert entry(report(model).to_dict(), "frequencies")["reason"] == "they are those of rope"
     assert row == entry(plan(short(name), context=tokens).to_dict(), "rope")
 
 
@@ -33,14 +34,15 @@ def test_what_it_was_trained_on_needs_nothing(name, tokens):
     model = short(name) if name == "llama" else tiny(name)
     expected = logits(model, prompt())
     row = entry(report(patch(model, context=tokens)).to_dict(), "rope")
-    assert "is trained on" in row.get("reason", row.get("length")) and row["exact"]
+    assert "is trained on" in row["reason"]
     assert relative_error(logits(model, prompt()), expected) < 1e-4
 
 
 def test_frequencies_are_repaired_in_any_case():
     model = patch(short().to(torch.bfloat16), context=TRAINED)
-    row = entry(report(model).to_dict(), "rope")
-    assert row["repaired"] and row["length"] == f"it is trained on {TRAINED} tokens"
+    rows = report(model).to_dict()
+    assert entry(rows, "frequencies")["repaired"]
+    assert entry(rows, "rope")["reason"].startswith(f"it is trained on {TRAINED} tokens")
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 

@@ -252,7 +252,7 @@ def test_a_cache_handed_over_by_an_unpatched_model():
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_keys_of_a_checkpoint_stay_as_they_are(kind):
     model = patch(short(max_position_embeddings=4 * TRAINED, rope_parameters=LONGROPE), cache=kind)
-    assert f"cache='{kind}'" in entry(report(model).to_dict(), "rope")["cached_keys"]
+    assert f"cache='{kind}'" in entry(report(model).to_dict(), "frequencies")["cached_keys"]
     assert greedy(model, prompt(TRAINED - 3), 20).shape == (1, 20)
 
 

@@ -21,7 +21,7 @@ def test_rounded_frequencies_are_restored(name, dtype):
     patch(model)
     restored = dict(model.named_buffers())
     assert all(torch.equal(restored[key], exact[key]) for key in exact)
-    row = {row["pass"]: row for row in report(model).to_dict()["passes"]}["rope"]
+    row = {row["pass"]: row for row in report(model).to_dict()["passes"]}["frequencies"]
     assert row["exact"] and row["repaired"] == len(exact)
     unpatch(model)
     assert all(buffer is rounded[key] for key, buffer in model.named_buffers())
@@ -32,7 +32,7 @@ def test_frequencies_of_somebody_else_are_left_alone():
     model.model.rotary_emb.inv_freq *= 0.5
     before = model.model.rotary_emb.inv_freq
     patch(model)
-    row = {row["pass"]: row for row in report(model).to_dict()["passes"]}["rope"]
+    row = {row["pass"]: row for row in report(model).to_dict()["passes"]}["frequencies"]
     assert row["repaired"] == 1  # the untouched copy beside it
     assert model.model.rotary_emb.inv_freq is before
 
