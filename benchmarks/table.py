@@ -1,5 +1,6 @@
 """The README's tables, made from the rows in benchmarks/results: of `benchmarks.decode`, `benchmarks.quantize`,
-`benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
+`benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative`, `benchmarks.gqa` and
+`benchmarks.compatibility`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md` puts each that the file has a
 place for into it.
@@ -207,6 +208,7 @@ def line(*cells: str) -> str:
 def main() -> None:
     from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
+    from benchmarks.compatibility import compatibility_markdown
     from benchmarks.gqa_table import heads_markdown
     from benchmarks.speculative_table import speculative_markdown
 
@@ -225,6 +227,7 @@ def main() -> None:
             [row for row in rows if str(row.get("part")).startswith("speculative-")]
         ),
         "gqa-table": heads_markdown([row for row in rows if str(row.get("part")).startswith("gqa-")]),
+        "compatibility-table": compatibility_markdown([row for row in rows if row.get("part") == "compatibility"]),
     }
     if options.write is None:
         print("\n\n".join(filter(None, tables.values())))

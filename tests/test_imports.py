@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parent.parent / "hf_accel_patch"
 ROOMS = (
     "errors",
+    "compat",
     "journal",
     "kernels",
     "ops",

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_accel_patch.compat import CACHE, CACHE_NAMES
 from hf_accel_patch.errors import UnsupportedModel
 
 # Where a wrapper keeps the model inside it: torch.compile, pipelines, PEFT
@@ -65,7 +66,7 @@ SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
 PARSING = threading.Lock()
 
 # In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
-LATENTS = re.compile(r", k_(rot|pe) = \w*past_key_values\.update\(")
+LATENTS = re.compile(rf", k_(rot|pe) = \w*{CACHE}\.update\(")
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,10 @@ def layer_list(view: View) -> nn.ModuleList:
 
 @cache
 def takes_cache(kind: type) -> bool:
-    """Whether the forward of this class takes a cache."""
-    return bool({"past_key_values", "layer_past", "cache_params"} & set(inspect.signature(kind.forward).parameters))  # type: ignore[attr-defined]
+    """Whether the forward of this class takes a cache. What is called `cache` may be something of its own (XLM)."""
+    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    named = [parameters[name] for name in (*CACHE_NAMES, "cache_params") if name in parameters]
+    return any(each.name != "cache" or "Cache" in str(each.annotation) for each in named)
 
 
 def cache_rows(view: View) -> list[CacheRow]:
@@ -294,7 +297,7 @@ def caches_latents(kind: type) -> bool:
 @cache
 def changes_cached_keys(kind: type) -> bool:
     """Whether this attention class computes something of the keys that the cache returns, before it attends to them."""
-    _, _, after = _source(getattr(kind, "forward", None)).partition("past_key_values.update(")
+    _, _, after = _source(getattr(kind, "forward", None)).partition(f"{CACHE}.update(")
     return bool(re.search(r"\bkey_states = ", after))
 
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 from cases import FAMILIES, build, entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from fingerprint import changes, fingerprint
-from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import (
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_accel_patch import KVCache, UnsupportedModel, patch, plan, report, unpatch
+from hf_accel_patch.compat import (
     DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-
-from hf_accel_patch import KVCache, UnsupportedModel, patch, plan, report, unpatch
 from hf_accel_patch.ops.kv import BLOCK
 from hf_accel_patch.ops.stored import Content, Stored
 from hf_accel_patch.passes.cache import Converting
@@ -30,12 +29,17 @@ WINDOW = 9
 
 STOCK = {
     "full": DynamicLayer,
-    "window": lambda: DynamicSlidingWindowLayer(WINDOW),
-    "long window": lambda: DynamicSlidingWindowLayer(100),
+    "window": lambda: DynamicSlidingWindowLayer(sliding_window=WINDOW),
+    "long window": lambda: DynamicSlidingWindowLayer(sliding_window=100),
     "indexed": DynamicIndexedLayer,
     "hybrid": LinearAttentionAndFullAttentionLayer,
-    "hybrid window": lambda: LinearAttentionAndSlidingWindowAttentionLayer(WINDOW),
+    "hybrid window": lambda: LinearAttentionAndSlidingWindowAttentionLayer(sliding_window=WINDOW),
 }
+for _kind, _since in (("indexed", "DynamicIndexedLayer"), ("hybrid", "LinearAttentionAndFullAttentionLayer")):
+    if not hasattr(cache_utils, _since):
+        del STOCK[_kind]
+if not hasattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer"):
+    del STOCK["hybrid window"]
 
 
 def ours(layer, **options):
