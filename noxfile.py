@@ -1,12 +1,13 @@
 """The package at other versions than those of constraints.txt, each in an environment of its own.
 
-    pipx run nox                                          # the contract over the supported versions, lint, docs
+    pipx run nox                       # the contract at every version below, lint, docs
+    pipx run nox -s passes             # and the passes' own tests at each of them, which take longer
     pipx run nox -s "contract(transformers='5.17.0', torch='2.13.0')"
-    pipx run nox -s contract -- tests/passes/test_cache.py
+    pipx run nox -s contract -- tests/test_api.py -k plan      # pytest's arguments in place of the suite; adds no row
 
-Each run of `contract` over the whole suite adds a row to benchmarks/results/compatibility.jsonl, and
-`python -m benchmarks.table --write docs/compatibility.md` makes the page's table from them. Arguments of `pip`
-for another index, as for PyTorch's builds for the CPU, are read from the environment (PIP_EXTRA_INDEX_URL).
+A run of a suite adds a row to benchmarks/results/compatibility.jsonl, also where tests fail, and
+`python -m benchmarks.table --write docs/compatibility.md` makes the page's table from them. pip reads from its own
+environment where PyTorch's builds for the CPU are (PIP_EXTRA_INDEX_URL).
 """
 
 from __future__ import annotations
@@ -16,47 +17,32 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-SUITE = (
-    "tests/test_contract.py",
-    "tests/test_api.py",
-    "tests/test_imports.py",
-    "tests/test_journal.py",
-    "tests/test_loading.py",
-    "tests/test_checkpoints.py",
-    "tests/passes",
-)
-VERSIONS = (  # transformers, torch
+CONTRACT = ("contract", "api", "imports", "journal", "loading", "checkpoints")  # files of tests/
+VERSIONS = (  # transformers, torch; the first and the last are the bounds in pyproject.toml
+    ("5.5.4", "2.13.0"),
     ("5.17.0", "2.13.0"),
     ("5.23.0", "2.13.0"),
+    ("5.24.0", "2.13.0"),
 )
-FREE = ("transformers", "torch", "huggingface_hub", "tokenizers", "triton")  # which go by those two
+FREE = ("transformers", "torch", "huggingface_hub", "tokenizers", "triton", "numpy")  # which go by those, and Python
 
 nox.options.sessions = ["contract", "lint", "docs"]
 nox.options.reuse_existing_virtualenvs = True
-
-
-def constraints(session: nox.Session, free: tuple[str, ...] = ()) -> Path:
-    """constraints.txt without the packages that are to be of another version."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    path = Path(session.create_tmp()).resolve() / "constraints.txt"
-    path.write_text("".join(f"{line}\n" for line in lines if line.partition("==")[0] not in free))
-    return path
+every_version = nox.parametrize(("transformers", "torch"), VERSIONS)
 
 
 @nox.session
-@nox.parametrize(("transformers", "torch"), VERSIONS)
+@every_version
 def contract(session: nox.Session, transformers: str, torch: str) -> None:
-    """Every pass x every family, and the passes' own tests; `-- ARGUMENTS` are pytest's, in place of the suite."""
-    wanted = (f"transformers=={transformers}", f"torch=={torch}", "-e", ".[test]")
-    session.install("-c", str(constraints(session, FREE)), *wanted)
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    if session.posargs:
-        session.run("python", "-m", "pytest", *session.posargs, env=environment)
-        return
-    found = Path(session.create_tmp()).resolve() / "results.xml"
-    options = ("-q", "-n", "auto", "-m", "not slow", "-p", "no:cacheprovider", f"--junit-xml={found}")
-    session.run("python", "-m", "pytest", *options, *SUITE, env=environment, success_codes=[0, 1])
-    session.run("python", "-m", "benchmarks.compatibility", str(found), env=environment)
+    """Every pass x every family, what the functions promise, and checkpoints."""
+    run(session, transformers, torch, "contract", [f"tests/test_{name}.py" for name in CONTRACT])
+
+
+@nox.session
+@every_version
+def passes(session: nox.Session, transformers: str, torch: str) -> None:
+    """The tests of each pass."""
+    run(session, transformers, torch, "passes", ["tests/passes"])
 
 
 @nox.session
@@ -72,4 +58,30 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages, with links that lead somewhere."""
     session.install("mkdocs>=1.6")
-    session.run("mkdocs", "build", "--strict", "--site-dir", str(Path(session.create_tmp()) / "site"))
+    session.run("mkdocs", "build", "--strict", "--site-dir", str(folder(session) / "site"))
+
+
+def run(session: nox.Session, transformers: str, torch: str, suite: str, files: list[str]) -> None:
+    wanted = (f"transformers=={transformers}", f"torch=={torch}", "-e", ".[test]")
+    session.install("-c", str(constraints(session, FREE)), *wanted)
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    options = ("-q", "-n", "auto", "-p", "no:cacheprovider")
+    if session.posargs:
+        session.run("python", "-m", "pytest", *options, *session.posargs, env=environment)
+        return
+    results = folder(session) / "results.xml"
+    options += ("-m", "not slow", f"--junit-xml={results}")
+    session.run("python", "-m", "pytest", *options, *files, env=environment, success_codes=[0, 1])
+    session.run("python", "-m", "benchmarks.compatibility", suite, str(results))
+
+
+def constraints(session: nox.Session, free: tuple[str, ...] = ()) -> Path:
+    """constraints.txt without the packages that are to be of another version."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    path = folder(session) / "constraints.txt"
+    path.write_text("".join(f"{line}\n" for line in lines if line.partition("==")[0] not in free))
+    return path
+
+
+def folder(session: nox.Session) -> Path:
+    return Path(session.create_tmp()).resolve()

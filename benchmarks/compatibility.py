@@ -1,6 +1,6 @@
-"""Which versions of transformers and torch the tests pass at: a row of each run of the suite in noxfile.py.
+"""Which versions of transformers and torch the tests pass at: a row of each run of a suite in noxfile.py.
 
-`nox -s contract` runs it in each environment, which ends with `python -m benchmarks.compatibility RESULTS.xml`;
+`nox -s contract` runs one in each environment, which ends with `python -m benchmarks.compatibility SUITE RESULTS.xml`;
 `python -m benchmarks.table --write docs/compatibility.md` makes the table.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.table import RESULTS, Row, line
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "huggingface_hub", "tokenizers", "hf_accel_patch")
-COLUMNS = ("transformers", "torch", "Python", "accelerate", "peft", "passed", "skipped", "failed", "date", "commit")
+COLUMNS = ("transformers", "torch", "Python", "accelerate", "peft", "suite")
+COUNTS = ("passed", "skipped", "failed")
 MOST_NAMES = 20  # of failed tests, in a row
 
 
@@ -32,33 +33,34 @@ def counted(results: Path) -> dict[str, Any]:
 
 
 def compatibility_markdown(rows: list[Row]) -> str:
-    """The latest row of each transformers, torch and Python, the newest first."""
+    """The latest row of each suite with each transformers, torch and Python, the newest first."""
     if not rows:
         return ""
     latest = {_order(row): row for row in sorted(rows, key=lambda row: str(row["run"]))}
-    lines = [line(*COLUMNS), line(*(["---"] * 5 + ["---:"] * 3 + ["---"] * 2))]
+    lines = [line(*COLUMNS, *COUNTS, "date", "commit"), line(*(["---"] * 6 + ["---:"] * 3 + ["---"] * 2))]
     for _, row in sorted(latest.items(), reverse=True):
         names = [row["versions"].get(name, "") for name in ("transformers", "torch", "python", "accelerate", "peft")]
-        counts = [str(row[name]) for name in ("passed", "skipped", "failed")]
-        lines.append(line(*names, *counts, row["run"][:10], row["commit"] or ""))
+        counts = [str(row[name]) for name in COUNTS]
+        lines.append(line(*names, row["suite"], *counts, row["run"][:10], row["commit"] or ""))
     return "\n".join(lines)
 
 
-def _order(row: Row) -> tuple[tuple[int, ...], ...]:
+def _order(row: Row) -> tuple[Any, ...]:
     names = (row["versions"][name].partition("+")[0].split(".") for name in ("transformers", "torch", "python"))
-    return tuple(tuple(int(part) for part in name if part.isdigit()) for name in names)
+    return (*(tuple(int(part) for part in name if part.isdigit()) for name in names), row["suite"])
 
 
 def main() -> None:
     from benchmarks.measure import git_commit, versions
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("suite", help="the name of what was run")
     parser.add_argument("results", type=Path, help="what pytest's --junit-xml wrote in this environment")
     parser.add_argument("--out", type=Path, default=RESULTS / "compatibility.jsonl", help="the file of rows")
     options = parser.parse_args()
     run = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    row = {"run": run, "commit": git_commit(), "part": "compatibility", "versions": versions(*PACKAGES)}
-    row |= counted(options.results)
+    row = {"run": run, "commit": git_commit(), "part": "compatibility", "suite": options.suite}
+    row |= {"versions": versions(*PACKAGES)} | counted(options.results)
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(compatibility_markdown([row]))

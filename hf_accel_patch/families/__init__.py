@@ -236,6 +236,9 @@ def _cache_row(config: PreTrainedConfig, latent: bool) -> CacheRow:
     if latent:
         return CacheRow(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = next((found for name in HEADS if (found := getattr(config, name, None))), 1)
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None):
+        # what latents expand to, as transformers before 5.15 cached it
+        return CacheRow(heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = next((found for name in SHARED_HEADS if (found := getattr(config, name, None))), heads)
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):

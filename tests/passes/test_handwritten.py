@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 from transformers.models.rembert import modeling_rembert
 
 from hf_accel_patch import UnsupportedModel, patch, report, unpatch
+from hf_accel_patch.compat import RECORDS_PAST
 from hf_accel_patch.families.handwritten import CLASSES, bloom_slopes, mpt_slopes
 from hf_accel_patch.ops import attention as ops
 from hf_accel_patch.passes import attention, handwritten
@@ -111,6 +112,8 @@ def test_a_cache_that_is_continued(name, small, request):
 @pytest.mark.parametrize("name", CACHED)
 def test_static_caches_are_right(name):
     """Also where stock is not: GPT-Neo's windows are wrong there, and Falcon's ALiBi raises."""
+    if name in ("xglm", "trocr", "mvp") and not RECORDS_PAST:
+        pytest.skip("their positions take no static cache in older transformers")
     model, ids = tiny(name), prompt(length=50)
     whole, tokens = logits(model, ids), greedy(model, ids, 8, use_cache=True)
     patch(model)
