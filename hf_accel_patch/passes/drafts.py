@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_accel_patch.compat import CACHE, record_past, take_back
+from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, take_back
 from hf_accel_patch.families import bind, context_tokens, layer_list
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
@@ -147,7 +147,8 @@ class OtherModel(ModelSource):
         ids = state.input_ids
         if self.context is not None and ids.shape[1] + width > self.context:
             return None
-        if self.cache is None or self.read is None:
+        forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
+        if self.cache is None or self.read is None or forgets:
             self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
             known = 0
         else:

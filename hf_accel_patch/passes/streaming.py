@@ -49,8 +49,9 @@ class SinksLayer(_InPlace):
         count, held = to_remove(tokens_to_remove, self.seen), self.held()
         if self.sinks is not None and count > held - self.sinks[0].shape[2]:
             raise RuntimeError(f"crop({tokens_to_remove}): the window has the last {held} of {self.seen} tokens")
-        if count:
-            super().crop(-count)
+        for each in (self._keys, self._values):
+            if each is not None:
+                each.drop(back=count)
         self.seen -= count
 
     def reset(self) -> None:
