@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parent.parent / "hf_accel_patch"
 ROOMS = (
     "errors",
+    "logs",
+    "display",
     "compat",
     "journal",
     "kernels",
