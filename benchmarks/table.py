@@ -241,7 +241,7 @@ def main() -> None:
             before, _, rest = page.partition(begin)
             page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
         elif text:
-            print(f"{options.write} has no place for the {name}: put {begin} and {end} there", file=sys.stderr)
+            print(f"{options.write} has no place for the {name}: {begin} and {end}", file=sys.stderr)
     options.write.write_text(page)
 
 
