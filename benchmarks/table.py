@@ -1,5 +1,6 @@
 """The tables of the README and of docs/, made from the rows in benchmarks/results: of `benchmarks.decode`,
-`benchmarks.quantize`, `benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative` and `benchmarks.gqa`.
+`benchmarks.quantize`, `benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative`, `benchmarks.gqa` and
+`benchmarks.compatibility`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md docs` puts each into the pages
 that have a place for it.
@@ -208,6 +209,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     """Every table by the name of its place."""
     from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
+    from benchmarks.compatibility import compatibility_markdown
     from benchmarks.gqa_table import heads_markdown
     from benchmarks.positions_table import exactness_markdown, positions_markdown
     from benchmarks.speculative_table import speculative_markdown
@@ -227,6 +229,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         ),
         "exactness-table": exactness_markdown([row for row in rows if row.get("part") == "exactness"]),
         "summary-table": summary_markdown(rows),
+        "compatibility-table": compatibility_markdown([row for row in rows if row.get("part") == "compatibility"]),
     }
 
 

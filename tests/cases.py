@@ -18,10 +18,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.gptj import modeling_gptj
 
 CLASS_NAMES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # model type -> name of its causal LM class
 TYPES: tuple[str, ...] = tuple(CLASS_NAMES)
 VOCABULARY = 256
+NEWER_GPTJ = hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS")  # since transformers 5.24, and so in CodeGen
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("gpt_oss"),  # sinks, a window in every other layer, stacked experts
     "gpt2": Family("gpt2"),  # Conv1D instead of nn.Linear, learned positions
     "gpt_neox": Family("gpt_neox"),  # fused q, k, v; parallel residual
-    "gptj": Family("gptj", registry=False),
-    "codegen": Family("codegen", registry=False),
+    "gptj": Family("gptj", registry=NEWER_GPTJ),
+    "codegen": Family("codegen", registry=NEWER_GPTJ),
     "gpt_neo": Family("gpt_neo", registry=False),  # a window in every other layer, by a buffer
     "bloom": Family("bloom", registry=False),  # ALiBi
     "mpt": Family("mpt", registry=False),  # ALiBi

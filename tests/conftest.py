@@ -19,12 +19,17 @@ import torch
 from cases import greedy, left_padded, logits, prompt, tiny
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
+from versions import skip_what_is_lacking
 
 torch.set_num_threads(2)  # bit-equal results need the same split of the work in every run
 warnings.filterwarnings("ignore", module="transformers")
 
 KEY = "hf_accel_patch"  # the name of our attention in transformers' registry
 LONG = (300, 180, 64)  # prompts whose dense mask would be larger than what the attention pass stores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_what_is_lacking(items)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention, table
+from benchmarks import attention, compatibility, table
 from benchmarks.attention import FAMILIES, AttentionJob, expected_bytes
 from benchmarks.attention_table import NAMES, attention_markdown, latest
 from benchmarks.caches import find
@@ -114,6 +114,37 @@ def test_a_run_adds_rows_and_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["table", str(out), "--write", str(page)])
     table.main()
     assert "BLOOM" in page.read_text()
+
+
+RESULTS = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="one"/>
+<testcase classname="tests.test_a" name="two"><failure>no</failure></testcase>
+<testcase classname="tests.test_a" name="three"><error>no</error></testcase>
+<testcase classname="tests.test_a" name="four"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_what_ran_at_a_version_is_counted(tmp_path, monkeypatch, capsys):
+    results, out = tmp_path / "results.xml", tmp_path / "rows.jsonl"
+    results.write_text(RESULTS)
+    monkeypatch.setattr(sys, "argv", ["compatibility", "contract", str(results), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        compatibility.main()
+    assert ended.value.code == 1 and "| 1 | 1 | 2 |" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["failures"] == ["tests.test_a::three", "tests.test_a::two"]
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_the_table_of_versions_has_the_latest_row_of_each_the_newest_first():
+    def ran(transformers, passed, run):
+        versions = MACHINE["versions"] | {"transformers": transformers}
+        counts = {"passed": passed, "skipped": 0, "failed": 0}
+        return {"run": run, "commit": "abc", "suite": "contract", "versions": versions} | counts
+
+    rows = [ran("5.9.0", 1, "2026-01-02"), ran("5.23.0", 3, "2026-01-02"), ran("5.23.0", 2, "2026-01-01")]
+    lines = compatibility.compatibility_markdown(rows).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 5.23.0", "| 5.9.0"] and "| 3 | 0 | 0 |" in lines[0]
 
 
 def test_rows_are_written_when_a_run_is_stopped(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ ROOMS = (
     "environment",
     "logs",
     "display",
+    "compat",
     "journal",
     "kernels",
     "ops",

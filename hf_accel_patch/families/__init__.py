@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_accel_patch.compat import CACHE, CACHE_NAMES
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families.offloading import is_offloaded
 
@@ -66,7 +67,7 @@ SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
 PARSING = threading.Lock()
 
 # In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
-LATENTS = re.compile(r", k_(rot|pe) = \w*past_key_values\.update\(")
+LATENTS = re.compile(rf", k_(rot|pe) = \w*{CACHE}\.update\(")
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,10 @@ def layer_list(view: View) -> nn.ModuleList:
 
 @cache
 def takes_cache(kind: type) -> bool:
-    """Whether the forward of this class takes a cache."""
-    return bool({"past_key_values", "layer_past", "cache_params"} & set(inspect.signature(kind.forward).parameters))  # type: ignore[attr-defined]
+    """Whether the forward of this class takes a cache. What is called `cache` may be something of its own (XLM)."""
+    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    named = [parameters[name] for name in (*CACHE_NAMES, "cache_params") if name in parameters]
+    return any(each.name != "cache" or "Cache" in str(each.annotation) for each in named)
 
 
 def cache_rows(view: View) -> list[CacheRow]:
@@ -237,6 +240,9 @@ def _cache_row(config: PreTrainedConfig, latent: bool) -> CacheRow:
     if latent:
         return CacheRow(1, config.kv_lora_rank, config.qk_rope_head_dim)
     heads = next((found for name in HEADS if (found := getattr(config, name, None))), 1)
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None):
+        # what latents expand to, as transformers before 5.15 cached it
+        return CacheRow(heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = next((found for name in SHARED_HEADS if (found := getattr(config, name, None))), heads)
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
@@ -298,7 +304,7 @@ def caches_latents(kind: type) -> bool:
 @cache
 def changes_cached_keys(kind: type) -> bool:
     """Whether this attention class computes something of the keys that the cache returns, before it attends to them."""
-    _, _, after = _source(getattr(kind, "forward", None)).partition("past_key_values.update(")
+    _, _, after = _source(getattr(kind, "forward", None)).partition(f"{CACHE}.update(")
     return bool(re.search(r"\bkey_states = ", after))
 
 

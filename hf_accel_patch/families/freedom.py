@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hf_accel_patch.compat import CACHE
 from hf_accel_patch.families import View
 from hf_accel_patch.families.heads import Layout, Role, out_features
 from hf_accel_patch.ops.heads import Freedom
@@ -97,7 +98,7 @@ def _tried(view: View, layouts: list[Layout], size: float) -> Seen:
             if layout.output is not None:
                 hook = _noting(seen[layout.name], layout)
                 stack.callback(layout.output.register_forward_pre_hook(hook).remove)
-        view.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        view.model(input_ids=ids, use_cache=True, **{CACHE: cache}, **options)
     for layout in layouts:
         index = layout.index
         layer: Any = cache.layers[index] if index is not None and index < len(cache.layers) else None

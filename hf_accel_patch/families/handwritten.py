@@ -25,6 +25,8 @@ CHANGES_MASKS = frozenset({"falcon", "mpt"})
 # Model types whose configuration switches the cache off by default, so `generate` computes every token again each time
 CACHE_OFF_BY_DEFAULT = frozenset({"mpt"})
 
+# Since transformers 5.24 GPT-J and CodeGen take their attention from the registry. What they had before and have since:
+SCORES, NEWER = "_attn", "attention_dropout"
 HOME = "transformers.models."  # where the classes below are; one of the same name elsewhere may be another
 
 Rotate = Callable[[Any, dict[str, Any], Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -88,7 +90,11 @@ def mpt_slopes(heads: int) -> tuple[float, ...]:
 
 
 def _by_scale_attn(module: Any) -> float:
-    return 1 / float(module.scale_attn)
+    return float(module.scaling) if NEWER in vars(module) else 1 / float(module.scale_attn)
+
+
+def _gptj_dropout(module: Any) -> float:
+    return float(vars(module)[NEWER]) if NEWER in vars(module) else float(module.attn_dropout.p)
 
 
 def _by_file(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +110,11 @@ def _by_table(module: Any, given: dict[str, Any], *parts: Tensor) -> tuple[Tenso
     """By a table of sines, on the first channels (GPT-J)."""
     query, key, value = parts
     rotate = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
-    table = module.embed_positions.to(query.device)[given["position_ids"]].to(key.dtype)
-    sin, cos = table.chunk(2, dim=-1)
+    if NEWER in vars(module):
+        sin, cos = given["position_embeddings"]
+    else:
+        table = module.embed_positions.to(query.device)[given["position_ids"]].to(key.dtype)
+        sin, cos = table.chunk(2, dim=-1)
     size = module.rotary_dim or query.shape[-1]
 
     def turned(x: Tensor) -> Tensor:
@@ -224,7 +233,7 @@ WITHOUT_SHARED: dict[str, Whole] = {
         output="out_proj",
         heads="num_attention_heads",
         scale=_by_scale_attn,
-        dropout=lambda module: float(module.attn_dropout.p),
+        dropout=_gptj_dropout,
         dropped="resid_dropout",
         rotate=_by_table,
     ),
@@ -257,7 +266,8 @@ def handwritten(kind: type) -> Handwritten | None:
         return made[1]
     if not kind.__module__.startswith(HOME):
         return None
-    return CLASSES.get(kind.__name__) or CLASSES.get(f"{kind.__module__.split('.')[2]}.{kind.__name__}")
+    how = CLASSES.get(kind.__name__) or CLASSES.get(f"{kind.__module__.split('.')[2]}.{kind.__name__}")
+    return None if isinstance(how, Scores) and not hasattr(kind, SCORES) else how
 
 
 def handwritten_modules(view: View) -> list[tuple[nn.Module, Handwritten]]:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_accel_patch.compat import CACHE
+
 # In the source of a forward: what is cached is expanded after it came from the cache, and then attended to
-LATENTS_FROM_CACHE = re.compile(r"past_key_values\.update\(.*self\.expand_kv\(.*ALL_ATTENTION_FUNCTIONS", re.DOTALL)
+LATENTS_FROM_CACHE = re.compile(rf"{CACHE}\.update\(.*self\.expand_kv\(.*ALL_ATTENTION_FUNCTIONS", re.DOTALL)
 NAMES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 

@@ -117,7 +117,7 @@ def scaled_config(
         if context is not None:
             new.max_position_embeddings = context
         new.validate_rope()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:  # KeyError: entries by type of layer, before transformers 5.15
         reason = " ".join(str(error).split())
         raise UnsupportedModel(f"rope: {config.model_type} does not take it: {reason}", "leave rope out") from error
     return new

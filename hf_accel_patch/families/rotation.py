@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_accel_patch.compat import CACHE
 from hf_accel_patch.families import View, first_cached_module
 
 APPLY = ("apply_rotary_pos_emb", "apply_rotary_emb")  # function(query, key, cos, sin) in the files of models
@@ -118,7 +119,7 @@ def _cached(view: View, position: int) -> list[tuple[Tensor, Tensor]]:
     """What the layers cache for one token at a position."""
     cache, device = DynamicCache(config=view.config), next(view.model.parameters()).device
     one = torch.ones(1, 1, dtype=torch.long, device=device)
-    view.model(one, position_ids=position * one, past_key_values=cache, use_cache=True)
+    view.model(one, position_ids=position * one, use_cache=True, **{CACHE: cache})
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     if any(layer.keys is None for layer in layers):
         raise ValueError("a layer caches something else than tokens of the text, as cross-attention does")

@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hf_accel_patch.compat import CACHE, CACHE_NAMES, given_cache
 from hf_accel_patch.families import View
 
 MAKES = "create_sinusoidal_positions"  # function(positions, channels) in the files of models whose attention reads it
@@ -68,10 +69,12 @@ def growing(kind: Any) -> Any:
     """The class that a module of this class is changed to."""
     stock = kind.forward
     names = tuple(inspect.signature(stock).parameters)[1:]
+    counts = bool(set(CACHE_NAMES) & set(names))  # since 5.24 the table has a module of its own, which knows no cache
 
     @functools.wraps(stock)
     def with_buffer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _needed.set(_positions(dict(zip(names, args, strict=False)) | kwargs, self.layer_idx))
+        given = dict(zip(names, args, strict=False)) | kwargs
+        token = _needed.set(_positions(given, vars(self).get("layer_idx"), counts))
         try:
             return stock(self, *args, **kwargs)
         finally:
@@ -79,14 +82,14 @@ def growing(kind: Any) -> Any:
 
     @functools.wraps(stock)
     @torch.no_grad()
-    def with_rows(self: Any, input_ids_shape: Any, past_key_values_length: int = 0, position_ids: Any = None) -> Any:
-        last = past_key_values_length + input_ids_shape[1]
+    def with_rows(self: Any, input_ids_shape: Any, first: int = 0, position_ids: Any = None) -> Any:
+        last = first + input_ids_shape[1]
         held: Tensor = self.weight
         scaled = vars(self).get(SCALED_TABLE)
         if scaled is None and (position_ids is not None or last <= len(held) or torch.compiler.is_compiling()):
-            return stock(self, input_ids_shape, past_key_values_length, position_ids)
+            return stock(self, input_ids_shape, first, position_ids)
         made = _longer(scaled or _makes(kind), _room(max(last, len(held))), held.shape[1], held.dtype, held.device)
-        return made[past_key_values_length:last] if position_ids is None else made[position_ids]
+        return made[first:last] if position_ids is None else made[position_ids]
 
     def table(self: Any) -> Tensor:
         held: Tensor = self._buffers[TABLE]
@@ -125,7 +128,7 @@ def _makes(kind: Any) -> Any:
     """function(positions, channels) in the file of this class, or the method of an embedding that computes its rows."""
     if not issubclass(kind, nn.Embedding):
         return vars(sys.modules[kind.__module__]).get(MAKES)
-    takes_shape = {"input_ids_shape", "past_key_values_length"} <= set(inspect.signature(kind.forward).parameters)
+    takes_shape = {"input_ids_shape", f"{CACHE}_length"} <= set(inspect.signature(kind.forward).parameters)
     return _rows(getattr(kind, "grown_from", kind)) if takes_shape and hasattr(kind, "create_weight") else None
 
 
@@ -147,14 +150,14 @@ def _is_made(module: nn.Module) -> bool:
     return held.is_meta or torch.equal(held, _longer(make, len(held), held.shape[1], held.dtype, held.device))
 
 
-def _positions(given: dict[str, Any], layer: int | None) -> int:
-    """How many positions a call reaches. On a GPU nobody waits for them: they are counted."""
+def _positions(given: dict[str, Any], layer: int | None, counts: bool) -> int:
+    """How many positions a call reaches. Nobody waits for a GPU where they can be counted."""
     positions: Any = given.get("position_ids")
     if positions is None or torch.compiler.is_compiling():
         return 0
-    if positions.device.type == "cpu":
+    if positions.device.type == "cpu" or not counts:
         return int(positions.max()) + 1 if positions.numel() else 0
-    past = given.get("layer_past")
+    past = given_cache(given)
     return positions.shape[-1] + (past.get_seq_length(layer) if isinstance(past, Cache) else 0)
 
 

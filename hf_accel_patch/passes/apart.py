@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_accel_patch.compat import CACHE, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.passes.choosing import Chooser, Draft, Drafter, Tally
 from hf_accel_patch.passes.handwritten import KEY
@@ -25,7 +26,7 @@ from hf_accel_patch.passes.layers import InPlaceLayer, Places
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
 ENOUGH = 4  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
-KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 @dataclass
@@ -98,7 +99,7 @@ def decode_apart(
 ) -> None:
     """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
     sequences."""
-    cache, B, T = outputs.past_key_values, *chooser.input_ids.shape
+    cache, B, T = returned_cache(outputs), *chooser.input_ids.shape
     rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs)
     fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
     for row in rows:
@@ -177,7 +178,7 @@ class Reading:
         self.kwargs = {
             name: each for name, each in model_kwargs.items() if name not in ("attention_mask", "position_ids")
         }
-        self.kwargs["past_key_values"] = cache
+        self.kwargs[CACHE] = cache
         self.adds = model.config._attn_implementation == "eager"
 
     def __call__(self, rows: list[Row], fed: list[list[int]]) -> Any:
@@ -199,7 +200,7 @@ class Reading:
         """All go on at the same place, so nothing is new to the model: it gets the padding."""
         for layer in self.cache.layers:
             layer.apart = None
-            layer.crop(length - layer.get_seq_length())
+            take_back(layer, layer.get_seq_length() - length)
         if self.seen is None:
             return None
         return torch.nn.functional.pad(self.seen, (0, length + width - self.prompt), value=True)

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_accel_patch.compat import CACHE, record_past, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
@@ -43,14 +44,14 @@ def decode(
     prompt = chooser.input_ids
     drafter.add(prompt.tolist())
     room = chooser.room()
-    cache: Cache = model_kwargs["past_key_values"]
+    cache: Cache = model_kwargs[CACHE]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
     whole = generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None
     if "_prefill" in vars(model):  # a pass that reads a part of a prompt has to know how many logits are needed
         whole = whole and "logits_to_keep" in model_kwargs and prompt.shape[1] < WHOLE
     draft = drafter.first(room) if fresh and whole and room > 0 else None
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
-    cache = outputs.past_key_values
+    cache = returned_cache(outputs)
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():
         if apart and not why_together(model, chooser, cache, model_kwargs):
             decode_apart(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally)
@@ -65,7 +66,7 @@ def decode(
         sequences=chooser.input_ids,
         scores=chooser.scores,
         logits=chooser.raw,
-        past_key_values=model_kwargs.get("past_key_values"),
+        **{CACHE: model_kwargs.get(CACHE)},
     )
 
 
@@ -80,8 +81,8 @@ def _decode_together(
     tally: Tally,
 ) -> dict[str, Any]:
     """`outputs`: of the prompt and this draft. Returns what the next call of the model would get."""
-    cache: Cache = outputs.past_key_values
-    cache.activate_past_recording()
+    cache: Cache = returned_cache(outputs)
+    record_past(cache)
     drafting = started = 0.0
     while True:
         drafted = [] if draft is None else torch.tensor(draft.tokens, device=chooser.input_ids.device).unbind(1)
@@ -99,7 +100,7 @@ def _decode_together(
         if started or draft is not None:
             seconds = started - drafting, time.perf_counter() - started
             _count(tally, pace, draft, accepted, len(drafted), new, seconds)
-        cache.crop(new - 1 - len(drafted))
+        take_back(cache, len(drafted) + 1 - new)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
         del outputs, logits
         if chooser.finished:
@@ -138,7 +139,7 @@ def _prefill(
     if length is not None:
         generation_config._mask_length = length + width
     outputs = model._prefill(torch.cat([input_ids, tokens], dim=-1), generation_config, more, is_first_iteration=True)
-    model_kwargs["past_key_values"] = outputs.past_key_values
+    model_kwargs[CACHE] = returned_cache(outputs)
     if length is not None:
         generation_config._mask_length = length
     return outputs

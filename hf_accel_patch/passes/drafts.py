@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, take_back
 from hf_accel_patch.families import bind, context_tokens, layer_list
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
@@ -124,13 +125,13 @@ class OwnCopy(ModelSource):
         self.copy = copy
 
     def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
-        cache = state.model_kwargs["past_key_values"]
+        cache = state.model_kwargs[CACHE]
         before = [layer.get_seq_length() for layer in cache.layers]
         try:
             return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running)
         finally:
             for layer, length in zip(cache.layers, before, strict=True):
-                layer.crop(length - layer.get_seq_length())
+                take_back(layer, layer.get_seq_length() - length)
 
 
 class OtherModel(ModelSource):
@@ -146,16 +147,17 @@ class OtherModel(ModelSource):
         ids = state.input_ids
         if self.context is not None and ids.shape[1] + width > self.context:
             return None
-        if self.cache is None or self.read is None:
+        forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
+        if self.cache is None or self.read is None or forgets:
             self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
             known = 0
         else:
             length = min(self.read.shape[1], ids.shape[1] - 1)
             same = (self.read[:, :length] == ids[:, :length]).all(0)
             known = length if bool(same.all()) else int((~same).int().argmax())
-            self.cache.crop(known - self.read.shape[1])
+            take_back(self.cache, self.read.shape[1] - known)
         names = ("attention_mask", "position_ids")
-        kwargs = {name: state.model_kwargs.get(name) for name in names} | {"past_key_values": self.cache}
+        kwargs = {name: state.model_kwargs.get(name) for name in names} | {CACHE: self.cache}
         kwargs |= {"use_cache": True} | ({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {})
         tokens = _greedy(self.model, ids, ids.shape[1] - known, kwargs, width, running)
         self.read = torch.cat([ids, tokens[:, :-1]], dim=1)
@@ -197,7 +199,7 @@ def _greedy(
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1
         outputs = model(**inputs, return_dict=True)
-        kwargs["past_key_values"].activate_past_recording()  # what a window drops from here on may be needed again
+        record_past(kwargs[CACHE])  # what a window drops from here on may be needed again
         logits = outputs.logits[:, -1].float()
         tokens = logits.argmax(-1)
         drafted.append(tokens)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_accel_patch.compat import given_cache
 from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten, without_shared
 from hf_accel_patch.families.tables import growing
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
@@ -104,7 +105,7 @@ class WithForward(Replaced):
         query, key, value = _projected(self, how, hidden)
         if how.rotate is not None:
             query, key, value = how.rotate(self, given, query, key, value)
-        past = next((given[name] for name in ("layer_past", "past_key_values") if given.get(name) is not None), None)
+        past = given_cache(given)
         if past is not None:
             past = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
             key, value = past.update(key, value, vars(self).get("layer_idx", vars(self).get("layer_id")))

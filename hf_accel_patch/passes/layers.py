@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_accel_patch.compat import (
     DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-
 from hf_accel_patch.ops.growing import Growing
 
 SLACK, LEAST = 1 / 8, 64  # at most an eighth of a buffer, or 64 tokens, is empty; a token is copied about eight times
@@ -127,6 +126,8 @@ class InPlaceLayer(_InPlace):
 class Windowed(DynamicSlidingWindowLayer):
     """What a layer with a window knows beside its tokens: how many it has seen. To be put before the class that
     keeps the tokens, whose `state` it completes."""
+
+    record_past = False  # older transformers has no such attribute
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = super().state()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from hf_accel_patch.compat import CACHE
 from hf_accel_patch.families import CHUNKABLE, View
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
@@ -86,7 +87,7 @@ def _prefill(
 ) -> Any:
     """`generate`'s own prefill, told to go in chunks if the prompt is long, the cache can grow, and nobody asked for
     what only the whole prompt at once returns."""
-    growing = type(model_kwargs.get("past_key_values")) is DynamicCache and model_kwargs.get("inputs_embeds") is None
+    growing = type(model_kwargs.get(CACHE)) is DynamicCache and model_kwargs.get("inputs_embeds") is None
     whole = generation_config.output_attentions or generation_config.output_hidden_states
     if generation_config.prefill_chunk_size is None and growing and not whole and input_ids.shape[1] > CHUNK_TOKENS:
         generation_config.prefill_chunk_size = CHUNK_TOKENS

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_accel_patch.compat import CACHE, returned_cache, take_back
 from hf_accel_patch.families import View, dtype_of
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.passes.prefix_folder import Entry, PrefixFolder, remove, touch
@@ -31,7 +32,7 @@ LEAST_TOKENS = 16  # shorter beginnings are read again rather than looked up
 ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT: which of them are on
 SAMPLE = 16  # numbers of each weight that identify a model
 PLAIN = frozenset(  # arguments of a forward under which a prompt is nothing but its tokens
-    ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
+    ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
 )
 
 Key = tuple[str, bytes]  # what made it, the tokens
@@ -114,7 +115,7 @@ class PrefixCache:
             for layer, state in zip(cache.layers, entry.state, strict=True):
                 layer.restore({name: tensor.to(device) for name, tensor in state.items()})
             if length < len(entry.tokens):
-                cache.crop(length - len(entry.tokens))
+                take_back(cache, len(entry.tokens) - length)
             self.hits += 1
             self.reused_tokens += length
             self._shrink()
@@ -203,7 +204,7 @@ class PrefillWithPrefixes:
         **kw: Any,
     ) -> Any:
         prefill = partial(self.inner or type(model)._prefill, model)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         given = {name for name, value in model_kwargs.items() if value is not None}
         ours = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading
@@ -223,7 +224,7 @@ class PrefillWithPrefixes:
                 cache.batch_repeat_interleave(len(input_ids))
         outputs = prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
         if len(input_ids) == 1 and known < len(tokens) - read:
-            self.prefixes.keep(tokens, outputs.past_key_values, made_by)
+            self.prefixes.keep(tokens, returned_cache(outputs), made_by)
         return outputs
 
 

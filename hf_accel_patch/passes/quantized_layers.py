@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel_patch.compat import to_remove
 from hf_accel_patch.ops.constant import Constant, Rotate, constant_of
 from hf_accel_patch.ops.decode import pack_blocks
 from hf_accel_patch.ops.growing import Growing
@@ -102,10 +103,9 @@ class QuantizedLayer(DynamicLayer):
         return Stored(content, 0), Stored(content, 1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove, as a negative number")
+        count = to_remove(tokens_to_remove, self.get_seq_length())
         if self._latest is not None:
-            self._drop_last(-tokens_to_remove)
+            self._drop_last(count)
 
     def reset(self) -> None:
         self._clear(None)
@@ -257,8 +257,9 @@ class QuantizedSlidingWindowLayer(Windowed, QuantizedLayer, DynamicSlidingWindow
     def crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             DynamicSlidingWindowLayer.crop(self, tokens_to_remove)  # says why not
+        count = to_remove(tokens_to_remove, self.cumulative_length)
         super().crop(tokens_to_remove)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self.cumulative_length -= count
         if self._latest is not None:
             self._drop_first(max(0, self._held() - self.sliding_window + 1))
 

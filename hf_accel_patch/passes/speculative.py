@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View, find_model, first_cached_module, layer_list, weight_bytes
 from hf_accel_patch.families.handwritten import handwritten_modules
@@ -193,7 +194,7 @@ class Speculating:
         elif any(getattr(config, "stop_strings", None) for config in configs):
             self.fall_back(model, "stop_strings are in the generation config")
             return generate(model, *args, **kwargs)
-        loop = _Loop(self, given.get("streamer"), handed=given.get("past_key_values") is not None)
+        loop = _Loop(self, given.get("streamer"), handed=given_cache(given) is not None)
         return generate(model, *args, custom_generate=loop, **kwargs)
 
     def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
@@ -208,6 +209,8 @@ class Speculating:
             return "without a cache nothing can be verified"
         if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             return f"a {type(cache).__name__} cannot be taken back"
+        if any(cache.is_sliding) and not RECORDS_PAST:
+            return "transformers before 5.15 takes back no tokens from a sliding window"
         if isinstance(getattr(vars(model).get("_prefill"), "__func__", None), PrefillInChunks):
             return "a cache with sinks forgets what drafts push out of its window"
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -266,7 +269,7 @@ class _Loop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
-        ours, cache = self.speculating, model_kwargs.get("past_key_values")
+        ours, cache = self.speculating, model_kwargs.get(CACHE)
         reason = ours.why_not(model, generation_config, cache)
         if not reason and not generation_config.is_assistant:
             pace = ours.paces.setdefault(len(input_ids), Pace())

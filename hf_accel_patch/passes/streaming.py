@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel_patch.compat import CACHE, given_cache, to_remove
 from hf_accel_patch.families.rotation import Moves
 from hf_accel_patch.passes.layers import WINDOW_LEAST, WINDOW_SLACK, InPlaceSlidingWindowLayer, _InPlace
 
@@ -45,11 +46,13 @@ class SinksLayer(_InPlace):
         return super().update(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
-        count, held = -tokens_to_remove, self.held()
+        count, held = to_remove(tokens_to_remove, self.seen), self.held()
         if self.sinks is not None and count > held - self.sinks[0].shape[2]:
             raise RuntimeError(f"crop({tokens_to_remove}): the window has the last {held} of {self.seen} tokens")
-        super().crop(tokens_to_remove)
-        self.seen -= min(count, self.seen)
+        for each in (self._keys, self._values):
+            if each is not None:
+                each.drop(back=count)
+        self.seen -= count
 
     def reset(self) -> None:
         self.seen, self.sinks, self.places = 0, None, None
@@ -184,7 +187,7 @@ class Advancing:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         names = list(inspect.signature(module.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
-        cache: Any = given.get("past_key_values")
+        cache: Any = given_cache(given)
         stream: Stream | None = vars(cache).get(STREAM) if isinstance(cache, Cache) else None
         if stream is None or torch.compiler.is_compiling():
             return None
@@ -228,7 +231,7 @@ class PrefillInChunks:
         *rest: Any,
         **kw: Any,
     ) -> Any:
-        ours = isinstance(model_kwargs.get("past_key_values"), Cache) and model_kwargs.get("inputs_embeds") is None
+        ours = isinstance(model_kwargs.get(CACHE), Cache) and model_kwargs.get("inputs_embeds") is None
         whole = generation_config.output_attentions or generation_config.output_hidden_states
         if generation_config.prefill_chunk_size is None and ours and not whole and input_ids.shape[1] > self.context:
             generation_config.prefill_chunk_size = self.chunk_tokens

@@ -2,22 +2,23 @@
 
 import contextlib
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from cases import FAMILIES, build, entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from fingerprint import changes, fingerprint
-from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import (
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_accel_patch import KVCache, UnsupportedModel, patch, plan, report, unpatch
+from hf_accel_patch.compat import (
+    RECORDS_PAST,
     DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-
-from hf_accel_patch import KVCache, UnsupportedModel, patch, plan, report, unpatch
 from hf_accel_patch.ops.kv import BLOCK
 from hf_accel_patch.ops.stored import Content, Stored
 from hf_accel_patch.passes.cache import Converting
@@ -27,15 +28,27 @@ from hf_accel_patch.passes.quantized_layers import QUANTIZED
 EXACT = 1e-4  # of the logits' standard deviation
 K, D, V = 2, 8, 12
 WINDOW = 9
+MOST = "get_max_length" if hasattr(DynamicLayer, "get_max_length") else "get_max_cache_shape"  # before 5.13
+# transformers before 5.18 hands out more of a recorded past than its masks say
+WINDOWS_RECORD = "num_visible" in inspect.getsource(DynamicSlidingWindowLayer.update)
+FORGETS = "reset" in vars(DynamicLayer)  # transformers before 5.23 keeps as many zeros
 
 STOCK = {
     "full": DynamicLayer,
-    "window": lambda: DynamicSlidingWindowLayer(WINDOW),
-    "long window": lambda: DynamicSlidingWindowLayer(100),
+    "window": lambda: DynamicSlidingWindowLayer(sliding_window=WINDOW),
+    "long window": lambda: DynamicSlidingWindowLayer(sliding_window=100),
     "indexed": DynamicIndexedLayer,
     "hybrid": LinearAttentionAndFullAttentionLayer,
-    "hybrid window": lambda: LinearAttentionAndSlidingWindowAttentionLayer(WINDOW),
+    "hybrid window": lambda: LinearAttentionAndSlidingWindowAttentionLayer(sliding_window=WINDOW),
 }
+NEWER = {
+    "indexed": "DynamicIndexedLayer",
+    "hybrid": "LinearAttentionAndFullAttentionLayer",
+    "hybrid window": "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+for _kind, _needed in NEWER.items():
+    if not hasattr(cache_utils, _needed):
+        del STOCK[_kind]
 
 
 def ours(layer, **options):
@@ -50,7 +63,7 @@ def state(layer):
     """All that a layer shows."""
     tensors = [getattr(layer, name) for name in ("keys", "values")]
     sizes = [layer.get_mask_sizes(n) for n in (1, 5)]
-    return tensors, [layer.get_seq_length(), sizes, layer.get_max_length(), layer.is_initialized, layer.is_sliding]
+    return tensors, [layer.get_seq_length(), sizes, getattr(layer, MOST)(), layer.is_initialized, layer.is_sliding]
 
 
 def equal(a, b):
@@ -76,7 +89,7 @@ def test_layers_do_what_stock_does(kind, seed, mode):
     stock = STOCK[kind]()
     mine = STOCK[kind]() if mode == "convert later" else ours(STOCK[kind]())
     batch = 2
-    if seed == 2 and "window" in kind:
+    if seed == 2 and "window" in kind and WINDOWS_RECORD:
         for each in (stock, mine):
             each.activate_past_recording()
     for step in range(60):
@@ -93,7 +106,7 @@ def test_layers_do_what_stock_does(kind, seed, mode):
                 answers = [each.update(*[x.clone() for x in args]) for each in (stock, mine)]
                 assert all(equal(*pair) for pair in zip(*answers, strict=True))
             elif action == 6 and stock.get_seq_length():
-                count = -draw(4)
+                count = -draw(4) if RECORDS_PAST else -1 - draw(3)  # what 0 says has changed
                 results = [attempt(each, "crop", count) for each in (stock, mine)]
                 assert results[0] == results[1]
             elif action == 7:
@@ -107,7 +120,7 @@ def test_layers_do_what_stock_does(kind, seed, mode):
                 rows = torch.randperm(batch, generator=generator)[: max(1, batch - 1)]
                 stock.batch_select_indices(rows), mine.batch_select_indices(rows)
                 batch = len(rows)
-            elif action == 10 and not draw(4):
+            elif action == 10 and not draw(4) and FORGETS:
                 stock.reset(), mine.reset()
             elif action == 11:
                 mine = copy.deepcopy(mine) if draw(2) else copy.copy(mine)
@@ -175,7 +188,7 @@ def test_quantized_layers_do_nearly_what_stock_does(kind, bits, recent, seed):
     draw = lambda high: int(torch.randint(high, (), generator=generator))  # noqa: E731
     mine, stock = quantized_pair(kind, bits, recent)
     batch, step = 2, {16: 1e-9, 8: 0.06, 4: 0.6}[bits]  # a little more than the range of numbers by the levels
-    recording = seed == 1 and kind != "full"
+    recording = seed == 1 and kind != "full" and WINDOWS_RECORD
     if recording:
         mine.activate_past_recording(), stock.activate_past_recording()
     torch.set_grad_enabled(False)
@@ -193,6 +206,7 @@ def test_quantized_layers_do_nearly_what_stock_does(kind, bits, recent, seed):
                 assert torch.equal((found + 0)[:, :, -T:], expected[:, :, -T:]), "what is new is exact"
         elif action == 7 and stock.is_initialized:
             count = draw(100) if kind == "full" or not recording else draw(since + 1)
+            count = count if RECORDS_PAST else 1 + count
             results = [attempt(each, "crop", -count) for each in (mine, stock)]
             assert results[0] == results[1]
             since = 0
@@ -207,7 +221,7 @@ def test_quantized_layers_do_nearly_what_stock_does(kind, bits, recent, seed):
             mine.batch_select_indices(rows), stock.batch_select_indices(rows)
             batch = len(rows)
         elif action == 11:
-            if draw(6) == 0:
+            if draw(6) == 0 and FORGETS:
                 mine.reset(), stock.reset()
             mine = copy.deepcopy(mine) if draw(2) else copy.copy(mine)
             mine.offload(), mine.prefetch()
@@ -237,6 +251,7 @@ def test_the_latest_tokens_stay_as_they_are(bits, recent):
     assert mine._blocks() == (700 - 1 - recent) // BLOCK
 
 
+@pytest.mark.skipif(not RECORDS_PAST, reason="transformers before 5.15 records no past")
 def test_a_recorded_past_is_trimmed():
     mine = ours(DynamicSlidingWindowLayer(WINDOW), kind="int8")
     mine.activate_past_recording()

@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from cases import build, entry, greedy, left_padded, logits, prompt, relative_error
+from cases import NEWER_GPTJ, build, entry, greedy, left_padded, logits, prompt, relative_error
 from torch import nn
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.models.rembert import modeling_rembert
 
 from hf_accel_patch import UnsupportedModel, patch, report, unpatch
+from hf_accel_patch.compat import RECORDS_PAST
 from hf_accel_patch.families.handwritten import CLASSES, bloom_slopes, mpt_slopes
 from hf_accel_patch.ops import attention as ops
 from hf_accel_patch.passes import attention, handwritten
@@ -37,12 +38,16 @@ MODELS = {
 }
 if not hasattr(modeling_rembert, "create_causal_mask"):  # older transformers, where those three are not causal
     MODELS = dict(list(MODELS.items())[:-3])
+if NEWER_GPTJ:
+    del MODELS["gptj"], MODELS["codegen"]
 CACHED = [name for name in MODELS if name != "openai-gpt"]
 ALIBI = ("bloom", "mpt", "falcon_alibi")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def tiny(name, **overrides):
+    if name not in MODELS:
+        pytest.skip("its attention is not hand-written in this version of transformers")
     model_type, options = MODELS[name]
     return build(model_type, **options | overrides)
 
@@ -107,6 +112,8 @@ def test_a_cache_that_is_continued(name, small, request):
 @pytest.mark.parametrize("name", CACHED)
 def test_static_caches_are_right(name):
     """Also where stock is not: GPT-Neo's windows are wrong there, and Falcon's ALiBi raises."""
+    if name in ("xglm", "trocr", "mvp") and not RECORDS_PAST:
+        pytest.skip("their positions take no static cache in older transformers")
     model, ids = tiny(name), prompt(length=50)
     whole, tokens = logits(model, ids), greedy(model, ids, 8, use_cache=True)
     patch(model)

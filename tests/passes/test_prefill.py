@@ -1,5 +1,6 @@
 """Prompts in chunks where attention is hand-written and stays so: same tokens, nothing left behind."""
 
+import cases
 import pytest
 import torch
 from cases import greedy, left_padded, prompt, tiny
@@ -20,6 +21,8 @@ FAMILIES = ("bloom", "codegen", "falcon_alibi", "falcon_mqa", "falcon_new", "gpt
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_tokens_in_chunks(name, monkeypatch, tmp_path):
+    if cases.FAMILIES[name].registry:
+        pytest.skip("its attention is not hand-written in this version of transformers")
     monkeypatch.setattr(prefill, "CHUNK_TOKENS", 16)
     model = tiny(name)
     model.generation_config.use_cache = True

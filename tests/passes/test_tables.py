@@ -50,7 +50,8 @@ def test_as_built_with_more_positions(name, attention):
     assert torch.equal(greedy(model, LONG[:, :50], 40), greedy(expected, LONG[:, :50], 40))
     rows = report(model).to_dict()
     row = next(row for row in (entry(rows, "frequencies"), entry(rows, "rope")) if "tables" in row)
-    assert row["exact"] and row["tables"] == (1 if name == "roformer" else 4)
+    buffers = sum("embed_positions" in each._buffers for each in stock.modules())  # 4; since transformers 5.24 one
+    assert row["exact"] and row["tables"] == (buffers or 1)
 
 
 @pytest.mark.parametrize("name", ["gptj", "codegen"])
