@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.initialization import no_init_weights
 
+from hf_accel_patch.compat import CACHE
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import CacheRow, View, bind, cache_rows, dtype_of, layer_list
 from hf_accel_patch.families.weights import linear_weights
@@ -136,7 +137,7 @@ def _run(view: View, tokens: int, batch: int, quantized: set[int], packed: bool)
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
     with _first_of_kinds(view, cache) as like, _evaluating(model), living, Products(quantized):
-        model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        model(input_ids=ids, **{CACHE: cache}, use_cache=True, **options)
     rows, held, states = [], 0, 0
     for index in like or range(len(cache.layers)):
         contents = {name: _tensors(value) for name, value in vars(cache.layers[index]).items()}

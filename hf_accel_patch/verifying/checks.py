@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_accel_patch.compat import CACHE
 from hf_accel_patch.verifying.agreement import Agreement
 
 LOGITS = 1 << 26  # numbers, of the texts that are read at a time
@@ -95,15 +96,15 @@ def cached(side: Side, windows: Sequence[Tensor]) -> Agreement | None:
     model has no cache of keys and values."""
     text = max(windows, key=lambda window: min(window.shape[1], LONG))[:, :LONG]
     length = text.shape[1]
-    if length < 4 or not side.takes("past_key_values"):
+    if length < 4 or not side.takes(CACHE):
         return None
     single = min(STEPS, length // 4)
     ends = [length // 2, length - single, *range(length - single + 1, length + 1)]
     whole, found = side.logits(text)[0], Agreement()
     start, cache = 0, None
     for end in ends:
-        output = side.output(text[:, start:end], past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = side.output(text[:, start:end], **{CACHE: cache}, use_cache=True)
+        cache = getattr(output, CACHE, None)
         if cache is None:
             return None
         found.add(whole[start:end], output.logits[0])
