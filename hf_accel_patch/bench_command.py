@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, keywords, positive
+from hf_accel_patch.cli import add_json, add_passes, device, dtype, keywords, positive
 
 
 def add_bench(commands: Any) -> None:
@@ -19,11 +19,11 @@ def add_bench(commands: Any) -> None:
     add_passes(added)
     added.add_argument("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (128)")
     added.add_argument("--tokens", type=positive, default=32, metavar="N", help="tokens to generate (32)")
-    added.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
+    added.add_argument("--batch", dest="rows", type=positive, default=1, metavar="N", help="prompts at once (1)")
     added.add_argument("--rounds", type=positive, default=7, metavar="N", help="times to repeat it, at least 3 (7)")
     added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
-    added.add_argument("--dtype", default="auto", help="of the stock weights (as in the checkpoint)")
-    added.add_argument("--device", default="cpu", help="where the models are loaded (cpu)")
+    added.add_argument("--dtype", type=dtype, default="auto", help="of the stock weights (as in the checkpoint)")
+    added.add_argument("--device", type=device, default="cpu", help="where the models are loaded (cpu)")
     add_json(added)
     added.set_defaults(command=_bench)
 
@@ -38,7 +38,7 @@ def _bench(options: argparse.Namespace) -> None:
             asked=keywords(options),
             prompt=options.prompt,
             tokens=options.tokens,
-            batch=options.batch,
+            batch=options.rows,
             rounds=options.rounds,
             threads=options.threads,
             dtype=options.dtype,

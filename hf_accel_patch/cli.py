@@ -67,7 +67,7 @@ def _add_demo(commands: Any) -> None:
     added.add_argument("--tokens", type=positive, default=48, metavar="N", help="tokens to generate per prompt (48)")
     added.add_argument("--windows", type=positive, default=16, metavar="N", help="windows of held-out text (16)")
     added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
-    added.add_argument("--device", default="cpu", help="where the model is loaded (cpu)")
+    added.add_argument("--device", type=device, default="cpu", help="where the model is loaded (cpu)")
     add_json(added)
     added.set_defaults(command=_demo)
 
@@ -121,6 +121,29 @@ def keywords(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_json(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def device(text: str) -> str:
+    """A device of this machine, as an argument."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: {str(error).splitlines()[0]}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r}: PyTorch finds no CUDA device here")
+    return text
+
+
+def dtype(text: str) -> str:
+    """A floating-point dtype by its name in PyTorch, or "auto", as an argument."""
+    import torch
+
+    found = getattr(torch, text, None)
+    if text != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype; give bfloat16, float16, float32 or auto")
+    return text
 
 
 def positive(text: str) -> int:

@@ -118,7 +118,10 @@ def _candidates(keywords: dict[str, Any], keep_originals: bool) -> tuple[Candida
     """What a budget may choose from: the schemes of weights and cache that the user has not fixed. After each exact
     cache comes stock's, which is as exact, slower, and keeps no room for more tokens."""
     fixed = {name: keywords.get(name) is not None for name in ("quantize", "cache")}
-    lossy = any(keywords.get(name) not in (None, True, False) for name in ("gqa", "rope", "quantize", "cache"))
+    cache = keywords.get("cache")
+    lossy = (
+        cache is not None and not isinstance(cache, bool) and getattr(_cache(cache), "kind", "exact") != "exact"
+    ) or any(keywords.get(name) is not None and keywords[name] is not False for name in ("gqa", "rope", "quantize"))
     found = []
     for scheme, kind in LADDER:
         if (scheme and (fixed["quantize"] or keep_originals)) or (kind and fixed["cache"]):

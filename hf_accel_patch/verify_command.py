@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, keywords, positive
+from hf_accel_patch.cli import add_json, add_passes, device, dtype, keywords, positive
 
 BEYOND = 1  # the exit code where the perplexity has grown by more than was allowed
 
@@ -30,8 +30,8 @@ def add_verify(commands: Any) -> None:
         help=f"exit with code {BEYOND} if the perplexity grows by more: 0.01 is one percent",
     )
     added.add_argument("--no-speed", action="store_true", help="leave the timing out")
-    added.add_argument("--dtype", default="auto", help="of the unquantized weights (as in the checkpoint)")
-    added.add_argument("--device", default="cpu", help="where the model is loaded (cpu)")
+    added.add_argument("--dtype", type=dtype, default="auto", help="of the unquantized weights (as in the checkpoint)")
+    added.add_argument("--device", type=device, default="cpu", help="where the model is loaded (cpu)")
     add_json(added)
     added.set_defaults(command=_verify)
 

@@ -72,6 +72,12 @@ class Layout:
         start = {"query": 0, "key": H * D, "value": H * D + K * D}[role] if self.fused else 0
         return start + torch.arange(count * size).view(count, size)
 
+    def replaced_bytes(self) -> int:
+        """Of the parameters in whose place others come when heads are merged."""
+        parts = [self.key, self.value] if self.output is None else [self.query, self.key, self.value, self.output]
+        held = {id(p): p.nbytes for part in parts for p in part._parameters.values() if p is not None}
+        return sum(held.values())
+
     def features(self, role: Role) -> int:
         """Output features of the projection of this role."""
         H, K, D, V = self.heads, self.shared, self.key_size, self.value_size

@@ -23,6 +23,7 @@ from hf_accel_patch.families import (
     rotary_tokens,
 )
 from hf_accel_patch.families.rotation import Moves, moves
+from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
 from hf_accel_patch.passes.layers import IN_PLACE
@@ -138,14 +139,15 @@ class KVCache:
         if other := kinds - STREAMING.keys():
             reason = f"layers of kind {', '.join(sorted(kind.__name__ for kind in other))} have states that cannot move"
             raise UnsupportedModel(f"cache='sinks': {reason}", "leave the keyword out")
-        if next(view.model.parameters()).is_meta:  # only planned
-            return ()
         if DynamicLayer not in kinds:
             raise UnsupportedModel(
                 "cache='sinks': every layer has a sliding window of its own, so its memory is constant already",
                 "leave the keyword out",
             )
-        found = moves(view)
+        planned = next(view.model.parameters()).is_meta
+        if planned and (view.rotary_modules() or table_modules(view)):
+            return ()
+        found = () if planned else moves(view)
         if not found or all(move.rotation is None for move in found):
             raise UnsupportedModel(
                 "cache='sinks': its positions are not rotations of the cached keys, which could be moved",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
+from hf_accel_patch.passes import Context
 from hf_accel_patch.plan import Pass, Skip, Step
 from hf_accel_patch.planning.memory import Estimates, Size, tokens_of
 
@@ -97,8 +98,11 @@ def fitted(view: View, passes: tuple[Pass, ...], estimates: Estimates | None = N
 def _facts(
     budget: Budget, chosen: Candidate, size: Size, tried: Sequence[tuple[Candidate, Size]], estimates: Estimates
 ) -> tuple[tuple[str, Any], ...]:
-    first = tried[0][1] if tried else size
-    facts: dict[str, Any] = {"exact": chosen.exact, "bytes_before": first.peak, "bytes_after": size.peak}
+    first, exact = tried[0][1] if tried else size, chosen.exact and not _scaled(estimates.view, chosen.passes)
+    if chosen.exact and not exact:
+        tried = [(_not_exact(each), needed) for each, needed in tried]
+        chosen = _not_exact(chosen)
+    facts: dict[str, Any] = {"exact": exact, "bytes_before": first.peak, "bytes_after": size.peak}
     others = ", ".join(f"{each.label} needs {in_binary(needed.peak)}" for each, needed in _telling(tried))
     why = f"{others}; " if others else ""
     facts |= {"chosen": chosen.label, "why": f"{why}{chosen.label} needs {in_binary(size.peak)}"}
@@ -106,6 +110,18 @@ def _facts(
     facts |= {"batch": estimates.batch} if estimates.batch > 1 else {}
     facts |= {"weight_bytes": size.weights, "cache_bytes": size.cache, "activation_bytes": size.activations}
     return tuple((facts | ({"rule_of_thumb": estimates.problem} if estimates.problem else {})).items())
+
+
+def _scaled(view: View, passes: tuple[Pass, ...]) -> bool:
+    """Whether `context=` changes positions."""
+    asked = next((each for each in passes if isinstance(each, Context)), None)
+    decided = asked.inspect(view) if asked is not None else None
+    return isinstance(decided, Step) and not decided.facts["exact"]
+
+
+def _not_exact(candidate: Candidate) -> Candidate:
+    label = candidate.label.replace("exact", "what was asked for", 1) if candidate.exact else candidate.label
+    return replace(candidate, label=label, exact=False)
 
 
 def _telling(tried: Sequence[tuple[Candidate, Size]]) -> list[tuple[Candidate, Size]]:

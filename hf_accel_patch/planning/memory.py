@@ -91,13 +91,18 @@ class Estimates:
         return self._weights[key]
 
     def _grouped(self, gqa: GQA | None) -> tuple[int, float]:
-        """The bytes of weights that fewer key/value heads save, and which share of the cache is left."""
+        """The bytes of weights that fewer key/value heads save, less those of originals that are kept, and which share
+        of the cache is left."""
         if gqa not in self._saved:
             decided = None if gqa is None else gqa.inspect(self.view)
-            facts = decided.facts if isinstance(decided, Step) else None
-            self._saved[gqa] = (
-                (facts["bytes_before"] - facts["bytes_after"], facts["kv_heads"] / facts["was"]) if facts else (0, 1.0)
-            )
+            if gqa is None or not isinstance(decided, Step):
+                self._saved[gqa] = (0, 1.0)
+                return self._saved[gqa]
+            facts = decided.facts
+            saved = facts["bytes_before"] - facts["bytes_after"]
+            if gqa.originals == "keep":
+                saved -= sum(layout.replaced_bytes() for layout in decided.work[0].layouts)
+            self._saved[gqa] = saved, facts["kv_heads"] / facts["was"]
         return self._saved[gqa]
 
     def _trace(self, ours: bool, packed: bool, names: frozenset[str]) -> Traced:

@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from hf_accel_patch.display import in_terminal, in_words
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families import View
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes import KVCache, Quantize
 from hf_accel_patch.plan import Pass
@@ -43,6 +47,7 @@ class Memory:
     batch: int
     device: str
     available: int | None  # bytes that are free there
+    held: int  # bytes of the model that are there already
     budget: int | None  # bytes
     sizes: tuple[tuple[str, Size | str], ...]
     problem: str = ""  # why activations are a rule of thumb
@@ -64,14 +69,16 @@ class Memory:
         return [f"activations by a rule of thumb: {self.problem}"] if self.problem else []
 
     def fits(self, size: Size) -> bool | None:
-        """Whether it is within the budget, or without one, within what is free; None where nobody knows."""
-        room = self.available if self.budget is None else self.budget
+        """Whether it is within the budget, or without one, within what is free and what the model holds there already;
+        None where nobody knows."""
+        room = None if self.available is None else self.available + self.held
+        room = room if self.budget is None else self.budget
         return None if room is None else size.peak <= room
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in bytes."""
         described: dict[str, Any] = {"context": self.tokens, "batch": self.batch, "device": self.device}
-        described |= {"available": self.available, "budget": self.budget, **self.asked.to_dict()}
+        described |= {"available": self.available, "held": self.held, "budget": self.budget, **self.asked.to_dict()}
         rows = []
         for label, size in self.sizes:
             known = {"reason": size} if isinstance(size, str) else {**size.to_dict(), "fits": self.fits(size)}
@@ -101,15 +108,16 @@ class Memory:
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
+        from rich.text import Text  # of which no bracket is taken for markup
 
-        caption = "\n".join(self.notes) or None
-        shown = Table(title=self.title, title_justify="left", title_style="bold", caption=caption, box=SIMPLE_HEAD)
+        caption = Text("\n".join(self.notes)) if self.notes else None
+        shown = Table(title=Text(self.title, style="bold"), title_justify="left", caption=caption, box=SIMPLE_HEAD)
         shown.pad_edge, shown.caption_justify = False, "left"
         for name in COLUMNS:
             right = name not in (COLUMNS[0], COLUMNS[-1])
             shown.add_column(name, justify="right" if right else "left", no_wrap=right)
         for row in self.rows():
-            shown.add_row(*row, style=None if row[-1] != "no" else "dim")
+            shown.add_row(*map(Text, row), style=None if row[-1] != "no" else "dim")
         return shown
 
     def _repr_html_(self) -> str:
@@ -132,7 +140,22 @@ def overview(estimates: Estimates, passes: tuple[Pass, ...], budget: int | None 
     device = device_of(view.model)
     problem = estimates.problem
     return Memory(
-        estimates.tokens, estimates.batch, str(device), available_bytes(device), budget, tuple(sizes), problem
+        estimates.tokens,
+        estimates.batch,
+        str(device),
+        available_bytes(device),
+        _held(view, device),
+        budget,
+        tuple(sizes),
+        problem,
+    )
+
+
+def _held(view: View, device: torch.device) -> int:
+    """Bytes of the model that are on a device."""
+    tensors = chain(view.model.parameters(), view.model.buffers())
+    return sum(
+        tensor.nbytes for tensor in tensors if tensor.device.type == device.type and tensor.device.type != "meta"
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.plan import Pass
 from hf_accel_patch.planning.memory import Estimates
 from hf_accel_patch.planning.overview import Kind, instead
@@ -55,11 +56,14 @@ def _lines(estimates: Sequence[Estimates], passes: tuple[Pass, ...]) -> dict[str
     """Peaks in bytes by label; what the model cannot have is left out."""
     lines = {"stock": [each.stock().peak for each in estimates]}
     lines["patched"] = [each.of(passes).peak for each in estimates]
+    quantized = any(isinstance(module, QuantizedModule) for _, module in estimates[0].view.named_modules())
     kinds: tuple[Kind, ...] = ("int8", "int4")
     for kind in kinds:
-        for label, cache in ((f"{kind} weights", None), (f"{kind} weights and cache", kind)):
+        ways = ((kind, None), (kind, kind)) if not quantized else ((None, kind),)
+        for scheme, cache in ways:
+            label = f"{kind} cache" if scheme is None else f"{kind} weights" + (" and cache" if cache else "")
             try:
-                lines[label] = [each.of(instead(passes, kind, cache)).peak for each in estimates]
+                lines[label] = [each.of(instead(passes, scheme, cache)).peak for each in estimates]
             except UnsupportedModel:
                 continue
     return lines

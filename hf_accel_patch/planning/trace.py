@@ -114,7 +114,10 @@ def traced(
                 if isinstance(decided, Step):
                     decided.by.apply(decided, journal)
             modules = dict(model.named_modules())
-            weights = {id(p) for name in quantized for p in modules[name]._parameters.values() if p is not None}
+            taken = [
+                modules.get(name.replace(".base_layer", ""), modules.get(name)) for name in quantized
+            ]  # of adapters
+            weights = {id(p) for part in taken if part is not None for p in part._parameters.values() if p is not None}
             for name, module in modules.items():
                 found = linear_weights(module)
                 if not isinstance(found, str) and found[0] == "experts":

@@ -130,7 +130,10 @@ def _windows(view: Any, texts: Any, tokenizer: Any, window: int | None, tokens: 
     if tokens is not None:
         windows = _first(windows, tokens)
     if not windows:
-        raise ValueError("verify: texts= holds no text of two tokens")
+        given = (
+            "texts= holds no text of two tokens" if texts is not None else f"the text is shorter than window={window}"
+        )
+        raise ValueError(f"verify: {given}")
     return windows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_accel_patch.compat import CACHE
+from hf_accel_patch.families import context_tokens
 from hf_accel_patch.verifying.agreement import Agreement
 
 LOGITS = 1 << 26  # numbers, of the texts that are read at a time
@@ -134,5 +135,7 @@ def generated(side: Side, prompt: Tensor) -> Tensor:
     """The prompt [1, T] and greedy tokens behind it, with no penalty that the generation config may name."""
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     ids = prompt.to(side.device)
-    found: Any = side.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, **plain)
+    context = context_tokens(side.model.config.get_text_config(decoder=True))
+    most = NEW if context is None else max(1, min(NEW, context - ids.shape[1]))
+    found: Any = side.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, **plain)
     return found.cpu()

@@ -133,9 +133,12 @@ def _size(kind: Any, config: Any, dtype: torch.dtype) -> int:
 
 def _smallest(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
     """A module to stay on this device, which tells accelerate where the others are to run."""
-    leaves = [(name, part) for name, part in model.named_modules() if len(part._parameters) and not part._modules]
-    name, _ = min(leaves, key=lambda each: sum(p.numel() for p in each[1]._parameters.values() if p is not None))
-    return {name: device}
+    sizes = {}
+    for name, part in model.named_modules():
+        held = [parameter.numel() for parameter in part._parameters.values() if parameter is not None]
+        if held and not part._modules:
+            sizes[name] = sum(held)
+    return {min(sizes, key=lambda name: sizes[name]): device}
 
 
 @contextmanager
