@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import AlreadyPatched, NotReversible
-from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model
+from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import count, parse
@@ -32,6 +33,33 @@ self_extend_cache.register()
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Where a parameter was, and in which dtype: tells whether the model has been moved or cast since."""
+
+    module: torch.nn.Module
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> Sample | None:
+        """None where weights are on several devices, or none is left."""
+        if len({tensor.device for tensor in chain(model.parameters(), model.buffers())}) != 1:
+            return None
+        for module in model.modules():
+            for name, held in module._parameters.items():
+                if held is not None and held.is_floating_point():
+                    return Sample(module, name, held.device, held.dtype)
+        return None
+
+    def moved(self) -> tuple[torch.device, torch.dtype] | None:
+        """Where it is now, if that is elsewhere."""
+        held = self.module._parameters.get(self.name)
+        same = held is None or (held.device, held.dtype) == (self.device, self.dtype)
+        return None if held is None or same else (held.device, held.dtype)
+
+
 @dataclass
 class State:
     """What a patched model carries. It refers to parts of the model only, so a deep copy carries its own."""
@@ -42,6 +70,7 @@ class State:
     source: dict[str, Any] = field(default_factory=dict)  # keywords with which its checkpoint was read
     asked: tuple[Pass, ...] = ()  # `passes`, or the budget that has chosen them
     lenient: bool = False  # whether HF_ACCEL_PATCH asked for it
+    sample: Sample | None = None  # of its parameters as they were when it had been patched
 
 
 def patch(model: T, **options: Any) -> T:
@@ -77,15 +106,17 @@ def unpatch(model: T, *, reload: bool = False) -> T:
             "patch with originals='keep' in Quantize or GQA to keep them in memory, or unpatch(model, reload=True) to "
             "read them from the checkpoint again",
         )
-    restored = _read_again(found, lost, state.source) if lost else {}
+    restored = _read_again(found, state) if lost else []
+    moved = state.sample.moved() if state.sample is not None else None
     state.journal.undo()
-    for name, parameter in restored.items():
-        path, _, leaf = name.rpartition(".")
-        held = found.get_submodule(path)._parameters
-        others = {key: value for key, value in held.items() if key != leaf}
+    for gone, parameter in zip(state.journal.gone, restored, strict=True) if lost else ():
+        held = gone.module._parameters
+        others = {key: value for key, value in held.items() if key != gone.name}
         held.clear()  # a weight comes before its bias
-        held.update({leaf: parameter} | others)
+        held.update({gone.name: parameter} | others)
     del vars(found)[STATE]
+    if moved is not None:
+        torch.nn.Module.to(found, *moved)  # and so is what came back
     return model
 
 
@@ -131,8 +162,11 @@ def report(model: object) -> Report:
     if state is None:
         return Report(type(found).__name__, ())
     measures = {each.name: each.measure for each in state.passes if hasattr(each, "measure")}
-    rows = tuple(row | (measures[row["pass"]](found) if row["pass"] in measures else {}) for row in state.report.rows)
-    return dataclasses.replace(state.report, rows=rows)
+    rows = [row | (measures[row["pass"]](found) if row["pass"] in measures else {}) for row in state.report.rows]
+    if state.journal.put_backs:
+        now = {"bytes_after": weight_bytes(found), "now": "dequantized"}
+        rows = [row | (now if row["pass"] == "quantize" else {}) for row in rows]
+    return dataclasses.replace(state.report, rows=tuple(rows))
 
 
 def adopt(
@@ -151,13 +185,15 @@ def adopt(
     others = tuple(each for each in passes if quantized is None or each.name != "quantize")
     view = bind(model)
     check_weights(view)
-    state = _apply(view, others, build(view, others, lenient=lenient), journal, lenient=lenient)
-    rows = list(state.report.rows)
-    if quantized is not None:
-        place = next(i for i, each in enumerate(passes) if each.name == "quantize")
-        rows.insert(place, {"pass": "quantize", **quantized(model)})
-    report, asked = Report(view.subject, tuple(rows)), passes if asked is None else asked
-    vars(model)[STATE] = State(passes, state.journal, report, source or {}, asked, lenient)
+    facts = None if quantized is None else {"pass": "quantize", **quantized(model)}
+    new = State(passes, journal or Journal(), Report(view.subject, ()), source or {}, asked or passes, lenient)
+    _apply(view, new, build(view, others, lenient=lenient))
+    if facts is not None:
+        rows = list(new.report.rows)
+        rows.insert(next(i for i, each in enumerate(passes) if each.name == "quantize"), facts)
+        new.report = dataclasses.replace(new.report, rows=tuple(rows))
+    new.sample = Sample.of(model)
+    vars(model)[STATE] = new
     _log(model)
     return model
 
@@ -171,7 +207,7 @@ def _patch(target: object, asked: tuple[Pass, ...]) -> None:
                 f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
                 "unpatch(model, reload=True), or use it as it is",
             )
-        if state.asked == asked:
+        if state.asked == asked and not state.journal.put_backs:
             return
         hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
         raise AlreadyPatched(
@@ -180,7 +216,10 @@ def _patch(target: object, asked: tuple[Pass, ...]) -> None:
     view = bind(target)
     check_weights(view)
     passes = fitted(view, asked)
-    vars(model)[STATE] = dataclasses.replace(_apply(view, passes, build(view, passes)), asked=asked)
+    new = State(passes, Journal(), Report(view.subject, ()), asked=asked)
+    _apply(view, new, build(view, passes))
+    new.sample = Sample.of(model)
+    vars(model)[STATE] = new
     _log(model)
 
 
@@ -189,12 +228,10 @@ def _log(model: PreTrainedModel) -> None:
         logger.info(f"{type(model).__name__}: {line}")
 
 
-def _apply(
-    view: View, passes: tuple[Pass, ...], decided: Plan, journal: Journal | None = None, *, lenient: bool = False
-) -> State:
-    """Carry out a plan. An exception leaves the model as it was; where originals are discarded already, it leaves what
-    is done so far, whole and usable, under a report that says so."""
-    journal, rows, left = journal or Journal(), [], list(decided.decisions)
+def _apply(view: View, state: State, decided: Plan) -> None:
+    """Carry out a plan, and report it in `state`. An exception leaves the model as it was; where originals are
+    discarded already, it leaves what is done so far, whole and usable, under a report that says so."""
+    journal, rows, left = state.journal, list(state.report.rows), list(decided.decisions)
     try:
         while left:
             decision = left.pop(0)
@@ -203,7 +240,7 @@ def _apply(
                 before = view.weight_bytes()
                 decision.by.apply(decision, journal)
                 if decision.reshapes:
-                    left = [inspected(each.by, view, lenient=lenient) for each in left]
+                    left = [inspected(each.by, view, lenient=state.lenient) for each in left]
                 if decision.of_weights:
                     row |= {"bytes_before": before, "bytes_after": view.weight_bytes()}
             elif decision.refused:
@@ -215,14 +252,15 @@ def _apply(
             journal.undo()
             raise
         done = f"{error}: {len(journal.discarded)} weights are quantized or converted, the others are as they were"
-        vars(view.model)[STATE] = State(passes, journal, Report(view.subject, tuple(rows), done))
+        state.report = Report(view.subject, tuple(rows), done)
+        vars(view.model)[STATE] = state
         raise
-    return State(passes, journal, Report(view.subject, tuple(rows)))
+    state.report = Report(view.subject, tuple(rows))
 
 
-def _read_again(model: PreTrainedModel, names: list[str], source: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
-    """The parameters of these names from the model's checkpoint. Tied ones stay one parameter."""
-    path = model.name_or_path
+def _read_again(model: PreTrainedModel, state: State) -> list[torch.nn.Parameter]:
+    """The parameters that are gone, from the model's checkpoint, where the modules are now. Tied ones stay one."""
+    path, source, names = model.name_or_path, state.source, state.journal.discarded
     if not path:
         raise NotReversible("the model does not know the checkpoint that it came from", "load it anew")
     try:
@@ -233,4 +271,12 @@ def _read_again(model: PreTrainedModel, names: list[str], source: dict[str, Any]
     missing = [name for name in names if name not in parameters]
     if missing:
         raise NotReversible(f"the checkpoint at {path} has no {missing[0]}")
-    return {name: parameters[name] for name in names}
+    made: dict[int, torch.nn.Parameter] = {}
+    here = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    for gone in state.journal.gone:
+        found = parameters[gone.label]
+        held = gone.module._buffers.get("like", gone.module._parameters.get(gone.name))
+        device = here if held is None or held.is_meta else held.device
+        if id(found) not in made:
+            made[id(found)] = torch.nn.Parameter(found.detach().to(device), requires_grad=gone.trained)
+    return [made[id(parameters[gone.label])] for gone in state.journal.gone]

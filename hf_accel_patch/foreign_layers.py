@@ -64,12 +64,12 @@ def weights_of(skeleton: PreTrainedModel, layers: Sequence[str]) -> list[Made]:
         module, _, leaf = key.rpartition(".")
         weight = _weight(skeleton, layer, module, leaf)
         made = found.setdefault(key, Made(module, weight))
-        if not weight.experts:
+        if not weight.experts and pattern is None:
             made.layers = [[layer]]
             continue
         converter = next((each for each in converters if pattern in each.source_patterns), None)
         place = _place(f"{layer}.weight", pattern, converter)
-        if converter is None or place is None:
+        if converter is None or place is None or not weight.experts:
             raise UnsupportedModel(f"the checkpoint has quantized {layer}, and how it becomes part of {key} is unknown")
         made.layers = [[""] * len(converter.source_patterns) for _ in range(weight.experts)]
         placed.setdefault(key, {})[place] = layer

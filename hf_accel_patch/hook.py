@@ -27,7 +27,7 @@ class {HOOK}:
             except ImportError as error:
                 sys.stderr.write('{PACKAGE}: {PATCH} is set and has no effect: %s\\n' % error)
             finally:
-                sys.meta_path.remove(self)
+                sys.meta_path = [each for each in sys.meta_path if each is not self]
 sys.meta_path.insert(0, {HOOK}())
 """
 LINE = f"import os; os.environ.get({PATCH!r}) and exec({CODE!r})\n"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 Kind = Literal["attribute", "items", "class", "hook"]
+FORWARDS = ("forward", "_old_forward")  # what accelerate's hooks set on a module
 
 
 class _Absent:
@@ -53,6 +54,16 @@ class Write:
             made["before"] = before[0](*before[1])
 
 
+@dataclass(frozen=True)
+class Gone:
+    """A parameter that was freed: its name in the model, and where it was."""
+
+    label: str
+    module: nn.Module
+    name: str
+    trained: bool  # whether it was to be trained
+
+
 class Bound:
     """A function bound to an instance. Unlike a method's, its pickle finds the function again; a deep copy is bound to
     the copy of the instance."""
@@ -77,7 +88,13 @@ class Journal:
 
     def __init__(self) -> None:
         self._writes: list[Write] = []
-        self.discarded: list[str] = []  # names of the weights that undo cannot bring back
+        self.gone: list[Gone] = []  # weights that undo cannot bring back
+        self.put_backs = 0  # modules that were given other weights back
+
+    @property
+    def discarded(self) -> list[str]:
+        """Names of the weights that undo cannot bring back."""
+        return [each.label for each in self.gone]
 
     def __len__(self) -> int:
         return len(self._writes)
@@ -124,8 +141,8 @@ class Journal:
         if keep:
             self._replace(module, "_parameters", module._parameters | {name: value})
         else:
+            self._discard(module, name, label)
             module._parameters[name] = value
-            self.discarded.append(label or name)
 
     def set_buffer(self, module: nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
         """Replace or add a buffer. A new one goes last; one that exists stays as persistent as it was."""
@@ -140,8 +157,8 @@ class Journal:
         if keep:
             self._replace(module, "_parameters", {k: v for k, v in module._parameters.items() if k != name})
         else:
+            self._discard(module, name, label)
             del module._parameters[name]
-            self.discarded.append(label or name)
 
     def put_back(
         self, module: nn.Module, kind: Any, parameters: dict[str, nn.Parameter], buffers: list[str], names: list[str]
@@ -154,12 +171,13 @@ class Journal:
             module._non_persistent_buffers_set.discard(name)
         for name in names:
             vars(module).pop(name, None)
-        module.__class__ = kind
+        left, module.__class__ = type(module), kind
         others = {name: value for name, value in module._parameters.items() if name not in parameters}
         module._parameters.clear()
         module._parameters.update(parameters | others)
-        if "_old_forward" in vars(module):
-            vars(module)["_old_forward"] = types.MethodType(kind.forward, module)
+        for name in _forwards_of(module, left):
+            vars(module)[name] = types.MethodType(kind.forward, module)
+        self.put_backs += 1
 
     def shared(self) -> Iterator[Any]:
         """What a copy of the model that is made to be taken back can share with it: the tensors that were replaced, and
@@ -192,6 +210,8 @@ class Journal:
                 mapping.update(write.before)
             elif write.before is ABSENT:
                 vars(write.target).pop(write.name, None)
+            elif write.name in FORWARDS and write.name not in vars(write.target):
+                pass  # the hook that it belonged to has gone
             else:
                 vars(write.target)[write.name] = write.before
 
@@ -203,11 +223,15 @@ class Journal:
         mapping.clear()
         mapping.update(items)
 
+    def _discard(self, module: nn.Module, name: str, label: str) -> None:
+        old = module._parameters[name]
+        self.gone.append(Gone(label or name, module, name, old is None or old.requires_grad))
+
     def _note(self, kind: Kind, target: object, name: str, before: object) -> None:
         self._writes.append(Write(kind, target, name, before))
 
 
 def _forwards_of(target: object, kind: Any) -> list[str]:
     """The instance's own entries that are the forward of this class, as accelerate leaves them."""
-    found = {name: vars(target).get(name) for name in ("forward", "_old_forward")}
+    found = {name: vars(target).get(name) for name in FORWARDS}
     return [name for name, each in found.items() if getattr(each, "__func__", ABSENT) is getattr(kind, "forward", None)]

@@ -163,6 +163,8 @@ class Prepared:
             keys.append("weight_order")
         buffers: dict[str, Any] = module._buffers
         self.names |= {f"{name}.{key}": buffers[key] for key in keys}
+        if tied and name in self.found.ordered:
+            raise HfAccelError(f"the checkpoint has sorted columns for {name}, which is tied: rows cannot be looked up")
         for other, each in zip(others, tied, strict=True):
             self.journal.remove_parameter(each, "weight", keep=False, label=f"{other}.weight")
             self.journal.set_attribute(each, "_is_hf_initialized", True)

@@ -63,7 +63,9 @@ class _Waiting(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path = [
+            each for each in sys.meta_path if each is not self
+        ]  # another thread may go through the old one
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -378,3 +378,33 @@ def patched_by(model):
     bound = {name: value for name, value in vars(model).items() if hasattr(value, "__func__")}
     assert all(value.__self__ is model for value in bound.values())
     return {name: getattr(value.__func__, "__qualname__", type(value.__func__)) for name, value in bound.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": Quantize("int8", originals="keep")}, {"gqa": 1}])
+def test_what_comes_back_follows_a_cast(model, options):
+    """As if the model had not been patched when it was cast."""
+    expected = copy.deepcopy(model).to(torch.bfloat16)
+    patch(model, **options).to(torch.bfloat16)
+    unpatch(model)
+    theirs = expected.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model, prompt()), logits(expected, prompt()))
+
+
+def test_weights_that_are_read_again_find_their_place_in_wrappers(bundled):
+    from peft import LoraConfig, get_peft_model
+
+    frozen = bundled.model.layers[0].mlp.up_proj.weight.requires_grad_(False).clone()
+    patch(bundled, quantize="int8")
+    wrapped = get_peft_model(bundled, LoraConfig(target_modules=["up_proj"], r=4))
+    unpatch(bundled, reload=True)
+    inner = bundled.model.layers[0].mlp.up_proj
+    assert list(inner._parameters) == [] or "weight" not in inner._parameters
+    assert torch.equal(inner.base_layer.weight, frozen) and not inner.base_layer.weight.requires_grad
+    assert wrapped(input_ids=prompt()).logits.isfinite().all()
+
+
+def test_the_same_options_after_dequantizing_are_refused(model):
+    patch(model, quantize="int8").dequantize()
+    with pytest.raises(AlreadyPatched):
+        patch(model, quantize="int8")

@@ -5,6 +5,7 @@ What PEFT and `save_pretrained` know about such models then holds for a model th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.targets import Target
 
@@ -63,8 +65,9 @@ def install(model: PreTrainedModel, target: Target, scheme: str, keep: bool, jou
     journal.swap_module(model.get_submodule(parent), leaf, new)
 
 
-def describe(model: PreTrainedModel, scheme: str, journal: Journal) -> None:
+def describe(view: View, scheme: str, journal: Journal) -> None:
     """What transformers and PEFT look for on a model that was loaded quantized."""
+    model = view.model
     left = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
     dtype = model.dtype if scheme == "nf4" else None
     options: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
@@ -80,7 +83,14 @@ def describe(model: PreTrainedModel, scheme: str, journal: Journal) -> None:
     }
     for key, value in marks.items():
         journal.set_attribute(model, key, value)
-    journal.set_attribute(model.config, "quantization_config", config)
+    own = copy.copy(model.config)  # another model may share it
+    own.quantization_config = config
+    for module in model.modules():
+        if vars(module).get("config") is model.config and module is not model:
+            journal.set_attribute(module, "config", own)
+    if view.config is model.config:
+        view.follow(own)
+    journal.set_attribute(model, "config", own)
 
 
 def held_bytes(model: PreTrainedModel) -> int:

@@ -112,7 +112,7 @@ class Quantize:
         work = sorted(targets, key=lambda target: target.packed_bytes)
         if self.calibrate is not None:
             return Step(self, facts, (view.model, work, token_ids(self.calibrate, view.model, self.tokenizer)))
-        return Step(self, facts, (view.model, work))
+        return Step(self, facts, (view.model, work, view))
 
     def nothing(self, view: View, skipped: list[tuple[str, str]]) -> UnsupportedModel:
         """What to raise where nothing can be quantized."""
@@ -157,7 +157,7 @@ class Quantize:
                 for target in targets:
                     foreign_modules.install(model, target, self.scheme, self.originals == "keep", journal)
                     bar.update(target.size)
-                foreign_modules.describe(model, self.scheme, journal)
+                foreign_modules.describe(step.work[2], self.scheme, journal)
                 return
             if self.calibrate is not None:
                 packs: Iterable[tuple[Target, list[tuple[Tensor, Tensor]]]] = calibrated(
@@ -171,11 +171,7 @@ class Quantize:
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """What became of it."""
-        if self.foreign:
-            return {"bytes_after": weight_bytes(model) + foreign_modules.held_bytes(model)}
-        if any(isinstance(module, QuantizedModule) for module in model.modules()):
-            return {}
-        return {"bytes_after": weight_bytes(model), "now": "dequantized"}
+        return {"bytes_after": weight_bytes(model) + foreign_modules.held_bytes(model)} if self.foreign else {}
 
     def packed(self, target: Target) -> list[tuple[Tensor, Tensor]]:
         """Codes and scales of each of its weights."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_accel_patch.api import report
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import View, bind, check_weights, find_model, takes_cache
 from hf_accel_patch.families.offloading import refuse_offloaded
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.uptraining.data import Windows, cut
 from hf_accel_patch.uptraining.folder import HINT, Folder
 from hf_accel_patch.uptraining.result import Uptrained
@@ -165,7 +165,7 @@ def _trainable(view: View, train: Parts) -> dict[str, nn.Parameter]:
     weights: nothing of what they lose would be trained back."""
     check_weights(view)
     refuse_offloaded(view, "uptrain")
-    ours = any(row["pass"] == "quantize" and "reason" not in row for row in report(view.model).rows)
+    ours = any(isinstance(module, QuantizedModule) for module in view.model.modules())
     if ours or getattr(view.model, "is_quantized", False):
         raise HfAccelError(f"the weights of {view.subject} are quantized", "uptrain the float model, then quantize it")
     found = {name: p for name, p in view.model.named_parameters() if p.requires_grad and p.is_floating_point()}

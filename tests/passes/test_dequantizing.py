@@ -130,3 +130,40 @@ def test_it_trains():
     model = patch(tiny("llama"), quantize="int4", **BARE).dequantize()
     model(input_ids=prompt(), labels=prompt()).loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_accelerate_that_came_and_went(before):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+
+    def come_and_go(model):
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+        remove_hook_from_submodules(model)
+
+    model = tiny("llama")
+    if before:
+        come_and_go(model)
+    patch(model, quantize="int8", **BARE)
+    if not before:
+        come_and_go(model)
+    expected = logits(model, prompt())
+    model.dequantize()
+    assert (logits(model, prompt()) - expected).std() < BFLOAT16 * expected.std()
+
+
+def test_a_model_that_load_has_read_says_so_too(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    model = load(tmp_path, quantize="int4")
+    model.dequantize()
+    row = entry(report(model).to_dict(), "quantize")
+    assert row["now"] == "dequantized" and row["bytes_after"] == row["bytes_before"]
+
+
+def test_it_can_be_uptrained():
+    from hf_accel_patch import uptrain
+
+    model = patch(tiny("llama"), quantize="int8", **BARE).dequantize()
+    ids = torch.randint(0, 256, (4, 64))
+    assert uptrain(model, [ids], steps=1, window=32, progress=False).loss_after
