@@ -72,6 +72,7 @@ def test_speeds_are_those_of_the_times():
         ((BUNDLED, "--quantize", "int3"), "int3"),
         ((BUNDLED, "--prompt", "600"), "made for 512"),
         ((BUNDLED, "--dtype", "float3"), "float3"),
+        ((BUNDLED, "--device", "nonsense"), "nonsense"),
         ((BUNDLED, "--rounds", "0"), "--rounds"),
         (("/no/such/model",), "/no/such/model"),
     ],

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import entry
 from planned_sizes import FAMILIES, WAYS, build
 from transformers import AutoConfig
 
 import hf_accel_patch
-from hf_accel_patch import KVCache, load, patch, plan
+from hf_accel_patch import GQA, KVCache, UnsupportedModel, load, patch, plan
 from hf_accel_patch.cli import main
-from hf_accel_patch.families import bind
+from hf_accel_patch.families import bind, weight_bytes
+from hf_accel_patch.options import parse
 from hf_accel_patch.planning import trace
 from hf_accel_patch.planning.caches import kept
 from hf_accel_patch.planning.machine import host_bytes
 from hf_accel_patch.planning.memory import Estimates
+from hf_accel_patch.planning.plot import _lines
 
 CLOSE = {"weights": 0.02, "cache": 0.02, "peak": 0.10}
 HERE = Path(__file__).parent
@@ -270,3 +273,54 @@ def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path, capsy
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plan", str(MODEL), "--plot", str(tmp_path / "memory.png")]) == 2
     assert "hf_accel_patch[plots]" in capsys.readouterr().err
+
+
+def test_what_a_loaded_model_holds_counts_as_room(monkeypatch):
+    monkeypatch.setattr("hf_accel_patch.planning.overview.available_bytes", lambda device: 900_000)
+    model = build("llama")
+    memory = plan(model, context=16).memory
+    assert memory.held == weight_bytes(model) > 0
+    stock = next(size for label, size in memory.sizes if label == "stock")
+    assert 900_000 < stock.peak <= 900_000 + memory.held and memory.fits(stock)
+    assert plan(model, context=16, budget=memory.asked.peak).memory.fits(memory.asked)
+
+
+def test_heads_that_are_kept_are_counted():
+    model = build("llama")
+    planned = {kept: plan(model, gqa=GQA(1, originals=kept), context=16).memory.asked for kept in ("keep", "discard")}
+    assert planned["discard"].weights < weight_bytes(model) < planned["keep"].weights
+    patch(model, gqa=GQA(1), attention=False, cache=False)
+    state = vars(model)["_hf_accel_patch"]
+    kept = sum({id(each): each.nbytes for each in state.journal.shared() if isinstance(each, torch.Tensor)}.values())
+    assert abs(planned["keep"].weights - weight_bytes(model) - kept) <= 0.02 * kept
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"), [({"gqa": 1}, False), ({"context": 4096}, False), ({"context": 16}, True)]
+)
+def test_a_budget_calls_exact_what_is(options, exact):
+    row = entry(plan(build("llama"), budget="1GiB", **options).to_dict(), "budget")
+    assert row["exact"] is exact and ("exact" in row["chosen"]) is exact
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_a_configuration_is_refused_what_its_model_is(family, tmp_path):
+    model = build(family)
+    model.config.save_pretrained(tmp_path)
+    for each in (model, tmp_path):
+        with pytest.raises(UnsupportedModel, match="sinks"):
+            plan(each, cache="sinks:64")
+
+
+def test_adapters_are_traced():
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], r=4))
+    assert not plan(wrapped, quantize="int8").memory.problem
+
+
+def test_lines_of_a_quantized_model_are_of_its_cache():
+    model = patch(build("llama"), quantize="int4")
+    lines = _lines([Estimates(bind(model), 4096)], parse({}))
+    assert set(lines) == {"stock", "patched", "int8 cache", "int4 cache"}
+    assert lines["int4 cache"] < lines["int8 cache"] < lines["patched"]
