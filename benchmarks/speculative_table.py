@@ -31,8 +31,9 @@ COLUMNS = (
 
 
 def speculative_markdown(rows: list[Row]) -> str:
-    """Tables of each part, setting and machine, with the latest row of each system at each task."""
-    groups = in_groups(rows)
+    """Tables of each part, setting and machine, with the latest row of each system at each task. Rows whose task,
+    batch and system were timed again later, with other prompts, are left out."""
+    groups = in_groups([row for row in rows if not _again(row, rows)])
     tables = [_timed(group, rows) for group in groups.get("speculative-generate", [])]
     tables += [_same(group) for group in groups.get("speculative-tokens", [])]
     tables += [_timed(group, rows) for group in groups.get("speculative-held", [])]
@@ -50,6 +51,17 @@ def in_groups(rows: list[Row]) -> dict[str, list[list[Row]]]:
         tables = found.setdefault(row["part"], {})
         tables[same] = tables.pop(same, {}) | {(row.get("task", ""), row.get("batch", 1), row["system"]): row}
     return {part: [_ordered(list(group.values())) for group in tables.values()] for part, tables in found.items()}
+
+
+def _again(row: Row, rows: list[Row]) -> bool:
+    """Whether a later run has timed the same system at the same task, with another number of prompts."""
+    if row["part"] != "speculative-generate":
+        return False
+    same = ("part", "shape", "hardware", "dtype", "device", "threads", "batch", "task", "system")
+    later = (each for each in rows if str(each["run"]) > str(row["run"]) and "reason" not in each)
+    return any(
+        each.get("prompts") != row["prompts"] and all(each.get(name) == row[name] for name in same) for each in later
+    )
 
 
 def base_of(row: Row, rows: list[Row], system: str = "stock") -> Row | None:

@@ -20,39 +20,49 @@ FAMILIES = {
 }
 TASKS = {"editing": "code edited", "unpredictable": "text that cannot be foreseen"}
 FEWER = 4  # times as few key/value heads
+AGAINST = "The rows of `rope` and `gqa` are against `patch(model)` without that option, in the same run. "
+AGAINST += "`gqa` has two rows, for two models: times of a shape with random weights, perplexity of the bundled one."
 
 
 def summary_markdown(rows: list[Row]) -> str:
-    """One row per pass and case, against transformers in the same run; empty where nothing was measured."""
+    """One row per pass and case, against transformers in the same run, or where that is said under the table, against
+    the patched model; empty where nothing was measured."""
     measured = [row for row in rows if "reason" not in row and row.get("device", "cpu") == "cpu"]
     parts: dict[str, list[Row]] = {}
     for row in sorted(measured, key=lambda row: str(row["run"])):
         parts.setdefault(str(row.get("part", "decode")), []).append(row)
+    patched = [
+        *_positions(parts.get("long-context-perplexity", [])),
+        *_heads(parts.get("gqa-decode", [])),
+        *_fewer(parts.get("gqa-quality", [])),
+    ]
     lines = [
         *_tokens(parts.get("decode", []), parts.get("perplexity", [])),
         *_prompts(parts.get("attention-prefill", [])),
         *_steps(parts.get("cache-decode", []), parts.get("cache-perplexity", [])),
         *_drafts(parts.get("speculative-generate", [])),
-        *_positions(parts.get("long-context-perplexity", [])),
-        *_heads(parts.get("gqa-decode", []), parts.get("gqa-quality", [])),
+        *patched,
     ]
-    return "\n".join([line(*COLUMNS), line("---", "---", "---:", "---:", "---:"), *lines]) if lines else ""
+    if not lines:
+        return ""
+    head = [line(*COLUMNS), line("---", "---", "---:", "---:", "---:")]
+    return "\n".join([*head, *lines, *(["", AGAINST] if patched else [])])
 
 
 def _tokens(rows: list[Row], quality: list[Row]) -> list[str]:
-    """A token of each shape; bytes are those of the weights."""
+    """A token of the largest shape; bytes are those of the weights."""
     found, stocks = {}, {(row["run"], row["shape"]): row for row in rows if row["system"] == "stock"}
     plain = [row for row in rows if row["batch"] == 1 and not row["padded"] and not row["layers"] and row["decode_ms"]]
     for row in plain:
         if all(row[name] == plain[-1][name] for name in SETTINGS):
             found[row["shape"], row["system"]] = row
-    lines = []
-    for shape in dict.fromkeys(shape for shape, _ in found):
-        for system, name in QUANTIZED.items():
-            if (row := found.get((shape, system))) and (stock := stocks.get((row["run"], shape))):
-                where = f"a token of {shape}, after a prompt of {row['prompt']}"
-                speed, size = ratio(stock, row, "decode_ms"), row["weight_bytes"] / stock["weight_bytes"]
-                lines.append(line(name, where, *_cells(speed, size, _perplexity(quality, system))))
+    sizes = {shape: row["weight_bytes"] for (shape, system), row in found.items() if system == "exact"}
+    shape, lines = max(sizes, key=lambda shape: sizes[shape], default=None), []
+    for system, name in QUANTIZED.items():
+        if (row := found.get((shape, system))) and (stock := stocks.get((row["run"], shape))):
+            where = f"a token of {shape}, after a prompt of {row['prompt']}"
+            speed, size = ratio(stock, row, "decode_ms"), row["weight_bytes"] / stock["weight_bytes"]
+            lines.append(line(name, where, *_cells(speed, size, _perplexity(quality, system))))
     return lines
 
 
@@ -116,7 +126,7 @@ def _positions(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _heads(rows: list[Row], quality: list[Row]) -> list[str]:
+def _heads(rows: list[Row]) -> list[str]:
     """A step at the longest context with a fourth of the heads; bytes are those of the cache."""
     if not rows:
         return []
@@ -125,13 +135,21 @@ def _heads(rows: list[Row], quality: list[Row]) -> list[str]:
     base = row and gqa_table.base_of(row, rows, most)
     if not row or not base:
         return []
-    plain = max((each["kv_heads"] for each in quality), default=0)
-    merged = [each for each in quality if each["system"] == "aligned-calibrated" and each["kv_heads"] * FEWER == plain]
-    lost = merged and gqa_table.lost(gqa_table.base_of(merged[-1], quality), merged[-1])
-    worse = math.exp(lost[0]) if lost else None
     where = f"a token of a multi-head shape, {context} cached, {most} key/value heads to {row['kv_heads']}"
-    cells = _cells(ratio(base, row, "decode_ms"), row["cache_bytes"] / base["cache_bytes"], worse)
-    return [line("`gqa=GQA(N, calibrate=texts)`", where, *cells)]
+    cells = _cells(ratio(base, row, "decode_ms"), row["cache_bytes"] / base["cache_bytes"], None)
+    return [line(f"`gqa={row['kv_heads']}`", where, *cells)]
+
+
+def _fewer(rows: list[Row]) -> list[str]:
+    """Perplexity with a fourth of the heads."""
+    most = max((row["kv_heads"] for row in rows), default=0)
+    merged = [row for row in rows if row["system"] == "aligned-calibrated" and row["kv_heads"] * FEWER == most]
+    lost = gqa_table.lost(gqa_table.base_of(merged[-1], rows), merged[-1]) if merged else None
+    if lost is None:
+        return []
+    where = f"text by {merged[-1]['shape']}, {most} key/value heads to {merged[-1]['kv_heads']}"
+    name = f"`gqa=GQA({merged[-1]['kv_heads']}, calibrate=texts)`"
+    return [line(name, where, *_cells(None, None, math.exp(lost[0])))]
 
 
 def _perplexity(rows: list[Row], system: str) -> float | None:

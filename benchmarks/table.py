@@ -1,5 +1,6 @@
 """The tables of the README and of docs/, made from the rows in benchmarks/results: of `benchmarks.decode`,
-`benchmarks.quantize`, `benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative`, `benchmarks.gqa` and
+`benchmarks.quantize`, `benchmarks.attention`, `benchmarks.kvcache`, `benchmarks.speculative`, `benchmarks.gqa`,
+`benchmarks.long_context`, `benchmarks.exactness`, `benchmarks.planner`, `benchmarks.startup` and
 `benchmarks.compatibility`.
 
 `python -m benchmarks.table` prints them; `python -m benchmarks.table --write README.md docs` puts each into the pages
@@ -211,8 +212,10 @@ def tables(rows: list[Row]) -> dict[str, str]:
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.compatibility import compatibility_markdown
     from benchmarks.gqa_table import heads_markdown
+    from benchmarks.planner_table import estimates_markdown, planner_markdown
     from benchmarks.positions_table import exactness_markdown, positions_markdown
     from benchmarks.speculative_table import speculative_markdown
+    from benchmarks.startup_table import startup_markdown
     from benchmarks.summary_table import summary_markdown
 
     return {
@@ -228,6 +231,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
             [row for row in rows if str(row.get("part")).startswith("long-context-")]
         ),
         "exactness-table": exactness_markdown([row for row in rows if row.get("part") == "exactness"]),
+        "planner-table": planner_markdown([row for row in rows if str(row.get("part")).startswith("planner-")]),
+        "estimates-table": estimates_markdown([row for row in rows if row.get("part") == "planner-measured"]),
+        "startup-table": startup_markdown([row for row in rows if str(row.get("part")).startswith("startup-")]),
         "summary-table": summary_markdown(rows),
         "compatibility-table": compatibility_markdown([row for row in rows if row.get("part") == "compatibility"]),
     }

@@ -142,7 +142,8 @@ assert bfloat16_bytes > int8_bytes > int4_bytes
 # ## 2. Flash attention
 #
 # Attention as it is written down keeps a matrix of N x N scores for each head. The article's figures, for 40 heads in
-# bfloat16: 50 MB at 1,000 tokens, 19 GB at 16,000, 1 TB at 100,000.
+# bfloat16, are 50 MB at 1,000 tokens, 19 GB at 16,000, 1 TB at 100,000. Two bytes for each of 40 * N * N scores are
+# 80 MB, 20 GB and 800 GB, so the first and the last are only of that order.
 
 # %%
 for tokens in (1_000, 16_000, 100_000):
@@ -228,8 +229,8 @@ unpatch(model)
 #
 # ### 3.1 Positions
 #
-# The article: rotary positions reach further than a model was trained for only with tricks, and lists a pull request.
-# Such tricks are a keyword here. This model was trained on 512 tokens; of texts of 2,048 it makes
+# The article: rotary positions reach further than a model was trained for only with tricks. They are a keyword
+# here. This model was trained on 512 tokens; of texts of 2,048 it makes
 
 # %%
 long_windows = spread_windows(tokenizer, held_out_text(), count=1, length=2048)
@@ -321,7 +322,7 @@ print(f"{values} values, {2 * values / 1e9:.1f} GB; with one head for all, as it
 #
 # The article: multi-query and grouped-query attention make the cache smaller, and a model must be trained for them, or
 # uptrained. `gqa=` converts one that is loaded, by merging heads that are alike, and `uptrain` trains back what is lost
-# (see the README). And a cache can be smaller without touching the heads: in 8 or 4 bits.
+# (see docs/gqa.md). And a cache can be smaller without touching the heads: in 8 or 4 bits.
 
 
 # %%

@@ -1,4 +1,4 @@
-"""benchmarks.attention: what is measured is what the rows say, and the tables are made from them."""
+"""benchmarks.attention: what is measured is what the rows say. Tables are made from the rows that they should be."""
 
 import argparse
 import json
@@ -11,7 +11,10 @@ from benchmarks import attention, compatibility, table
 from benchmarks.attention import FAMILIES, AttentionJob, expected_bytes
 from benchmarks.attention_table import NAMES, attention_markdown, latest
 from benchmarks.caches import find
+from benchmarks.planner_table import estimates_markdown, planner_markdown
 from benchmarks.shapes import LAYERS, build
+from benchmarks.speculative_table import speculative_markdown
+from benchmarks.startup_table import startup_markdown
 from benchmarks.summary_table import summary_markdown
 
 WHERE = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -94,6 +97,84 @@ def test_the_summary_has_ratios_of_one_run():
         rows
     )
     assert summary_markdown([]) == ""
+
+
+def test_the_summary_has_one_shape_and_says_what_is_against_the_patched_model():
+    def decoded(shape, system, ms, size, run):
+        settings = {"layers": None, "batch": 1, "prompt": 128, "tokens": 9, "padded": False}
+        return MACHINE | WHERE | settings | {"shape": shape, "system": system, "decode_ms": ms, "weight_bytes": size,
+                                             "run": run}  # fmt: skip
+
+    def heads(part, count, **more):
+        return MACHINE | WHERE | {"part": part, "kv_heads": count, "run": "2026", "shape": "a-shape"} | more
+
+    small = [decoded("small", "stock", [4.0], 10, "2026-02"), decoded("small", "exact", [2.0], 10, "2026-02")]
+    large = [decoded("large", "stock", [9.0], 90, "2026-01"), decoded("large", "exact", [3.0], 90, "2026-01")]
+    made = summary_markdown(small + large)
+    assert "| no options | a token of large, after a prompt of 128 | 3.00 | 1.00 |  |" in made
+    assert "small" not in made and "against" not in made
+    times = [heads("gqa-decode", 16, context=64, decode_ms=[6.0], cache_bytes=8)]
+    times += [heads("gqa-decode", 4, context=64, decode_ms=[2.0], cache_bytes=2)]
+    quality = [heads("gqa-quality", 8, system="unconverted", nats=[1.0, 1.0])]
+    quality += [heads("gqa-quality", 2, system="aligned-calibrated", nats=[1.0, 1.2])]
+    made = summary_markdown(times + quality)
+    assert "| `gqa=4` | a token of a multi-head shape, 64 cached, 16 key/value heads to 4 | 3.00 | 0.25 |  |" in made
+    assert "| text by a-shape, 8 key/value heads to 2 |  |  | 1.105 |" in made
+    assert "are against `patch(model)` without that option" in made.splitlines()[-1]
+
+
+def test_drafts_that_were_timed_again_are_shown_once():
+    def timed(system, ms, prompts, run, **more):
+        given = {"part": "speculative-generate", "shape": "a-shape", "batch": 1, "tokens": 10, "task": "editing"}
+        given |= {"passes": [10], "drafted": 0, "same_as_stock": [1, 1], "same_as_exact": [1, 1], "system": system}
+        return MACHINE | WHERE | given | {"prompts": prompts, "run": run, "seconds": [[ms / 100] * prompts]} | more
+
+    first = [timed("stock", 8.0, 12, "2026-01"), timed("ngram", 4.0, 12, "2026-01")]
+    first.append(timed("stock-early-exit", 16.0, 12, "2026-01"))
+    again = [timed("stock", 9.0, 8, "2026-02"), timed("ngram", 3.0, 8, "2026-02")]
+    made = speculative_markdown(first + again)
+    assert [line.split(" | ")[2:4] for line in made.splitlines() if line.startswith("| editing")] == [
+        ["16.00", "0.50"],  # not timed again; against stock of its own run
+        ["9.00", "1.00"],
+        ["3.00", "3.00"],
+    ]
+    failed = [timed("ngram", 0.0, 8, "2026-02", reason="it stopped")]
+    assert "| 4.00 |" in speculative_markdown(first + failed)
+
+
+def test_tables_of_plans():
+    sizes = {"weights": 4e9, "cache": 1e9, "activations": 5e8, "peak": 5.5e9}
+    common = MACHINE | {"run": "2026-02"}
+    rows = [MACHINE | {"run": "2026-01", "part": "planner-octocoder", "context": 64, "scheme": "int8 cache"} | sizes]
+    rows.append(common | {"part": "planner-octocoder", "context": 64, "scheme": "as asked"} | sizes)
+    rows.append(common | {"part": "planner-budget", "asked": "9GiB", "chosen": "exact", "why": "exact needs 5 GiB"})
+    rows.append(
+        common | {"part": "planner-budget", "asked": "1GiB", "error": "budget=1 is too small for X: it needs 2"}
+    )
+    made = planner_markdown(rows)
+    assert "| exact | 4.00 | 1.00 | 0.50 | 5.50 |" in made and "| int8 cache" not in made, "rows of an earlier run"
+    assert "| 9GiB | exact | exact needs 5 GiB |" in made and "| 1GiB | `HfAccelError` | it needs 2 |" in made
+    measured = {"weights": 4e9, "cache": 8e8, "peak": 6e9}
+    rows = [common | {"family": name, "way": "stock", "said": sizes, "measured": found} for name, found in
+            (("llama", measured), ("bloom", sizes))]  # fmt: skip
+    made = estimates_markdown(rows)
+    assert "2 families (llama, bloom)" in made and "| transformers | 0.0% | 25.0% | 8.3% |" in made
+    assert planner_markdown([]) == estimates_markdown([]) == ""
+
+
+def test_the_table_of_starts():
+    rows = []
+    for run, faster in (("2026-01", 9), ("2026-02", 0)):
+        common = MACHINE | {"run": run, "hardware": {"cpu": "a processor", "cores": 2}}
+        for hook in (False, True):
+            times = {"start_cpu_ms": [9.0, 10.0 + hook - faster, 30.0], "start_ms": [1.0, 40.0, 90.0]}
+            rows.append(common | times | {"part": "startup-hook", "hook": hook, "line_ms": 0.02})
+        times = {"import_cpu_ms": [1.0, 3.0], "import_ms": [4.0, 4.0]}
+        rows.append(common | times | {"part": "startup-import", "after": "torch and transformers", "patching": True})
+    made = startup_markdown(rows)
+    assert "without the hook | 10.0 | 40.0 | 3 |" in made and "with the hook | 11.0 | 40.0 | 3 |" in made
+    assert "transformers, `HF_ACCEL_PATCH=1` | 2.0 | 4.0 | 2 |" in made and "alone |  | 0.020 |  |" in made
+    assert startup_markdown([]) == ""
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from pages import PAGES, ROOT, anchors, blocks, execute, links
 
 import hf_accel_patch
 from benchmarks import table
-from hf_accel_patch import GQA, Attention, KVCache, Quantize, RopeScaling, Speculative, uptrain
+from hf_accel_patch import GQA, Attention, KVCache, Quantize, RopeScaling, Speculative, environment, uptrain
 
 DOCS = ROOT / "docs"
 DOCUMENTED = {  # page: whose options it lists
@@ -171,6 +172,14 @@ def test_the_errors_that_users_meet_are_there(capsys):
         (lambda: hf_accel_patch.patch(tiny("llama"), quantise="int8"), "patch() has no keyword"),
         (lambda: hf_accel_patch.patch(tiny("gpt2"), rope="yarn:2"), "it has no rotary positions"),
         (lambda: hf_accel_patch.patch(tiny("llama"), gqa=3), "key/value heads; allowed are its divisors"),
+        (lambda: hf_accel_patch.patch(tiny("llama"), budget=1000), "is too small for"),
+        (
+            lambda: hf_accel_patch.verify(tiny("llama"), [torch.arange(9)]),
+            "is not patched, so there is nothing to compare",
+        ),
+        (lambda: hf_accel_patch.verify(model, [torch.arange(9)]), "discarded, and it does not know its checkpoint"),
+        (lambda: [model.dequantize(), model.dequantize()], "dequantize(): the model holds no quantized weights"),
+        (lambda: environment.given({"HF_ACCEL_QUANTISE": "int4"}), "is no variable of hf_accel_patch"),
     ):
         with pytest.raises(Exception) as raised:
             call()
