@@ -72,7 +72,7 @@ def _add_demo(commands: Any) -> None:
     added.set_defaults(command=_demo)
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     from hf_accel_patch.demo import Settings, run, show
 
     settings = Settings(
@@ -89,6 +89,7 @@ def _demo(options: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         show(result)
+    return 0 if result.taken_back else 1
 
 
 def add_passes(added: argparse.ArgumentParser) -> None:

@@ -73,7 +73,6 @@ class OnTheFly:
     def __init__(self, model: PreTrainedModel, options: Quantize, journal: Journal, kept: Recording | None) -> None:
         self.options, self.journal, self.kept = options, journal, kept
         view = bind(model)
-        self.before = view.weight_bytes()
         targets, self.skipped = options.choose(view)
         if not targets:
             raise options.nothing(view, self.skipped)
@@ -105,23 +104,30 @@ class OnTheFly:
         self.packed[name] = self.thread.submit(torch.no_grad()(run), value)
 
     def finish(self, model: PreTrainedModel) -> None:
-        targets = list({id(target): target for target, _ in self.names.values()}.values())
+        done: list[Target] = []
+        dense = 0  # bytes that the codes stand in for; ties are cut while a model is read, so they are counted now
         try:
-            for target in targets:
+            for target in {id(target): target for target, _ in self.names.values()}.values():
                 names = [f"{target.modules[0][0]}.{weight.name}" for weight in target.weights]
                 if all(name in self.packed for name in names):
+                    dense += sum(parameter.nbytes for parameter in target.parameters())
                     self.options.install(target, [self.packed.pop(name).result() for name in names], self.journal)
+                    done.append(target)
         finally:
             self.thread.shutdown(cancel_futures=True)
         view = bind(model)
         left, _ = self.options.choose(view)
         for target in left:
             self.options.check(target)
+            dense += sum(parameter.nbytes for parameter in target.parameters())
             with torch.no_grad():
                 self.options.install(target, self.options.packed(target), self.journal)
+            done.append(target)
         if self.kept is not None:
-            self.kept.facts = self.options.facts([*targets, *left], self.skipped)
-            self.kept.facts |= {"bytes_before": self.before, "bytes_after": view.weight_bytes()}
+            after = view.weight_bytes()
+            self.kept.facts = self.options.facts(done, self.skipped)
+            before = after + dense - sum(target.packed_bytes for target in done)
+            self.kept.facts |= {"bytes_before": before, "bytes_after": after}
 
 
 class Prepared:

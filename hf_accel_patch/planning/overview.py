@@ -136,7 +136,9 @@ def overview(estimates: Estimates, passes: tuple[Pass, ...], budget: int | None 
     sizes: list[tuple[str, Size | str]] = [(STOCK, estimates.stock()), (ASKED, estimates.of(passes))]
     for scheme, kind in ALTERNATIVES:
         if not (scheme and quantized):
-            sizes.append((named(scheme, kind), _size(estimates, instead(passes, scheme, kind))))
+            given = scheme is None and any(isinstance(each, Quantize) for each in passes)
+            label = f"{ASKED}, {named(None, kind)}" if given else named(scheme, kind)
+            sizes.append((label, _size(estimates, instead(passes, scheme, kind))))
     device = device_of(view.model)
     problem = estimates.problem
     return Memory(
