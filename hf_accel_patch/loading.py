@@ -28,6 +28,10 @@ from hf_accel_patch.reading import Found, OnTheFly, Prepared, Take, recording
 VERSION = 1  # of the format of checkpoints
 STOCK = ("hf_quantizer", "is_quantized", "quantization_method")  # what loading leaves on a model
 STOCK_OF_CONFIG = ("quantization_config", "_is_quantized")
+NOT_FOREIGN = (
+    "quantizes onto our kernels; for the modules of bitsandbytes, from_pretrained with "
+    "quantization_config=BitsAndBytesConfig(...), or patch a loaded model"
+)
 
 
 class HfAccelConfig(QuantizationConfigMixin):
@@ -72,7 +76,8 @@ class HfAccelConfig(QuantizationConfigMixin):
             weights  # names of the modules of a checkpoint by group size; a list of names where they are tied
         )
         self.ordered = ordered or []  # of those whose columns are sorted
-        self.quantize()
+        if self.quantize().foreign:
+            raise ValueError(f"HfAccelConfig {NOT_FOREIGN}")
 
     @property
     def only_grouped(self) -> bool:

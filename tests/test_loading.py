@@ -395,3 +395,8 @@ def test_names_to_skip_hold_while_reading(saved):
     assert {"name": "lm_head", "reason": "asked for by skip"} in quantize_row(model)["skipped"]
     names = {name for name, _ in quantized(model)}
     assert names and not any("layers.0." in name for name in names)
+
+
+def test_modules_of_bitsandbytes_are_not_made_while_reading():
+    with pytest.raises(ValueError, match=r"HfAccelConfig quantizes onto our kernels; for the modules of bitsandbytes"):
+        HfAccelConfig("nf4", backend="bitsandbytes")

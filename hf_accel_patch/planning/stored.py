@@ -93,7 +93,10 @@ def _empty(config: Any, dtype: Any) -> View:
 def described(config: Any) -> dict[str, Any] | None:
     """The `quantization_config` of a configuration, as plain data."""
     found = getattr(config, "quantization_config", None)
-    return found if isinstance(found, dict) or found is None else found.to_dict()
+    if found is None:
+        return None
+    entries = found if isinstance(found, dict) else found.to_dict()
+    return {key: getattr(value, "value", value) for key, value in entries.items()}  # methods and formats are enums
 
 
 def install(model: PreTrainedModel, found: dict[str, Any], path: str | os.PathLike[str]) -> str:
