@@ -82,7 +82,7 @@ def read(
             f"gqa={gqa.kv_heads}: the checkpoint at {path} has weights that are quantized by {method}",
             f"load the float model: load(path, gqa={gqa.kv_heads}, quantize=...)",
         )
-    passes = _fitted(path, config, asked, options.get("dtype"), quantized=found is not None, lenient=lenient)
+    passes = _fitted(path, config, asked, options.get("dtype"), lenient=lenient)
     quantize = next((each for each in passes if isinstance(each, Quantize)), None) if gqa is None else None
     if method in PARTS:
         if given is None:
@@ -109,14 +109,14 @@ def read(
 
 
 def _fitted(
-    path: str | os.PathLike[str], config: Any, asked: tuple[Pass, ...], dtype: Any, *, quantized: bool, lenient: bool
+    path: str | os.PathLike[str], config: Any, asked: tuple[Pass, ...], dtype: Any, *, lenient: bool
 ) -> tuple[Pass, ...]:
     """What a budget decides, from the configuration alone."""
     if not isinstance(asked[0], Budget):
         return asked
     here = opened(path, config, dtype)
     estimates = Estimates(here.view, asked[0].counted(here.view), asked[0].batch, here.skeleton)
-    return fitted(here.view, asked, estimates, quantized=quantized, lenient=lenient)
+    return fitted(here.view, asked, estimates, quantized=here.comes_quantized, lenient=lenient)
 
 
 @contextmanager

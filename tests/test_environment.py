@@ -372,6 +372,23 @@ def test_an_adapter_beside_a_quantized_checkpoint(name, on, tmp_path, monkeypatc
         assert (found - expected).std() < ROUNDED * expected.std()
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_an_adapter_beside_what_this_package_quantizes(own, on, tmp_path, warned):
+    """While a float checkpoint is read, and in one of our own."""
+    stock = tiny("llama")
+    plain = logits(stock, prompt())
+    base = patch(tiny("llama"), quantize="int8", attention=False, linear=False) if own else stock
+    base.save_pretrained(tmp_path)
+    expected = beside(tmp_path, stock)
+    assert (plain - expected).std() > 0.5 * expected.std()
+    first = load(tmp_path, **{} if own else {"quantize": "int8"})
+    on(QUANTIZE="0" if own else "int8")
+    for model in (first, AutoModelForCausalLM.from_pretrained(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path)):
+        assert rows(model)["quantize"]["scheme"] == "int8" and "attention" in applied(model)
+        assert (logits(model, prompt()) - expected).std() < ROUNDED * expected.std()
+    assert not warned()
+
+
 def made_of(folder, on):
     """By load, and by transformers while the variable is on."""
     yield load(folder, dtype=torch.float32)
@@ -490,7 +507,9 @@ def test_a_budget_for_a_model_that_others_have_quantized(quantize, on, folder, w
     assert not rows(model) and any("too small" in line and "weights in" not in line for line in warned())
 
 
-def test_threads(on, folder):
+def test_threads(on, folder, monkeypatch):
+    for place, name in ((PreTrainedModel, "tie_weights"), (torch, "linspace")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # transformers, in two threads, may not put them back
     on(QUANTIZE="int4")
     with ThreadPoolExecutor(2) as threads:
         made = list(threads.map(lambda _: AutoModelForCausalLM.from_pretrained(folder), range(4)))

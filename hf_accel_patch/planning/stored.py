@@ -47,6 +47,11 @@ class Opened:
     quantized: str = ""
     path: str = ""
 
+    @property
+    def comes_quantized(self) -> bool:
+        """Whether the checkpoint says that it is quantized, by whatever method: then its weights stay as they are."""
+        return self.skeleton is not None and self.skeleton is not self.view
+
     def check(self, passes: Sequence[Pass]) -> None:
         """Raise HfAccelError for what `load` would refuse."""
         if self.quantized and any(isinstance(each, Quantize) for each in passes):
