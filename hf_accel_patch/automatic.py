@@ -133,8 +133,8 @@ def _patch(model: Any, asked: tuple[Pass, ...], source: dict[str, Any]) -> None:
         named = _named("quantize", texts)
         logger.warning(f"the weights of {type(model).__name__} are quantized already: {named} is left out")
     try:
-        passes = fitted(bind(model), asked, quantized=quantized is not None, lenient=True)
-        adopt(model, passes, quantized, source=source, asked=asked, lenient=True)
+        chosen = fitted(bind(model), asked, quantized=quantized is not None, lenient=True)
+        adopt(model, chosen, quantized, source=source, asked=asked, lenient=True)
     except Exception as error:  # remote code may do anything
         state = vars(model).get(STATE)
         left = "is patched in part" if state is not None else "is left as it is"
