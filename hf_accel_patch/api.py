@@ -149,7 +149,7 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
     budget = asked[0] if isinstance(asked[0], Budget) else None
     tokens = tokens_of(here.view, options.get("context")) if budget is None else budget.counted(here.view)
     estimates = Estimates(here.view, tokens, batch or 1, here.skeleton)
-    passes = fitted(here.view, asked, estimates)
+    passes = fitted(here.view, asked, estimates, quantized=here.comes_quantized)
     memory = overview(estimates, passes, None if budget is None else budget.limit)
     decided = here.told(build(here.view, passes))
     return dataclasses.replace(decided, memory=memory)

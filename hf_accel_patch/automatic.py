@@ -13,9 +13,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_accel_patch import environment
 from hf_accel_patch.api import STATE, adopt
-from hf_accel_patch.checkpoints import HUB, PARTS, as_it_is, read
+from hf_accel_patch.checkpoints import HUB, as_it_is, read
 from hf_accel_patch.environment import PATCH
 from hf_accel_patch.families import bind, makes_causal_lms, weight_bytes
+from hf_accel_patch.foreign_checkpoints import PARTS
 from hf_accel_patch.loading import HfAccelQuantizer
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import from_text, parse
@@ -44,23 +45,23 @@ def passes() -> tuple[Pass, ...]:
         raise ValueError(f"{environment.spelled(texts)}: {error}") from None
 
 
-def make(kind: type[PreTrainedModel], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def make(kind: type[PreTrainedModel], method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """What `method`, a bound `from_pretrained` or `_from_config` of the class `kind`, returns, patched."""
     if making.get() or not environment.is_on() or not makes_causal_lms(kind) or not _asked_for_itself():
         return method(*args, **kwargs)
     token = making.set(True)
     try:
-        return _make(method, *args, **kwargs)
+        return _make(kind, method, *args, **kwargs)
     finally:
         making.reset(token)
 
 
-def _make(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _make(kind: type[PreTrainedModel], method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     asked = passes()
     if is_deepspeed_zero3_enabled():
         logger.warning(f"{PATCH}: DeepSpeed ZeRO-3 spreads weights over processes, so models are left as they are")
         return method(*args, **kwargs)
-    packed = _read_packed(method, *args, **kwargs)
+    packed = _read_packed(kind, method, *args, **kwargs)
     if packed is not None:
         return packed
     made = method(*args, **kwargs)
@@ -68,7 +69,9 @@ def _make(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return made
 
 
-def _read_packed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> PreTrainedModel | None:
+def _read_packed(
+    kind: type[PreTrainedModel], method: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> PreTrainedModel | None:
     """A model whose weights are quantized while they are read, or laid out for our kernels; None where that is not
     asked for, or cannot be. Then the weights are read as they are."""
     path = kwargs.get("pretrained_model_name_or_path", args[0] if args else None)
@@ -88,7 +91,7 @@ def _read_packed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> PreTr
         key: value for key, value in kwargs.items() if key not in ("pretrained_model_name_or_path", *AS_THEY_ARE)
     }
     try:
-        return read(path, keywords | options, method, lenient=True)
+        return read(path, keywords | options, method, kind=kind, lenient=True)
     except OSError:  # stock says it better
         return None
     except Exception as error:  # whatever it is, stock may read the checkpoint
@@ -130,7 +133,8 @@ def _patch(model: Any, asked: tuple[Pass, ...], source: dict[str, Any]) -> None:
         named = _named("quantize", texts)
         logger.warning(f"the weights of {type(model).__name__} are quantized already: {named} is left out")
     try:
-        adopt(model, fitted(bind(model), asked), quantized, source=source, asked=asked, lenient=True)
+        chosen = fitted(bind(model), asked, quantized=quantized is not None, lenient=True)
+        adopt(model, chosen, quantized, source=source, asked=asked, lenient=True)
     except Exception as error:  # remote code may do anything
         state = vars(model).get(STATE)
         left = "is patched in part" if state is not None else "is left as it is"

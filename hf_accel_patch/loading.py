@@ -28,6 +28,10 @@ from hf_accel_patch.reading import Found, OnTheFly, Prepared, Take, recording
 VERSION = 1  # of the format of checkpoints
 STOCK = ("hf_quantizer", "is_quantized", "quantization_method")  # what loading leaves on a model
 STOCK_OF_CONFIG = ("quantization_config", "_is_quantized")
+NOT_FOREIGN = (
+    "quantizes onto our kernels; for the modules of bitsandbytes, from_pretrained with "
+    "quantization_config=BitsAndBytesConfig(...), or patch a loaded model"
+)
 
 
 class HfAccelConfig(QuantizationConfigMixin):
@@ -72,7 +76,8 @@ class HfAccelConfig(QuantizationConfigMixin):
             weights  # names of the modules of a checkpoint by group size; a list of names where they are tied
         )
         self.ordered = ordered or []  # of those whose columns are sorted
-        self.quantize()
+        if self.quantize().foreign:
+            raise ValueError(f"HfAccelConfig {NOT_FOREIGN}")
 
     @property
     def only_grouped(self) -> bool:
@@ -104,6 +109,7 @@ class HfAccelQuantizer(HfQuantizer):
 
     quantization_config: HfAccelConfig
     given: dict[str, Tensor] | None = None  # a state dict to be saved in place of the model's
+    _work: Prepared | OnTheFly | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -123,7 +129,6 @@ class HfAccelQuantizer(HfQuantizer):
         options = config.quantize()
         if config.kv_heads is not None:
             shrink(model, config.kv_heads, journal)
-        self._work: Prepared | OnTheFly
         if self.pre_quantized:
             found = Found(config.scheme, config.block, config.weights or {}, config.ordered)
             self._work = Prepared(model, options, found, journal)
@@ -132,7 +137,7 @@ class HfAccelQuantizer(HfQuantizer):
             self._work = OnTheFly(model, options, journal, kept)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self._work.names
+        return self._work is not None and param_name in self._work.names  # an adapter is read when all is done
 
     def get_quantize_ops(self) -> ConversionOps:
         assert isinstance(self._work, OnTheFly)
@@ -143,9 +148,10 @@ class HfAccelQuantizer(HfQuantizer):
             places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
             if "disk" in places or ("cpu" in places and len(places) > 1):
                 raise HfAccelError("quantized weights cannot be offloaded to the cpu or to disk", "change device_map")
+            assert self._work is not None
             self._work.finish(model)
         finally:
-            del self._work
+            self._work = None
         kept, asked = recording.get(), self.quantization_config
         self.quantization_config = HfAccelConfig(**described(model))
         self.quantization_config.take_options(asked)

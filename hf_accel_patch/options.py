@@ -83,7 +83,7 @@ def from_text(keyword: str, text: str) -> Any:
     Raises ValueError for a text that is no number where only one will do.
     """
     text = text.strip()
-    if text.upper() in TRUE:
+    if text.upper() in TRUE and keyword != "budget":
         return 1 if keyword in NUMBERS and text == "1" else True
     if text.upper() in FALSE:
         return False

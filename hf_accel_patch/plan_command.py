@@ -44,7 +44,8 @@ def _plot(options: argparse.Namespace, asked: dict[str, Any], memory: Any) -> No
 
     here = opened(options.model, AutoConfig.from_pretrained(options.model))
     chosen = {name: value for name, value in asked.items() if name != "batch" or "budget" in asked}
-    passes = fitted(here.view, parse(chosen), Estimates(here.view, memory.tokens, memory.batch, here.skeleton))
+    estimates = Estimates(here.view, memory.tokens, memory.batch, here.skeleton)
+    passes = fitted(here.view, parse(chosen), estimates, quantized=here.comes_quantized)
     limit = None
     if memory.budget is not None:
         limit = "budget", memory.budget

@@ -10,10 +10,11 @@ import torch
 from cases import build as small
 from cases import entry
 from planned_sizes import build
+from transformers import AutoModelForCausalLM
 
 from hf_accel_patch import AlreadyPatched, HfAccelError, Quantize, load, patch, patched, plan, report, unpatch
 from hf_accel_patch.families import bind
-from hf_accel_patch.options import LADDER, parse
+from hf_accel_patch.options import LADDER, from_text, parse
 from hf_accel_patch.planning.budget import Budget, fitted, in_binary
 from hf_accel_patch.planning.memory import Estimates
 
@@ -170,6 +171,37 @@ def test_load_of_a_quantized_checkpoint_chooses_the_cache(tmp_path):
     model = load(tmp_path, budget=sizes(quantize="int8", cache="int8"), context=TOKENS)
     assert chosen(model)["chosen"] == "cache in int8"
     assert entry(report(model).to_dict(), "cache")["kind"] == "int8"
+
+
+def test_load_of_a_checkpoint_with_fewer_heads_of_our_own(tmp_path):
+    """It says that it is quantized, and only its heads are fewer: weights are no choice while it is read."""
+    patch(small("gpt2"), gqa=1).save_pretrained(tmp_path)
+    assert "quantization_config" in (tmp_path / "config.json").read_text()
+    model = load(tmp_path, budget="1GB", context=64)
+    assert chosen(model)["chosen"] == "exact" and "reason" in entry(report(model).to_dict(), "quantize")
+    with pytest.raises(HfAccelError, match="too small") as raised:
+        load(tmp_path, budget=weights_of(model), context=64)
+    assert "weights in" not in str(raised.value)
+
+
+@pytest.mark.parametrize("keywords", [{"quantize": "int8"}, {"budget": 0}])
+def test_load_merges_heads_before_it_quantizes(keywords, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    if "budget" in keywords:
+        keywords = {"budget": sizes(quantize="int8", gqa=1), "context": TOKENS}
+    model = load(tmp_path, gqa=1, **keywords)
+    expected = patch(AutoModelForCausalLM.from_pretrained(tmp_path), gqa=1, **keywords)
+    assert model.config.num_key_value_heads == 1
+    assert entry(report(model).to_dict(), "quantize")["scheme"] == "int8"
+    ids = torch.arange(40)[None] % 500
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert patch(model, gqa=1, **keywords) is model
+
+
+def test_one_byte_is_a_size():
+    """And not the word for true."""
+    assert parse({"budget": from_text("budget", "1")})[0].limit == 1
+    assert from_text("budget", "0") is False and from_text("cache", "1") is True
 
 
 def test_a_model_without_a_cache_that_can_be_packed_gets_weights():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_accel_patch import HfAccelError, UnsupportedModel, load, report
 from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.planning.stored import opened
 
 BFLOAT16 = 0.04  # of the logits' standard deviation: scales, and activations in prefills, are rounded to bfloat16
 GROUP = 64
@@ -310,3 +311,32 @@ def test_asking_for_more_quantization_is_refused(tmp_path):
     write(tmp_path, "gptq")
     with pytest.raises(HfAccelError, match="quantized by gptq already"):
         load(tmp_path, quantize="int8")
+
+
+def test_a_configuration_that_holds_an_object(tmp_path):
+    write(tmp_path, "gptq")
+    expected = logits(load(tmp_path), prompt())
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    described = {key: value for key, value in HOW.items() if key != "quant_method"}
+    config.quantization_config = transformers.GPTQConfig(**described)
+    assert torch.equal(logits(load(tmp_path, config=config), prompt()), expected)
+    assert isinstance(config.quantization_config, transformers.GPTQConfig)
+    assert opened(tmp_path, config).quantized == "gptq (int4)"
+
+
+def test_fewer_heads_are_refused_before_anything_is_read(tmp_path):
+    write(tmp_path, "gptq")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(HfAccelError, match=r"gqa=1: the checkpoint .* quantized by gptq") as raised:
+        load(tmp_path, gqa=1)
+    assert "load(path, gqa=1, quantize=...)" in str(raised.value)
+
+
+def test_an_adapter_elsewhere_is_named(tmp_path):
+    """Whose configuration the caller gives: its base is another checkpoint."""
+    write(tmp_path, "gptq")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(HfAccelError, match="has an adapter"):
+        load(tmp_path, config=config)

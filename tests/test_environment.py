@@ -12,16 +12,37 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from cases import greedy, logits, prompt, tiny
+from cases import build, greedy, logits, prompt, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from test_checkpoints import write
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    dynamic_module_utils,
+    pipeline,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_accel_patch import AlreadyPatched, HfAccelConfig, environment, load, options, patch, report, starting, unpatch
+from hf_accel_patch import (
+    AlreadyPatched,
+    HfAccelConfig,
+    automatic,
+    environment,
+    load,
+    options,
+    patch,
+    report,
+    starting,
+    unpatch,
+)
 from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.passes import cache, quantize, scaling, speculative
+from hf_accel_patch.passes import cache, context, quantize, scaling, speculative
 
 BUNDLED = Path(environment.__file__).parent / "models" / "code-llama-8m"
 LATER = ("budget", "batch")  # keywords that a planner brings
@@ -332,6 +353,63 @@ def test_adapters(on, folder, tmp_path):
         assert (logits(model, prompt()) - expected).std() < ROUNDED * expected.std()
 
 
+def beside(folder, stock):
+    """An adapter of this model, saved in the folder of its checkpoint; returns what the two give."""
+    torch.manual_seed(0)
+    trained = get_peft_model(stock, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"]))
+    trained.save_pretrained(folder)
+    return logits(trained, prompt())
+
+
+@pytest.mark.parametrize("name", ["gptq", "nf4"])
+def test_an_adapter_beside_a_quantized_checkpoint(name, on, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    stock = write(tmp_path, name)
+    plain = logits(stock, prompt())
+    expected = beside(tmp_path, stock)
+    assert (plain - expected).std() > 0.5 * expected.std()
+    for found in (logits(each, prompt()) for each in made_of(tmp_path, on)):
+        assert (found - expected).std() < ROUNDED * expected.std()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_adapter_beside_what_this_package_quantizes(own, on, tmp_path, warned):
+    """While a float checkpoint is read, and in one of our own."""
+    stock = tiny("llama")
+    plain = logits(stock, prompt())
+    base = patch(tiny("llama"), quantize="int8", attention=False, linear=False) if own else stock
+    base.save_pretrained(tmp_path)
+    expected = beside(tmp_path, stock)
+    assert (plain - expected).std() > 0.5 * expected.std()
+    first = load(tmp_path, **{} if own else {"quantize": "int8"})
+    on(QUANTIZE="0" if own else "int8")
+    for model in (first, AutoModelForCausalLM.from_pretrained(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path)):
+        assert rows(model)["quantize"]["scheme"] == "int8" and "attention" in applied(model)
+        assert (logits(model, prompt()) - expected).std() < ROUNDED * expected.std()
+    assert not warned()
+
+
+def made_of(folder, on):
+    """By load, and by transformers while the variable is on."""
+    yield load(folder, dtype=torch.float32)
+    on()
+    for kind in (AutoModelForCausalLM, LlamaForCausalLM):
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        assert "attention" in applied(model) and rows(model)["quantize"]["checkpoint"]
+        yield model
+
+
+def test_an_adapter_elsewhere_on_a_quantized_checkpoint(on, tmp_path):
+    (tmp_path / "base").mkdir()
+    stock = write(tmp_path / "base", "gptq")
+    stock.name_or_path = str(tmp_path / "base")
+    expected = beside(tmp_path / "adapter", stock)
+    on()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, adapter_name="mine")
+    assert list(model.peft_config) == ["mine"] and rows(model)["quantize"]["checkpoint"] == "gptq"
+    assert (logits(model, prompt()) - expected).std() < ROUNDED * expected.std()
+
+
 def test_an_assistant_is_a_model_like_any_other(on, folder):
     stock = AutoModelForCausalLM.from_pretrained(folder)
     on(SPECULATIVE="ngram")
@@ -351,9 +429,88 @@ def test_a_budget(on, folder, warned):
     assert any("LlamaForCausalLM is left as it is" in line and "too small" in line for line in warned())
 
 
+def test_a_budget_and_heads_that_this_model_cannot_have(on, folder, warned):
+    floats = weight_bytes(AutoModelForCausalLM.from_pretrained(folder))
+    on(BUDGET=str(floats), CONTEXT="64", GQA="3")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "divisors" in rows(model)["gqa"]["reason"] and {"budget", "quantize", "attention"} <= applied(model)
+    assert weight_bytes(model) < floats and len(warned()) == 1 and "is patched without gqa" in warned()[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "variables", "refused"),
+    [("gpt2", {"CONTEXT": "100000"}, "rope"), ("mamba", {"CACHE": "int8", "CONTEXT": "64"}, "cache")],
+)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_budget_and_what_this_model_cannot_have(family, variables, refused, quantized, on, tmp_path, warned):
+    build(family).save_pretrained(tmp_path)
+    on(BUDGET="100GB", QUANTIZE="int8" if quantized else "0", **variables)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "reason" in rows(model)[refused] and "budget" in applied(model)
+    assert ("quantize" in applied(model)) is quantized
+    assert len(warned()) == 1 and f"is patched without {refused}" in warned()[0]
+
+
+def test_a_length_that_this_model_cannot_have_is_said_once(on, tmp_path, warned):
+    tiny("gpt2").save_pretrained(tmp_path)
+    on(CONTEXT="100000")
+    found = rows(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert "learned a vector" in found["rope"]["reason"] and "learned" not in found["frequencies"]["reason"]
+    assert len(warned()) == 1
+
+
+def test_repairs_where_the_length_cannot_be_had(on, folder, warned, monkeypatch):
+    """Frequencies that were rounded are put right though no scaling was possible."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    stock = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.bfloat16()
+    on(CONTEXT="100000")
+
+    def refuse(self, view, trained):
+        raise self._unsupported("no way")
+
+    monkeypatch.setattr(context.Context, "_scaled", refuse)
+    automatic._patch(model, automatic.passes(), {})
+    assert "no way" in rows(model)["rope"]["reason"] and "frequencies" in applied(model)
+    assert stock and all(torch.equal(model.get_buffer(name), exact) for name, exact in stock.items())
+    assert len(warned()) == 1
+
+
+class Nothing(HfQuantizer):
+    """Another package's method, which leaves weights as they are."""
+
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self):
+        return False
+
+
+class NothingConfig(QuantizationConfigMixin):
+    def __init__(self, **_):
+        self.quant_method = "nothing"
+
+
+@pytest.mark.parametrize("quantize", ["0", "int8"])
+def test_a_budget_for_a_model_that_others_have_quantized(quantize, on, folder, warned, monkeypatch):
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "nothing", Nothing)
+    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "nothing", NothingConfig)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    floats = weight_bytes(stock)
+    on(BUDGET=str(4 * floats), CONTEXT="64", QUANTIZE=quantize)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NothingConfig())
+    found = rows(model)
+    assert "quantized by nothing" in found["quantize"]["reason"] and weight_bytes(model) == floats
+    assert found["budget"]["weight_bytes"] == floats and "weights" not in found["budget"]["chosen"]
+    on(BUDGET=str(floats))  # which only smaller weights could meet
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=NothingConfig())
+    assert not rows(model) and any("too small" in line and "weights in" not in line for line in warned())
+
+
 def test_threads(on, folder, monkeypatch):
+    for place, name in ((PreTrainedModel, "tie_weights"), (torch, "linspace")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # transformers, in two threads, may not put them back
     on(QUANTIZE="int4")
-    monkeypatch.setattr(PreTrainedModel, "tie_weights", PreTrainedModel.tie_weights)  # stock's threads may lose it
     with ThreadPoolExecutor(2) as threads:
         made = list(threads.map(lambda _: AutoModelForCausalLM.from_pretrained(folder), range(4)))
     assert all("quantize" in applied(each) for each in made)
@@ -368,6 +525,54 @@ def test_a_model_of_ones_own_class(on, folder):
     model = Mine.from_pretrained(folder)
     assert type(model) is Mine and "attention" in applied(model)
     assert "attention" in applied(copy.deepcopy(model))
+
+
+def test_a_class_of_ones_own_for_a_quantized_checkpoint(on, tmp_path):
+    class Mine(LlamaForCausalLM):
+        def doubled(self):
+            return 2
+
+    write(tmp_path, "gptq")
+    on()
+    model = Mine.from_pretrained(tmp_path)
+    assert type(model) is Mine and model.doubled() == 2 and rows(model)["quantize"]["checkpoint"] == "gptq"
+
+
+REMOTE = """
+from transformers import LlamaForCausalLM
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config, method="none", kind="none"):
+        super().__init__(config)
+        self.said = method, kind
+"""
+
+
+def test_remote_code_for_a_quantized_checkpoint(on, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    write(tmp_path, "gptq")
+    (tmp_path / "own_code.py").write_text(REMOTE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    on()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, method="x", kind="y")
+    assert type(model).__name__ == "OwnForCausalLM" and model.said == ("x", "y")
+    assert rows(model)["quantize"]["checkpoint"] == "gptq" and greedy(model, prompt()).shape == (1, 12)
+
+
+def test_keywords_of_a_class_of_ones_own(on, folder):
+    """Whatever they are called."""
+
+    class Named(LlamaForCausalLM):
+        def __init__(self, config, method="none", kind="none"):
+            super().__init__(config)
+            self.said = method, kind
+
+    on()
+    model = Named.from_pretrained(folder, method="x", kind="y")
+    assert model.said == ("x", "y") and "attention" in applied(model)
 
 
 def test_a_path_that_is_not_there(on):

@@ -27,6 +27,7 @@ ROOMS = (
     "loading",
     "foreign_layers",
     "planning",
+    "foreign_checkpoints",
     "options",
     "api",
     "checkpoints",

@@ -404,3 +404,8 @@ def test_the_report_is_that_of_a_patched_model(family, tmp_path):
     theirs = quantize_row(patch(read(tmp_path), quantize="int4", **OFF))
     ours = quantize_row(load(tmp_path, quantize="int4", **OFF))
     assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_modules_of_bitsandbytes_are_not_made_while_reading():
+    with pytest.raises(ValueError, match=r"HfAccelConfig quantizes onto our kernels; for the modules of bitsandbytes"):
+        HfAccelConfig("nf4", backend="bitsandbytes")

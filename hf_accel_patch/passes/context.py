@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, context_tokens
 from hf_accel_patch.families.rotary import has_alibi, length_limit, uses_learned_positions
 from hf_accel_patch.journal import Journal
@@ -112,7 +112,11 @@ class Unscaled:
     name = "frequencies"
 
     def inspect(self, view: View) -> Step | Skip:
-        if isinstance(self.rope.inspect(view), Step):
+        try:
+            scaled = isinstance(self.rope.inspect(view), Step)
+        except (HfAccelError, ValueError):  # which the row of the scaling says
+            scaled = False
+        if scaled:
             return Skip(self, "they are those of rope", view.weight_bytes())
         return dataclasses.replace(self.repairs.inspect(view), by=self)
 

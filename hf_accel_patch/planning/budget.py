@@ -11,10 +11,11 @@ from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.passes import Context
-from hf_accel_patch.plan import Pass, Skip, Step
+from hf_accel_patch.passes import GQA, Context, KVCache, Quantize
+from hf_accel_patch.plan import Pass, Skip, Step, inspected
 from hf_accel_patch.planning.memory import Estimates, Size, tokens_of
 
+COUNTED = (GQA, KVCache, Context)  # the passes that a size asks, and that may refuse a model
 MOST_TOKENS = 8192  # that a budget is for where no context is given: long contexts are seldom used in full
 
 
@@ -67,9 +68,31 @@ class Chosen:
         """Nothing: the passes after it do what was decided."""
 
 
-def fitted(view: View, passes: tuple[Pass, ...], estimates: Estimates | None = None) -> tuple[Pass, ...]:
+@dataclass(frozen=True)
+class Refused:
+    """In the place of a pass that a model cannot have, in whatever a lenient budget chooses."""
+
+    name: str
+    reason: str
+
+    def inspect(self, view: View) -> Step | Skip:
+        return Skip(self, self.reason, view.weight_bytes(), refused=True)
+
+    def apply(self, step: Step, journal: Journal) -> None:
+        raise NotImplementedError(f"{self.name} is refused, and never plans a step")
+
+
+def fitted(
+    view: View,
+    passes: tuple[Pass, ...],
+    estimates: Estimates | None = None,
+    *,
+    quantized: bool = False,
+    lenient: bool = False,
+) -> tuple[Pass, ...]:
     """The passes themselves; or, if a budget stands before them, what it decides for this model and the passes that it
-    has chosen.
+    has chosen. `quantized`: the weights came quantized and stay as they are. `lenient`: a pass that the user has asked
+    for and this model cannot have is refused in a row of its own, and the others are chosen without it.
 
     Raises HfAccelError where nothing fits, naming the smallest size that can be reached; UnsupportedModel where the
     model cannot have what the user has asked for.
@@ -78,13 +101,13 @@ def fitted(view: View, passes: tuple[Pass, ...], estimates: Estimates | None = N
     if not isinstance(budget, Budget):
         return passes
     estimates = estimates or Estimates(view, budget.counted(view), budget.batch)
-    quantized = any(isinstance(module, QuantizedModule) for _, module in view.named_modules())
+    fixed = quantized or any(isinstance(module, QuantizedModule) for _, module in view.named_modules())
     tried: list[tuple[Candidate, Size]] = []
-    for each in budget.candidates:
-        if quantized and each.label.startswith("weights"):
+    for each in _possible(view, budget.candidates) if lenient else budget.candidates:
+        if fixed and each.label.startswith("weights"):
             continue
         try:
-            size = estimates.of(each.passes)
+            size = estimates.of(one for one in each.passes if not (quantized and isinstance(one, Quantize)))
         except UnsupportedModel:
             if not tried:  # what the user himself has asked for
                 raise
@@ -93,6 +116,15 @@ def fitted(view: View, passes: tuple[Pass, ...], estimates: Estimates | None = N
             return Chosen(_facts(budget, each, size, tried, estimates)), *each.passes
         tried.append((each, size))
     raise _too_small(view, budget, tried, estimates)
+
+
+def _possible(view: View, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates without what the first of them, which is what the user has asked for, cannot have."""
+    decided = [inspected(each, view, lenient=True) for each in candidates[0].passes if isinstance(each, COUNTED)]
+    refused = {
+        each.by.name: Refused(each.by.name, each.reason) for each in decided if isinstance(each, Skip) and each.refused
+    }
+    return tuple(replace(each, passes=tuple(refused.get(one.name, one) for one in each.passes)) for each in candidates)
 
 
 def _facts(

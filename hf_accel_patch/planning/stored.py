@@ -47,6 +47,11 @@ class Opened:
     quantized: str = ""
     path: str = ""
 
+    @property
+    def comes_quantized(self) -> bool:
+        """Whether the checkpoint says that it is quantized, by whatever method: then its weights stay as they are."""
+        return self.skeleton is not None and self.skeleton is not self.view
+
     def check(self, passes: Sequence[Pass]) -> None:
         """Raise HfAccelError for what `load` would refuse."""
         if self.quantized and any(isinstance(each, Quantize) for each in passes):
@@ -93,7 +98,10 @@ def _empty(config: Any, dtype: Any) -> View:
 def described(config: Any) -> dict[str, Any] | None:
     """The `quantization_config` of a configuration, as plain data."""
     found = getattr(config, "quantization_config", None)
-    return found if isinstance(found, dict) or found is None else found.to_dict()
+    if found is None:
+        return None
+    entries = found if isinstance(found, dict) else found.to_dict()
+    return {key: getattr(value, "value", value) for key, value in entries.items()}  # methods and formats are enums
 
 
 def install(model: PreTrainedModel, found: dict[str, Any], path: str | os.PathLike[str]) -> str:
