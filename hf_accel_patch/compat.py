@@ -59,5 +59,6 @@ def _layer(name: str) -> Any:
 
 
 DynamicIndexedLayer = _layer("DynamicIndexedLayer")  # since 5.11
+LinearAttentionLayer = _layer("LinearAttentionLayer")  # since 5.5
 LinearAttentionAndFullAttentionLayer = _layer("LinearAttentionAndFullAttentionLayer")  # since 5.5
 LinearAttentionAndSlidingWindowAttentionLayer = _layer("LinearAttentionAndSlidingWindowAttentionLayer")  # since 5.13

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from cases import FAMILIES, build, entry, greedy, left_padded, logits, prompt, relative_error, tiny
+from cases import FAMILIES, build, entry, greedy, left_padded, logits, prompt, randomise, relative_error, tiny
 from fingerprint import changes, fingerprint
 from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -177,7 +177,10 @@ def quantized_pair(kind, bits, recent=None):
 
 
 PACKED = [
-    (kind, *how) for kind in ("full", "window", "long window") for how in ((8, None), (4, None), (8, 100), (4, 0))
+    (kind, *how)
+    for kind in ("full", "window", "long window", "hybrid", "hybrid window")
+    for how in ((8, None), (4, None), (8, 100), (4, 0))
+    if kind in STOCK
 ]
 
 
@@ -776,3 +779,26 @@ def test_a_large_bias_of_the_keys(kind, channel):
 
 def _hooks(model):
     return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+
+
+@pytest.mark.skipif("hybrid" not in STOCK, reason="transformers has no such layers yet")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("model_type", ["falcon_h1", "zamba2"])
+def test_layers_with_a_recurrent_state_are_packed_too(model_type, bits):
+    model = randomise(build(model_type)).eval()
+    ids, more = prompt(150), prompt(1, seed=1)
+
+    def read():
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            return [model(more, past_key_values=cache).logits for _ in range(3)], cache
+
+    expected, cache = read()
+    hybrid = sum(type(layer) is LinearAttentionAndFullAttentionLayer for layer in cache.layers)
+    patch(model, cache=KVCache(f"int{bits}", recent=0))
+    found, cache = read()
+    packed = [layer for layer in cache.layers if type(layer) is QUANTIZED[LinearAttentionAndFullAttentionLayer]]
+    assert len(packed) == hybrid > 0 and all(layer._packed for layer in packed)
+    error = max((a - b).std() / b.std() for a, b in zip(found, expected, strict=True))
+    assert 0 < error < {8: 0.05, 4: 0.6}[bits]  # random weights make the most of rounding
+    assert greedy(model, ids, 6, num_beams=2).shape == (1, 6)
