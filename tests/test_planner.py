@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import build as of_type
 from cases import entry
 from planned_sizes import FAMILIES, WAYS, build
 from transformers import AutoConfig
@@ -25,6 +26,7 @@ from hf_accel_patch.planning.caches import kept
 from hf_accel_patch.planning.machine import host_bytes
 from hf_accel_patch.planning.memory import Estimates
 from hf_accel_patch.planning.plot import _lines
+from hf_accel_patch.planning.trace import twin
 
 CLOSE = {"weights": 0.02, "cache": 0.02, "peak": 0.10}
 HERE = Path(__file__).parent
@@ -325,3 +327,10 @@ def test_lines_of_a_quantized_model_are_of_its_cache():
     lines = _lines([Estimates(bind(model), 4096)], parse({}))
     assert set(lines) == {"stock", "patched", "int8 cache", "int4 cache"}
     assert lines["int4 cache"] < lines["int8 cache"] < lines["patched"]
+
+
+def test_long_prompts_of_recurrent_models_are_not_run_token_by_token():
+    view = bind(of_type("mamba"))
+    run = trace.traced(twin(view), 300, 1, ours=False)
+    found = Estimates(view, 300).stock()
+    assert abs(found.activations / run.activations - 1) < 0.02 and not run.problem

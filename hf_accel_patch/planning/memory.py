@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from hf_accel_patch.families import View, context_tokens, dtype_of
@@ -12,6 +13,7 @@ from hf_accel_patch.plan import Pass, Step
 from hf_accel_patch.planning.caches import kept
 from hf_accel_patch.planning.trace import Traced, quantized_names, traced, twin
 
+FEW = 64  # tokens of the shorter trace of a recurrent model
 DEFAULT_TOKENS = 2048  # where neither the user nor the configuration says how many
 
 
@@ -109,9 +111,20 @@ class Estimates:
         key = ours, packed, names
         if key not in self._traces:
             self.skeleton = self.skeleton or twin(self.view)
-            found = traced(self.skeleton, self.tokens, self.batch, ours=ours, packed=packed, quantized=names)
-            self._traces[key] = found
+            run = partial(traced, self.skeleton, batch=self.batch, ours=ours, packed=packed, quantized=names)
+            recurrent = getattr(self.skeleton.model, "_is_stateful", False)  # goes from token to token, in Python
+            long = recurrent and self.tokens > 2 * FEW
+            self._traces[key] = extended(run(FEW), run(2 * FEW), self.tokens) if long else run(self.tokens)
         return self._traces[key]
+
+
+def extended(one: Traced, two: Traced, tokens: int) -> Traced:
+    """A trace of more tokens, from those of FEW and of twice as many: what grows does so in proportion."""
+
+    def at(first: int, second: int) -> int:
+        return second + (second - first) * (tokens - 2 * FEW) // FEW
+
+    return replace(two, activations=at(one.activations, two.activations), held=at(one.held, two.held))
 
 
 def tokens_of(view: View, context: int | None) -> int:
