@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, keywords
+from hf_accel_patch.cli import add_json, add_passes, keywords, uncollected
 
 
 def add_plan(commands: Any) -> None:
@@ -25,7 +25,8 @@ def _plan(options: argparse.Namespace) -> None:
     from hf_accel_patch import plan
 
     asked = keywords(options)
-    planned = plan(options.model, **asked)
+    with uncollected():
+        planned = plan(options.model, **asked)
     if options.plot:
         _plot(options, asked, planned.memory)
     print(planned.to_json() if options.json else planned)
