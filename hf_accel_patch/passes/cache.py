@@ -26,10 +26,10 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
+from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
-from hf_accel_patch.passes.quantized_layers import QUANTIZED
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 

@@ -214,6 +214,7 @@ def _run(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout. Every module is in its own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from hf_accel_patch.families import CacheRow
 from hf_accel_patch.ops.kv import BLOCK, block_bytes
 from hf_accel_patch.passes.cache import KVCache
+from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE, LEAST, SLACK, WINDOW_LEAST, WINDOW_SLACK
 from hf_accel_patch.passes.offloaded_layers import OFFLOADED
-from hf_accel_patch.passes.quantized_layers import QUANTIZED
 from hf_accel_patch.passes.quantized_layers import SLACK as PACKED_SLACK
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.initialization import no_init_weights
 
@@ -32,6 +32,7 @@ from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.attention import Attention
+from hf_accel_patch.passes.calibrate import evaluating
 from hf_accel_patch.plan import Step
 from hf_accel_patch.planning.stand_ins import Products, experts, implementation
 
@@ -139,7 +140,7 @@ def _run(view: View, tokens: int, batch: int, quantized: set[int], packed: bool)
             vars(layer)["update"] = partial(_update, layer, living, noted, index, packed)
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
-    with _first_of_kinds(view, cache) as like, _evaluating(model), living, Products(quantized):
+    with _first_of_kinds(view, cache) as like, evaluating(model), living, Products(quantized):
         model(input_ids=ids, **{CACHE: cache}, use_cache=True, **options)
     rows, held, states = [], 0, 0
     for index in like or range(len(cache.layers)):
@@ -215,19 +216,6 @@ def _kind(layer: nn.Module, held: Any) -> tuple[Any, ...]:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, which would take memory of its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _by_rule(view: View, tokens: int, batch: int, problem: str) -> Traced:

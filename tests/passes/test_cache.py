@@ -22,8 +22,8 @@ from hf_accel_patch.compat import (
 from hf_accel_patch.ops.kv import BLOCK
 from hf_accel_patch.ops.stored import Content, Stored
 from hf_accel_patch.passes.cache import Converting
+from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE, InPlaceLayer
-from hf_accel_patch.passes.quantized_layers import QUANTIZED
 
 EXACT = 1e-4  # of the logits' standard deviation
 K, D, V = 2, 8, 12
