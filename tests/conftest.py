@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -22,6 +23,7 @@ import torch
 from cases import greedy, left_padded, logits, prompt, tiny
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as verbosity
 from versions import skip_what_is_lacking
 
 torch.set_num_threads(2)  # bit-equal results need the same split of the work in every run
@@ -90,3 +92,38 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type]]:
 
     monkeypatch.setitem(AttentionInterface._global_mapping, KEY, counted)
     yield calls
+
+
+class Lines(logging.Handler):
+    """Keeps what loggers of the package say: once, whether or not transformers hands it on to the root logger, which it
+    does where the variable CI is set. `caplog` would then have it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("transformers.hf_accel_patch"):
+            self.said.append((record.name, record.getMessage()))
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[[int], list[tuple[str, str]]]]:
+    """From a call on, the list of what the package logs at a level or above: names of loggers, and messages."""
+    handler, level = Lines(), verbosity.get_verbosity()
+
+    def listen(at: int) -> list[tuple[str, str]]:
+        verbosity.set_verbosity(at)
+        verbosity.add_handler(handler)
+        return handler.said
+
+    yield listen
+    verbosity.remove_handler(handler)
+    verbosity.set_verbosity(level)
+
+
+@pytest.fixture
+def warned(logged: Callable[[int], list[tuple[str, str]]]) -> Callable[[], list[str]]:
+    """What the package has warned of so far."""
+    said = logged(logging.WARNING)
+    return lambda: [message for _, message in said]

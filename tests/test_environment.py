@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_accel_patch import (
@@ -70,15 +69,6 @@ def on(monkeypatch):
         starting.start()
 
     return switch
-
-
-@pytest.fixture
-def warned(caplog):
-    logging.set_verbosity_warning()
-    logging.add_handler(caplog.handler)
-    yield lambda: [record.message for record in caplog.records if "hf_accel_patch" in record.name]
-    logging.remove_handler(caplog.handler)
-    logging.set_verbosity_error()
 
 
 def rows(model):

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import threading
 import warnings
 import weakref
@@ -102,31 +101,6 @@ def passes(model, call):
 
 def repeating(length=10, times=4):
     return torch.cat([prompt(length)] * times, 1)
-
-
-class Warnings(logging.Handler):
-    """What is said about speculation."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.texts = []
-
-    def emit(self, record):
-        if "specul" in record.getMessage():
-            self.texts.append(record.getMessage())
-
-
-@pytest.fixture
-def warned():
-    handler, verbosity = Warnings(), transformers.logging.get_verbosity()
-    loggers = [logging.getLogger("transformers"), logging.getLogger("hf_accel_patch")]
-    transformers.logging.set_verbosity_warning()
-    for each in loggers:
-        each.addHandler(handler)
-    yield handler.texts
-    for each in loggers:
-        each.removeHandler(handler)
-    transformers.logging.set_verbosity(verbosity)
 
 
 # Tokens
@@ -627,11 +601,11 @@ def test_what_cannot_be_speculated_runs_as_before(name, warned, always):
             assert torch.equal(found.sequences, expected.sequences) and found.keys() == expected.keys()
             for key in ("attentions", "hidden_states"):
                 assert found.get(key) is None or len(found[key]) == len(expected[key]) == 16
-    assert len(warned) == 1 and said in warned[0]
+    assert len(warned()) == 1 and said in warned()[0]
     (reason,) = entry(report(model).to_dict(), "speculative")["fallbacks"]
     assert said in reason
     assert entry(report(model).to_dict(), "speculative")["fallbacks"][reason] == 2
-    assert torch.equal(generate(model, ids), generate(tiny("llama"), ids)) and len(warned) == 1
+    assert torch.equal(generate(model, ids), generate(tiny("llama"), ids)) and len(warned()) == 1
 
 
 @pytest.mark.parametrize(
@@ -662,7 +636,7 @@ def test_what_the_caller_asks_of_transformers_is_theirs(name, warned):
     expected = generate(model, ids, **THEIRS[name]())
     patch(model, speculative="ngram")
     assert torch.equal(generate(model, ids, **THEIRS[name]()), expected)
-    assert entry(report(model).to_dict(), "speculative")["tokens"] == 0 and not warned
+    assert entry(report(model).to_dict(), "speculative")["tokens"] == 0 and not warned()
 
 
 def test_a_patched_model_assists_another(warned):
@@ -670,7 +644,7 @@ def test_a_patched_model_assists_another(warned):
     expected = generate(model)
     helper = patch(tiny("llama"), speculative="ngram")
     assert torch.equal(generate(model, assistant_model=helper), expected)
-    assert not warned
+    assert not warned()
 
 
 # Caches
@@ -698,7 +672,7 @@ def test_sinks_run_as_before(always, warned):
     unpatch(model)
     patch(model, cache="sinks:32", speculative="ngram")
     assert torch.equal(generate(model, repeating(), 60), expected)
-    assert len(warned) == 1 and "sinks" in warned[0]
+    assert len(warned()) == 1 and "sinks" in warned()[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "gpt2"])
