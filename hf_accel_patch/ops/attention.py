@@ -18,6 +18,7 @@ from torch import Tensor
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
 GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
 FOLD = 64.0  # times which a bias fits into float16
+PADDED_FROM = 4096  # keys, from which on PyTorch's fused kernel is faster with zeros than blocks of scores without
 MAX_ROWS = 512  # longer blocks gain nothing, and compute more above the diagonal
 
 
@@ -131,9 +132,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     Memory beside inputs and output is at most about SCORE_BYTES, or what a single query needs, or on a GPU copies of
     the inputs.
     """
-    B, H, T, _ = query.shape
+    (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
     biased = _takes_bias(query, key, value, variant)
-    fused = (variant.plain or biased) and query.shape[-1] == value.shape[-1]
+    fused = variant.plain or biased
+    if fused and D != V and query.is_cpu and S > PADDED_FROM:
+        return attend(*_equal_sizes(query, key, value), mask, variant)[..., :V]
+    fused = fused and D == V
     if fused and biased and variant.bias is not None and variant.bias.shape[2] == 1 and mask.square:
         return _row_and_causal(query, key, value, variant.bias, mask.padding, variant.scale)
     folds = not query.is_cpu and mask.square and _folds(query, key, value, variant)
@@ -159,16 +163,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def unattended(query: Tensor, key: Tensor, value: Tensor, fused: bool, masked: bool) -> Tensor:
+def unattended(query: Tensor, key: Tensor, value: Tensor, plain: bool, masked: bool) -> Tensor:
     """As `attend` does without values, on the meta device: [B, T, H, V]. It takes and frees the memory that `attend`
     takes on a CPU."""
-    (B, H, T, _), S = query.shape, key.shape[2]
+    (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
+    padded = _equal_sizes(query, key, value) if plain and D != V and S > PADDED_FROM else None
+    fused = plain and (D == V or padded is not None)
     row_bytes = S * B * (5 if fused else 8 * H)
     rows = next((stop - start for start, stop in blocks(T, row_bytes, SCORE_BYTES)), 0)
     block = query.new_empty(rows * row_bytes, dtype=torch.uint8) if masked or not fused else None
-    output = query.new_empty(B, T, H, value.shape[-1])
-    del block
-    return output if fused and not masked else torch.empty_like(output)
+    output = query.new_empty(B, T, H, V if padded is None else max(D, V))
+    del block, padded
+    return output if fused and not masked and D == V else query.new_empty(B, T, H, V)
 
 
 def scored(
@@ -289,6 +295,15 @@ def _row_as_channels(query: Tensor, key: Tensor, value: Tensor, variant: Variant
     values = F.pad(value, (0, room - V))
     inputs = queries, keys, values, None, variant.dropout
     return F.scaled_dot_product_attention(*inputs, is_causal=True, scale=variant.scale)[..., :V]
+
+
+def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With zeros behind values that are shorter than keys, or behind queries and keys that are shorter than values,
+    which change nothing: PyTorch's fused kernel for CPUs wants one size."""
+    D, V = query.shape[-1], value.shape[-1]
+    if V < D:
+        return query, key, F.pad(value, (0, D - V))
+    return F.pad(query, (0, V - D)), F.pad(key, (0, V - D)), value
 
 
 def part_of_bias(bias: Tensor | None, start: int, stop: int, first: int, last: int) -> Tensor | None:

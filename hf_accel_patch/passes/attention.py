@@ -30,7 +30,8 @@ from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
 DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
-SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
+SCORE_ELEMENTS = 1 << 18  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this:
+GPU_SCORE_ELEMENTS = 1 << 24  # on a CPU they are up to three times as fast as PyTorch's kernel that stores all scores
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
 
 
@@ -152,7 +153,7 @@ def attention_forward(
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if query.is_meta and not answer:  # only planned
         described = isinstance(attention_mask, DescribedMask)
-        plain = softcap is None and s_aux is None and sinks is None and key.shape[-1] == value.shape[-1]
+        plain = softcap is None and s_aux is None and sinks is None
         return unattended(query, key, value, plain, described or position_bias is not None), None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -183,7 +184,8 @@ def attention_forward(
             return output, None
     if softcap is None and sinks is None and position_bias is None and not answer:
         described = isinstance(attention_mask, DescribedMask)
-        if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= SCORE_ELEMENTS):
+        elements = SCORE_ELEMENTS if query.is_cpu else GPU_SCORE_ELEMENTS
+        if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= elements):
             return _direct(query, key, value, attention_mask, dropout, scale, causal), None
     mask = mask_of(attention_mask, T, S, causal, query.device)
     if answer:

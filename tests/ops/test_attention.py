@@ -63,10 +63,19 @@ def test_scores_are_overwritten_without_gradients(variant, additive):
     assert (found[1] - found[0])[real].abs().max() < TOLERANCE and found[1].isfinite().all()
 
 
-def test_values_of_another_size():
-    query, key, value = inputs(V=5)
-    ours = attend(query, key, value, Causal(T, query.device), Variant(0.3))
-    assert (ours - reference(query, key, value, causal(), Variant(0.3))).abs().max() < TOLERANCE
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("padded", [False, True], ids=["scores", "zeros behind"])
+@pytest.mark.parametrize("V", [5, 20])
+def test_values_of_another_size(V, padded, biased, heads, monkeypatch):
+    monkeypatch.setattr(attention, "PADDED_FROM", 0 if padded else 1 << 30)
+    fused, called = attention._fused, []
+    monkeypatch.setattr(attention, "_fused", lambda *args: called.append(args) or fused(*args))
+    query, key, value = inputs(*heads, V=V)
+    variant = VARIANTS["bias" if biased else "plain"]
+    ours = attend(query, key, value, Causal(T, query.device), variant)
+    assert ours.shape == (B, 4, T, V) and bool(called) is padded
+    assert (ours - reference(query, key, value, causal(), variant)).abs().max() < TOLERANCE
 
 
 def test_everything_is_seen_without_a_mask():
