@@ -18,8 +18,9 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.modules import QuantizedModule, as_floats
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.products import as_floats
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import Quantize, refuse_unsuitable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target

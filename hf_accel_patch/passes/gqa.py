@@ -10,16 +10,9 @@ from transformers import PreTrainedConfig
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, first_cached_module
+from hf_accel_patch.families.fewer_heads import Stock, compared, grouped_config
 from hf_accel_patch.families.handwritten import without_shared
-from hf_accel_patch.families.heads import (
-    Layout,
-    Stock,
-    compared,
-    grouped_config,
-    layouts,
-    query_heads,
-    shared_heads,
-)
+from hf_accel_patch.families.heads import Layout, layouts, query_heads, shared_heads
 from hf_accel_patch.families.latent import latent_sizes
 from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.journal import Journal

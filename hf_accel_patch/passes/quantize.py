@@ -19,8 +19,9 @@ from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for
-from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
+from hf_accel_patch.ops.modules import QuantizedModule, Specs, quantized_class
 from hf_accel_patch.ops.packing import block_on, int4_block, pack
+from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes import foreign_modules
 from hf_accel_patch.passes.calibrate import calibrated, token_ids

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_accel_patch.errors import HfAccelError
-from hf_accel_patch.families import View, bind, check_weights, find_model, takes_cache
+from hf_accel_patch.families import View, bind, check_weights, find_model
+from hf_accel_patch.families.classes import takes_cache
 from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.uptraining.data import Windows, cut
