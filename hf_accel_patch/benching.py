@@ -89,15 +89,15 @@ class BenchResult(Comparison):
         return f"{s.name}, {s.device}, threads: {self.threads}; {rows}{s.prompt} tokens, {s.tokens} generated"
 
     @property
-    def columns(self) -> Sequence[str]:
-        return "", "stock", "patched", "patched / stock"
+    def sides(self) -> Sequence[str]:
+        return "stock", "patched", "patched / stock"
 
     @property
     def notes(self) -> Sequence[str]:
         turn = "both models timed in turn" if self.in_turn else "one model after the other: no room for both"
         return (f"tokens per second of all rows: median, and quartiles of {len(self.stock.decode_ms)} rounds; {turn}",)
 
-    def shown_rows(self) -> Sequence[Sequence[str]]:
+    def cells(self) -> Sequence[Sequence[str]]:
         stock, patched = self.stock, self.patched
         return (
             _sizes("weights", stock.weight_bytes, patched.weight_bytes),

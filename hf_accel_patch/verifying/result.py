@@ -62,14 +62,14 @@ class VerifyResult(Comparison):
         return f"{self.model} compared with {self.original}: {self.tokens} tokens in {self.windows} windows"
 
     @property
-    def columns(self) -> Sequence[str]:
-        return "", "unpatched", "patched"
+    def sides(self) -> Sequence[str]:
+        return "unpatched", "patched"
 
     @property
     def notes(self) -> Sequence[str]:
         return self.remarks
 
-    def shown_rows(self) -> Sequence[Sequence[str]]:
+    def cells(self) -> Sequence[Sequence[str]]:
         increase = self.perplexity_increase
         more = f" ({increase:+.2%})" if math.isfinite(increase) else ""
         return (
