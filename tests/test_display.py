@@ -99,7 +99,7 @@ def test_figures_stand_to_the_right():
         "validation    12.5   1.25",
         "training       nan   1.00",
     ]
-    title, head, first, second, note = str(Sizes()).splitlines()
+    _, head, first, second, note = str(Sizes()).splitlines()
     assert head.index("fits") == first.index("yes") == second.index("no", second.index("12345"))
     assert first.index("7") == second.index("5", second.index("1")) and note == "a <note>"
 
