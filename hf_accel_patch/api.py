@@ -77,13 +77,26 @@ def patch(model: T, **options: Any) -> T:
     """Make a loaded causal LM faster and smaller, in place; returns the object that it was given.
 
     `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
-    exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` or `linear=False` switches a pass
-    off. `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
+    exact passes run.
+
+    * `attention`, `linear`: on by default, and exact; False switches one off. An `Attention` names a backend.
+    * `cache`: True, exact and on by default; False, "int8", "int4", "sinks:WINDOW" in tokens, or a `KVCache`.
+    * `quantize`: "int8", "int4", "nf4", "llm.int8", or a `Quantize`.
+    * `rope`: "linear:F", "dynamic:F", "yarn:F", "llama3:F", "self-extend:F" for texts of F times the length, or a
+      `RopeScaling`.
+    * `gqa`: a number of key/value heads, or a `GQA`.
+    * `speculative`: "ngram", "self", or a `Speculative`.
+
+    `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
     given, the least lossy schemes of weights and cache with which these and the activations of a text of `context`
     tokens fit, for `batch` sequences; HfAccelError names the smallest size where none does.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.
+
+    >>> model = patch(model, quantize="int4", cache="int8")
+    >>> {row["pass"]: row["exact"] for row in report(model).to_dict()["passes"]}["quantize"]
+    False
     """
     _patch(model, parse(options))
     return model
@@ -94,6 +107,11 @@ def unpatch(model: T, *, reload: bool = False) -> T:
 
     Raises NotReversible, before anything is undone, where the originals of weights were discarded. With
     `reload`, they are read again from the checkpoint at `model.name_or_path`.
+
+    >>> model = patch(model)
+    >>> model = unpatch(model)
+    >>> report(model).to_dict()["patched"]
+    False
     """
     found = find_model(model)
     state: State | None = vars(found).get(STATE)
@@ -123,7 +141,13 @@ def unpatch(model: T, *, reload: bool = False) -> T:
 @contextmanager
 def patched(model: T, **options: Any) -> Iterator[T]:
     """Patched inside the `with` block, as before after it, also when the block raises. Originals are kept, so a budget
-    is met by the cache alone."""
+    is met by the cache alone. A model that has this patch already keeps it. Options and errors are those of `patch`.
+
+    >>> with patched(model, quantize="int4") as quantized:
+    ...     tokens = quantized.generate(ids, max_new_tokens=8)
+    >>> report(model).to_dict()["patched"]
+    False
+    """
     already = STATE in vars(find_model(model))
     _patch(model, parse(options, keep_originals=True))
     try:
@@ -138,7 +162,13 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
     tokens (as many as the model was made for).
 
     `model`: as for `patch`, or the path or id of a checkpoint, of which only the configuration is read, and the names
-    in its files where it is quantized.
+    in its files where it is quantized. The other options are those of `patch`, and so are the errors. Prints as a
+    table; `to_dict()` has it for programs, `memory.asked` the sizes in bytes.
+
+    >>> planned = plan(path, quantize="int4", context=512)
+    >>> stock, asked, *alternatives = planned.to_dict()["memory"]["schemes"]
+    >>> asked["weights"] < stock["weights"]
+    True
     """
     count("batch", batch)
     asked = parse(options | ({} if batch is None or options.get("budget") is None else {"batch": batch}))
@@ -156,7 +186,15 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
 
 
 def report(model: object) -> Report:
-    """What was done to a model. Prints as a table; `to_dict()` for programs."""
+    """What was done to a model, pass by pass: bytes before and after, exact or not, why skipped. Prints as a table;
+    `to_dict()` for programs. Raises UnsupportedModel for what is no causal LM.
+
+    >>> print(report(model))
+    LlamaForCausalLM is not patched
+    >>> rows = report(patch(model, quantize="int8")).to_dict()["passes"]
+    >>> [(row["exact"], row["scheme"]) for row in rows if row["pass"] == "quantize"]
+    [(False, 'int8')]
+    """
     found = find_model(model)
     state: State | None = vars(found).get(STATE)
     if state is None:

@@ -35,10 +35,15 @@ NOT_FOREIGN = (
 
 
 class HfAccelConfig(QuantizationConfigMixin):
-    """`from_pretrained(path, quantization_config=HfAccelConfig("int4"))` quantizes weight by weight while it reads, so
-    that the float model never exists whole. The options are those of `Quantize`.
+    """Has `from_pretrained` quantize weight by weight while it reads, so that the float model never exists whole.
+
+    `scheme`, `group_size`, `skip` and `backend` are those of `Quantize`, but for the backend "bitsandbytes". The others
+    describe, in its config.json, a checkpoint that `save_pretrained` has written.
 
     Raises ValueError or TypeError for impossible ones, and for what describes a checkpoint of another version.
+
+    >>> config = HfAccelConfig("int4", group_size=64, skip=("lm_head",))
+    >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
     """
 
     def __init__(

@@ -48,6 +48,8 @@ class Attention:
     CUDA PyTorch's where attention is plain, else the package's Triton kernels ("triton") or flash-attn, whichever is
     there. "flex" is PyTorch's FlexAttention. What one that is asked for by name cannot do (head sizes, dtypes, dropout)
     "torch" does, and `report` says why; one that is not installed is an error. Under torch.compile it is "torch".
+
+    >>> model = patch(model, attention=Attention(backend="torch"))
     """
 
     backend: Backend = "auto"

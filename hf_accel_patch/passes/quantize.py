@@ -56,6 +56,8 @@ class Quantize:
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
     report. `save_pretrained` writes the codes, with a `quantization_config` that `from_pretrained` understands once
     this package is imported. Gradients pass through to adapters, as in QLoRA.
+
+    >>> model = patch(model, quantize=Quantize("int4", skip=("lm_head",), originals="keep"))
     """
 
     scheme: Scheme
