@@ -14,15 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_accel_patch import patch, plan, report
 from hf_accel_patch.comparison import Comparison
-from hf_accel_patch.demo import warm_up
 from hf_accel_patch.display import in_words
-from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import context_tokens
 from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms, weight_bytes
 from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
-from hf_accel_patch.shapes import SHAPES, empty_model, random_model
+from hf_accel_patch.shapes import empty_model, random_model
 from hf_accel_patch.texts import held_out_text
+from hf_accel_patch.trials import begin, refuse_too_large, warm_up
 
 ROOM = 1.2  # times its weights: a model, and what running it needs
 SECONDS = 600.0  # of timing, after which no further round begins
@@ -119,9 +118,7 @@ def run(settings: Settings) -> BenchResult:
     The stock model is measured and then patched in place, as a user would; then a second stock model is loaded to be
     timed in turn with it, where memory has room for both.
     """
-    device = torch.device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    device = begin(settings.device, settings.threads)
     needed = _check(settings, device)
     torch.manual_seed(0)
     quantize = settings.asked.get("quantize")
@@ -152,10 +149,8 @@ def run(settings: Settings) -> BenchResult:
 
 
 def _check(settings: Settings, device: torch.device) -> int:
-    """Bytes that the stock model needs. Raises for bad options, for a model that cannot have a pass, and for what
+    """Bytes that the stock model needs. Raises for a model that cannot have a pass or so many tokens, and for what
     memory does not hold."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {settings.device!r}: PyTorch finds no CUDA device here")
     if settings.shape:
         empty = empty_model(settings.shape)
     else:
@@ -168,12 +163,7 @@ def _check(settings: Settings, device: torch.device) -> int:
         raise ValueError(f"--prompt and --tokens are {length} tokens; {settings.name} was made for {context}")
     needed = int(ROOM * weight_bytes(empty))
     plan(empty, **settings.asked)
-    available = available_bytes(device)
-    if available is not None and needed > available:
-        hint = f"take a smaller shape: {', '.join(SHAPES)}" if settings.shape else "take a smaller model"
-        raise HfAccelError(
-            f"{settings.name} needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available", hint
-        )
+    refuse_too_large(settings.name, needed, device)
     return needed
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import View, bind, check_weights, find_model
@@ -21,18 +21,9 @@ from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.uptraining.data import Windows, cut
 from hf_accel_patch.uptraining.folder import HINT, Folder
+from hf_accel_patch.uptraining.lent import as_before, teacher_of
 from hf_accel_patch.uptraining.result import Uptrained
-from hf_accel_patch.uptraining.run import (
-    BATCH_SIZE,
-    SAVE_EVERY,
-    STEPS,
-    WIDTH_RATE,
-    Run,
-    Settings,
-    device_of,
-    mean_loss,
-    modes_kept,
-)
+from hf_accel_patch.uptraining.run import BATCH_SIZE, SAVE_EVERY, STEPS, WIDTH_RATE, Run, Settings, device_of, mean_loss
 from hf_accel_patch.uptraining.shown import Show, shown
 
 if TYPE_CHECKING:
@@ -112,11 +103,11 @@ def uptrain(
     windows = cut(texts, view.model, tokenizer or view.tokenizer, window)
     accelerator = _accelerator()
     with ExitStack() as stack:
-        stack.enter_context(_as_before(view.model, parameters, accelerator))
+        stack.enter_context(as_before(view.model, parameters, accelerator))
         loss_original, teacher = None, None
         if original is not None:
             with ExitStack() as measured:
-                teacher = measured.enter_context(_teacher(original, view.model))
+                teacher = measured.enter_context(teacher_of(original, view.model))
                 loss_original = mean_loss(accelerator, teacher, windows.held_out)
                 if distill:
                     stack.push(measured.pop_all())
@@ -253,49 +244,3 @@ def _folder(path: str | os.PathLike[str], run: Run, windows: Windows) -> Folder:
     same |= {"texts": windows.digest(), "window": windows.training.shape[1]}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in run.parameters.items()}
     return Folder(Path(path), same | {"parameters": shapes})
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel, parameters: dict[str, nn.Parameter], accelerator: Accelerator) -> Iterator[None]:
-    """Inside the block the model is on the accelerator's device, and only `parameters` require gradients and have none;
-    modes, gradients, device and the state of random numbers are as before behind it."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    taken = {id(parameter) for parameter in parameters.values()}
-    several = accelerator.num_processes > 1
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with modes_kept(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
-        try:
-            for parameter, _, _ in before:
-                parameter.grad = None
-                parameter.requires_grad = id(parameter) in taken
-            with _on(model, accelerator.device, exactly=several):
-                yield
-        finally:
-            for parameter, required, gradient in before:
-                parameter.requires_grad = required
-                parameter.grad = gradient
-
-
-@contextmanager
-def _on(model: PreTrainedModel, device: torch.device, exactly: bool = False) -> Iterator[None]:
-    """On such a device inside the block, and on its own behind it. One accelerator of several is as good as another,
-    unless it is to be `exactly` this one."""
-    home = device_of(model)
-    moved = home != device if exactly else home.type != device.type
-    if moved:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moved:
-            model.to(home)
-
-
-@contextmanager
-def _teacher(original: Any, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The original in eval mode, where the model is; one that was given is as before behind the block."""
-    if isinstance(original, str | os.PathLike):
-        original = AutoModelForCausalLM.from_pretrained(original, dtype=model.dtype)
-    found = find_model(original)
-    with modes_kept(found), _on(found, device_of(model), exactly=True):
-        yield found.eval()
