@@ -74,6 +74,7 @@ class BenchResult(Comparison):
     report: Any = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings, and the figures of both sides: bytes, milliseconds per token, tokens per second."""
         said = asdict(self.settings) | {"threads": self.threads, "in_turn": self.in_turn}
         return said | {
             "stock": self.stock.to_dict(),
@@ -107,7 +108,7 @@ class BenchResult(Comparison):
 
 
 def speed(times_ms: Sequence[float]) -> dict[str, float]:
-    """Tokens per second."""
+    """Tokens per second of such milliseconds per token: the median, and the first and third quartile."""
     low, _, high = quantiles([1000 / each for each in times_ms], n=4, method="inclusive")
     return {"median": 1000 / median(times_ms), "q1": low, "q3": high}
 

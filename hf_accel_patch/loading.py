@@ -98,6 +98,7 @@ class HfAccelConfig(QuantizationConfigMixin):
         self.group_size, self.skip, self.backend = other.group_size, other.skip, other.backend
 
     def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: all but what is None, 0 or an empty list."""
         described = {"quant_method": METHOD, "version": self.version, "scheme": self.scheme}
         described |= {"group_size": self.group_size, "skip": list(self.skip), "backend": self.backend}
         described |= {"block": self.block, "weights": self.weights, "ordered": self.ordered}

@@ -51,6 +51,7 @@ class PeakMemory:
         return _status("VmRSS")
 
     def read(self) -> int | None:
+        """The peak since the last `reset`, in bytes above what was in use at first; None where it cannot be known."""
         if self._base is None:
             return None
         cuda = self._device.type == "cuda"

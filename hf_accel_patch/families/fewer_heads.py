@@ -43,7 +43,7 @@ def grouped_config(config: PreTrainedConfig, shared: int, *, own: bool = False) 
     return new
 
 
-def built(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def _built(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class from this text configuration, without memory. Raises whatever the class raises."""
     whole = copy.deepcopy(model.config)
     text = whole.get_text_config(decoder=True)
@@ -59,7 +59,7 @@ def built(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 def compared(view: View, found: list[Layout], config: PreTrainedConfig, shared: int) -> Stock:
     """The live model beside one that was built with fewer key/value heads. What else differs from one that is built as
     it is, as gradient checkpointing, is its user's. Raises whatever the class raises that is built."""
-    theirs, same = (dict(built(view.model, each).named_modules()) for each in (config, view.config))
+    theirs, same = (dict(_built(view.model, each).named_modules()) for each in (config, view.config))
     expected: dict[int, dict[str, torch.Size]] = {}
     for layout in found:
         after = layout.with_heads(shared)

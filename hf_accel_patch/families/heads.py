@@ -53,6 +53,7 @@ class Layout:
         return vars(self.module).get("layer_idx", vars(self.module).get("layer_id"))
 
     def with_heads(self, shared: int) -> Layout:
+        """The same with so many key/value heads."""
         return replace(self, shared=shared)
 
     def rows(self, role: Role) -> Tensor:

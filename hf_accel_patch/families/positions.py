@@ -26,6 +26,9 @@ TABLES = frozenset({"codegen", "gptj", "roformer"})
 WINDOWED = ("sliding", "chunked")  # in the name of a type of layers that see no distance beyond their window
 NO_LIMIT = 1 << 62  # tokens
 
+# What a class raises that is built from something else than a configuration
+UNBUILDABLE = (TypeError, KeyError, AttributeError, ValueError, RuntimeError, ArithmeticError)
+
 
 def has_alibi(config: PreTrainedConfig) -> bool:
     """Whether its positions are biases of the scores."""
@@ -118,19 +121,13 @@ def scaled_config(
 
 
 def built(module: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
-    """A rotary module as transformers builds it from this configuration, on the CPU."""
+    """A rotary module as transformers builds it from this configuration, on the CPU; None for one that it does not
+    build from `rope_parameters`."""
     kind: Any = type(module)
     try:
         with torch.device("cpu"):
             fresh: nn.Module = kind(config)
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-    ):  # it is built from something else
+    except UNBUILDABLE:
         return None
     return fresh if hasattr(fresh, "rope_type") else None
 

@@ -51,6 +51,7 @@ class Memory(Tabular):
 
     @property
     def asked(self) -> Size:
+        """What the model takes with the options that were asked for."""
         return next(size for label, size in self.sizes if label == ASKED and isinstance(size, Size))
 
     @property
