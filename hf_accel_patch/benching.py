@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_accel_patch import patch, plan, report
 from hf_accel_patch.comparison import Comparison
 from hf_accel_patch.display import in_words
-from hf_accel_patch.families import context_tokens
-from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms, weight_bytes
+from hf_accel_patch.families import context_tokens, weight_bytes
+from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms
 from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
+from hf_accel_patch.report import Report
 from hf_accel_patch.shapes import empty_model, random_model
 from hf_accel_patch.texts import held_out_text
 from hf_accel_patch.trials import begin, refuse_too_large, warm_up
@@ -71,7 +72,7 @@ class BenchResult(Comparison):
     in_turn: bool  # whether both models were in memory, and timed in turn
     stock: Side
     patched: Side
-    report: Any = field(repr=False)
+    report: Report = field(repr=False)  # of the patched model
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, and the figures of both sides: bytes, milliseconds per token, tokens per second."""

@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import Pipeline, pipeline
 
 from hf_accel_patch import Quantize, patch, plan, report, unpatch
+from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.measure import (
     PeakMemory,
     interleaved_ms,
     perplexity,
     spread_windows,
     token_ms,
-    weight_bytes,
 )
 from hf_accel_patch.progress import stages
+from hf_accel_patch.report import Report
 from hf_accel_patch.shapes import empty_model, random_model
 from hf_accel_patch.texts import held_out_text
 from hf_accel_patch.trials import BUNDLED, begin, refuse_too_large, warm_up
@@ -79,7 +80,7 @@ class Result:
     patch_seconds: float
     patch_peak_memory_bytes: int | None
     taken_back: bool  # logits other than stock's while patched, and bit-equal to stock's after `unpatch`
-    report: Any
+    report: Report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for programs."""

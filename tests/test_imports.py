@@ -15,6 +15,7 @@ ROOMS = (
     "environment",
     "logs",
     "display",
+    "comparison",
     "compat",
     "journal",
     "kernels",
