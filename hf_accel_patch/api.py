@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import AlreadyPatched, NotReversible
-from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model, weight_bytes
+from hf_accel_patch.families import View, bind, check_weights, find_model, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import count, parse
@@ -25,39 +24,13 @@ from hf_accel_patch.planning.memory import Estimates, tokens_of
 from hf_accel_patch.planning.overview import overview
 from hf_accel_patch.planning.stored import Opened, opened
 from hf_accel_patch.report import Report
+from hf_accel_patch.undoing import Sample, read_again
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 attention.register()  # here, because a pickled model that is read brings this module along, and the functions are its
 self_extend_cache.register()
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Where a parameter was, and in which dtype: tells whether the model has been moved or cast since."""
-
-    module: torch.nn.Module
-    name: str
-    device: torch.device
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(model: PreTrainedModel) -> Sample | None:
-        """None where weights are on several devices, or none is left."""
-        if len({tensor.device for tensor in chain(model.parameters(), model.buffers())}) != 1:
-            return None
-        for module in model.modules():
-            for name, held in module._parameters.items():
-                if held is not None and held.is_floating_point():
-                    return Sample(module, name, held.device, held.dtype)
-        return None
-
-    def moved(self) -> tuple[torch.device, torch.dtype] | None:
-        """Where it is now, if that is elsewhere."""
-        held = self.module._parameters.get(self.name)
-        same = held is None or (held.device, held.dtype) == (self.device, self.dtype)
-        return None if held is None or same else (held.device, held.dtype)
 
 
 @dataclass
@@ -124,7 +97,7 @@ def unpatch(model: T, *, reload: bool = False) -> T:
             "patch with originals='keep' in Quantize or GQA to keep them in memory, or unpatch(model, reload=True) to "
             "read them from the checkpoint again",
         )
-    restored = _read_again(found, state) if lost else []
+    restored = read_again(found, state.journal, state.source) if lost else []
     moved = state.sample.moved() if state.sample is not None else None
     state.journal.undo()
     for gone, parameter in zip(state.journal.gone, restored, strict=True) if lost else ():
@@ -294,27 +267,3 @@ def _apply(view: View, state: State, decided: Plan) -> None:
         vars(view.model)[STATE] = state
         raise
     state.report = Report(view.subject, tuple(rows))
-
-
-def _read_again(model: PreTrainedModel, state: State) -> list[torch.nn.Parameter]:
-    """The parameters that are gone, from the model's checkpoint, where the modules are now. Tied ones stay one."""
-    path, source, names = model.name_or_path, state.source, state.journal.discarded
-    if not path:
-        raise NotReversible("the model does not know the checkpoint that it came from", "load it anew")
-    try:
-        fresh = type(model).from_pretrained(path, **source | {"dtype": dtype_of(model)})
-    except (OSError, ValueError) as error:
-        raise NotReversible(f"the checkpoint at {path} cannot be read: {error}") from error
-    parameters = dict(fresh.named_parameters(remove_duplicate=False))
-    missing = [name for name in names if name not in parameters]
-    if missing:
-        raise NotReversible(f"the checkpoint at {path} has no {missing[0]}")
-    made: dict[int, torch.nn.Parameter] = {}
-    here = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
-    for gone in state.journal.gone:
-        found = parameters[gone.label]
-        held = gone.module._buffers.get("like", gone.module._parameters.get(gone.name))
-        device = here if held is None or held.is_meta else held.device
-        if id(found) not in made:
-            made[id(found)] = torch.nn.Parameter(found.detach().to(device), requires_grad=gone.trained)
-    return [made[id(parameters[gone.label])] for gone in state.journal.gone]

@@ -30,6 +30,7 @@ ROOMS = (
     "planning",
     "foreign_checkpoints",
     "options",
+    "undoing",
     "api",
     "checkpoints",
     "uptraining",
