@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import AlreadyPatched, NotReversible
-from hf_accel_patch.families import View, bind, check_weights, dtype_of, find_model, weight_bytes
+from hf_accel_patch.families import View, bind, check_weights, find_model, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.options import count, parse
@@ -25,39 +24,13 @@ from hf_accel_patch.planning.memory import Estimates, tokens_of
 from hf_accel_patch.planning.overview import overview
 from hf_accel_patch.planning.stored import Opened, opened
 from hf_accel_patch.report import Report
+from hf_accel_patch.undoing import Sample, read_again
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 attention.register()  # here, because a pickled model that is read brings this module along, and the functions are its
 self_extend_cache.register()
 STATE = "_hf_accel_patch"  # the attribute under which a patched model keeps what undo needs
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Where a parameter was, and in which dtype: tells whether the model has been moved or cast since."""
-
-    module: torch.nn.Module
-    name: str
-    device: torch.device
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(model: PreTrainedModel) -> Sample | None:
-        """None where weights are on several devices, or none is left."""
-        if len({tensor.device for tensor in chain(model.parameters(), model.buffers())}) != 1:
-            return None
-        for module in model.modules():
-            for name, held in module._parameters.items():
-                if held is not None and held.is_floating_point():
-                    return Sample(module, name, held.device, held.dtype)
-        return None
-
-    def moved(self) -> tuple[torch.device, torch.dtype] | None:
-        """Where it is now, if that is elsewhere."""
-        held = self.module._parameters.get(self.name)
-        same = held is None or (held.device, held.dtype) == (self.device, self.dtype)
-        return None if held is None or same else (held.device, held.dtype)
 
 
 @dataclass
@@ -77,13 +50,26 @@ def patch(model: T, **options: Any) -> T:
     """Make a loaded causal LM faster and smaller, in place; returns the object that it was given.
 
     `model`: a transformers causal LM, or a PEFT model, a compiled module or a pipeline around one. With no options only
-    exact passes run. `quantize="int8"` or `"int4"` or a `Quantize`; `attention=False` or `linear=False` switches a pass
-    off. `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
+    exact passes run.
+
+    * `attention`, `linear`: on by default, and exact; False switches one off. An `Attention` names a backend.
+    * `cache`: True, exact and on by default; False, "int8", "int4", "sinks:WINDOW" in tokens, or a `KVCache`.
+    * `quantize`: "int8", "int4", "nf4", "llm.int8", or a `Quantize`.
+    * `rope`: "linear:F", "dynamic:F", "yarn:F", "llama3:F", "self-extend:F" for texts of F times the length, or a
+      `RopeScaling`.
+    * `gqa`: a number of key/value heads, or a `GQA`.
+    * `speculative`: "ngram", "self", or a `Speculative`.
+
+    `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
     given, the least lossy schemes of weights and cache with which these and the activations of a text of `context`
     tokens fit, for `batch` sequences; HfAccelError names the smallest size where none does.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.
+
+    >>> model = patch(model, quantize="int4", cache="int8")
+    >>> {row["pass"]: row["exact"] for row in report(model).to_dict()["passes"]}["quantize"]
+    False
     """
     _patch(model, parse(options))
     return model
@@ -94,6 +80,11 @@ def unpatch(model: T, *, reload: bool = False) -> T:
 
     Raises NotReversible, before anything is undone, where the originals of weights were discarded. With
     `reload`, they are read again from the checkpoint at `model.name_or_path`.
+
+    >>> model = patch(model)
+    >>> model = unpatch(model)
+    >>> report(model).to_dict()["patched"]
+    False
     """
     found = find_model(model)
     state: State | None = vars(found).get(STATE)
@@ -106,7 +97,7 @@ def unpatch(model: T, *, reload: bool = False) -> T:
             "patch with originals='keep' in Quantize or GQA to keep them in memory, or unpatch(model, reload=True) to "
             "read them from the checkpoint again",
         )
-    restored = _read_again(found, state) if lost else []
+    restored = read_again(found, state.journal, state.source) if lost else []
     moved = state.sample.moved() if state.sample is not None else None
     state.journal.undo()
     for gone, parameter in zip(state.journal.gone, restored, strict=True) if lost else ():
@@ -123,7 +114,13 @@ def unpatch(model: T, *, reload: bool = False) -> T:
 @contextmanager
 def patched(model: T, **options: Any) -> Iterator[T]:
     """Patched inside the `with` block, as before after it, also when the block raises. Originals are kept, so a budget
-    is met by the cache alone."""
+    is met by the cache alone. A model that has this patch already keeps it. Options and errors are those of `patch`.
+
+    >>> with patched(model, quantize="int4") as quantized:
+    ...     tokens = quantized.generate(ids, max_new_tokens=8)
+    >>> report(model).to_dict()["patched"]
+    False
+    """
     already = STATE in vars(find_model(model))
     _patch(model, parse(options, keep_originals=True))
     try:
@@ -138,7 +135,13 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
     tokens (as many as the model was made for).
 
     `model`: as for `patch`, or the path or id of a checkpoint, of which only the configuration is read, and the names
-    in its files where it is quantized.
+    in its files where it is quantized. The other options are those of `patch`, and so are the errors. Prints as a
+    table; `to_dict()` has it for programs, `memory.asked` the sizes in bytes.
+
+    >>> planned = plan(path, quantize="int4", context=512)
+    >>> stock, asked, *alternatives = planned.to_dict()["memory"]["schemes"]
+    >>> asked["weights"] < stock["weights"]
+    True
     """
     count("batch", batch)
     asked = parse(options | ({} if batch is None or options.get("budget") is None else {"batch": batch}))
@@ -156,7 +159,15 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
 
 
 def report(model: object) -> Report:
-    """What was done to a model. Prints as a table; `to_dict()` for programs."""
+    """What was done to a model, pass by pass: bytes before and after, exact or not, why skipped. Prints as a table;
+    `to_dict()` for programs. Raises UnsupportedModel for what is no causal LM.
+
+    >>> print(report(model))
+    LlamaForCausalLM is not patched
+    >>> rows = report(patch(model, quantize="int8")).to_dict()["passes"]
+    >>> [(row["exact"], row["scheme"]) for row in rows if row["pass"] == "quantize"]
+    [(False, 'int8')]
+    """
     found = find_model(model)
     state: State | None = vars(found).get(STATE)
     if state is None:
@@ -256,27 +267,3 @@ def _apply(view: View, state: State, decided: Plan) -> None:
         vars(view.model)[STATE] = state
         raise
     state.report = Report(view.subject, tuple(rows))
-
-
-def _read_again(model: PreTrainedModel, state: State) -> list[torch.nn.Parameter]:
-    """The parameters that are gone, from the model's checkpoint, where the modules are now. Tied ones stay one."""
-    path, source, names = model.name_or_path, state.source, state.journal.discarded
-    if not path:
-        raise NotReversible("the model does not know the checkpoint that it came from", "load it anew")
-    try:
-        fresh = type(model).from_pretrained(path, **source | {"dtype": dtype_of(model)})
-    except (OSError, ValueError) as error:
-        raise NotReversible(f"the checkpoint at {path} cannot be read: {error}") from error
-    parameters = dict(fresh.named_parameters(remove_duplicate=False))
-    missing = [name for name in names if name not in parameters]
-    if missing:
-        raise NotReversible(f"the checkpoint at {path} has no {missing[0]}")
-    made: dict[int, torch.nn.Parameter] = {}
-    here = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
-    for gone in state.journal.gone:
-        found = parameters[gone.label]
-        held = gone.module._buffers.get("like", gone.module._parameters.get(gone.name))
-        device = here if held is None or held.is_meta else held.device
-        if id(found) not in made:
-            made[id(found)] = torch.nn.Parameter(found.detach().to(device), requires_grad=gone.trained)
-    return [made[id(parameters[gone.label])] for gone in state.journal.gone]

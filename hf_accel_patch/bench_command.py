@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, device, dtype, keywords, positive
+from hf_accel_patch.cli import add_device, add_json, add_passes, add_threads, dtype, keywords, positive
 
 
 def add_bench(commands: Any) -> None:
@@ -21,9 +21,9 @@ def add_bench(commands: Any) -> None:
     added.add_argument("--tokens", type=positive, default=32, metavar="N", help="tokens to generate (32)")
     added.add_argument("--batch", dest="rows", type=positive, default=1, metavar="N", help="prompts at once (1)")
     added.add_argument("--rounds", type=positive, default=7, metavar="N", help="times to repeat it, at least 3 (7)")
-    added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
+    add_threads(added)
     added.add_argument("--dtype", type=dtype, default="auto", help="of the stock weights (as in the checkpoint)")
-    added.add_argument("--device", type=device, default="cpu", help="where the models are loaded (cpu)")
+    add_device(added)
     add_json(added)
     added.set_defaults(command=_bench)
 

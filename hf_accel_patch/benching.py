@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_accel_patch import patch, plan, report
 from hf_accel_patch.comparison import Comparison
-from hf_accel_patch.demo import warm_up
 from hf_accel_patch.display import in_words
-from hf_accel_patch.errors import HfAccelError
-from hf_accel_patch.families import context_tokens
-from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms, weight_bytes
+from hf_accel_patch.families import context_tokens, weight_bytes
+from hf_accel_patch.measure import PeakMemory, spread, timed_in_turn, token_ms
 from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
-from hf_accel_patch.shapes import SHAPES, empty_model, random_model
+from hf_accel_patch.report import Report
+from hf_accel_patch.shapes import empty_model, random_model
 from hf_accel_patch.texts import held_out_text
+from hf_accel_patch.trials import begin, refuse_too_large, warm_up
 
 ROOM = 1.2  # times its weights: a model, and what running it needs
 SECONDS = 600.0  # of timing, after which no further round begins
@@ -72,9 +72,10 @@ class BenchResult(Comparison):
     in_turn: bool  # whether both models were in memory, and timed in turn
     stock: Side
     patched: Side
-    report: Any = field(repr=False)
+    report: Report = field(repr=False)  # of the patched model
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings, and the figures of both sides: bytes, milliseconds per token, tokens per second."""
         said = asdict(self.settings) | {"threads": self.threads, "in_turn": self.in_turn}
         return said | {
             "stock": self.stock.to_dict(),
@@ -89,15 +90,15 @@ class BenchResult(Comparison):
         return f"{s.name}, {s.device}, threads: {self.threads}; {rows}{s.prompt} tokens, {s.tokens} generated"
 
     @property
-    def columns(self) -> Sequence[str]:
-        return "", "stock", "patched", "patched / stock"
+    def sides(self) -> Sequence[str]:
+        return "stock", "patched", "patched / stock"
 
     @property
     def notes(self) -> Sequence[str]:
         turn = "both models timed in turn" if self.in_turn else "one model after the other: no room for both"
         return (f"tokens per second of all rows: median, and quartiles of {len(self.stock.decode_ms)} rounds; {turn}",)
 
-    def shown_rows(self) -> Sequence[Sequence[str]]:
+    def cells(self) -> Sequence[Sequence[str]]:
         stock, patched = self.stock, self.patched
         return (
             _sizes("weights", stock.weight_bytes, patched.weight_bytes),
@@ -108,7 +109,7 @@ class BenchResult(Comparison):
 
 
 def speed(times_ms: Sequence[float]) -> dict[str, float]:
-    """Tokens per second."""
+    """Tokens per second of such milliseconds per token: the median, and the first and third quartile."""
     low, _, high = quantiles([1000 / each for each in times_ms], n=4, method="inclusive")
     return {"median": 1000 / median(times_ms), "q1": low, "q3": high}
 
@@ -119,9 +120,7 @@ def run(settings: Settings) -> BenchResult:
     The stock model is measured and then patched in place, as a user would; then a second stock model is loaded to be
     timed in turn with it, where memory has room for both.
     """
-    device = torch.device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    device = begin(settings.device, settings.threads)
     needed = _check(settings, device)
     torch.manual_seed(0)
     quantize = settings.asked.get("quantize")
@@ -152,10 +151,8 @@ def run(settings: Settings) -> BenchResult:
 
 
 def _check(settings: Settings, device: torch.device) -> int:
-    """Bytes that the stock model needs. Raises for bad options, for a model that cannot have a pass, and for what
+    """Bytes that the stock model needs. Raises for a model that cannot have a pass or so many tokens, and for what
     memory does not hold."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {settings.device!r}: PyTorch finds no CUDA device here")
     if settings.shape:
         empty = empty_model(settings.shape)
     else:
@@ -168,12 +165,7 @@ def _check(settings: Settings, device: torch.device) -> int:
         raise ValueError(f"--prompt and --tokens are {length} tokens; {settings.name} was made for {context}")
     needed = int(ROOM * weight_bytes(empty))
     plan(empty, **settings.asked)
-    available = available_bytes(device)
-    if available is not None and needed > available:
-        hint = f"take a smaller shape: {', '.join(SHAPES)}" if settings.shape else "take a smaller model"
-        raise HfAccelError(
-            f"{settings.name} needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available", hint
-        )
+    refuse_too_large(settings.name, needed, device)
     return needed
 
 

@@ -41,6 +41,9 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
     Raises ValueError or TypeError for impossible options, HfAccelError for a checkpoint that is damaged, of an unknown
     method, or quantized already where `quantize=` or `gqa=` asks for more.
+
+    >>> model = load(path, quantize="int4", dtype=torch.bfloat16)
+    >>> tokens = model.generate(ids, max_new_tokens=8)
     """
     return read(path, options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser with every command: each adds itself and sets `command`, a function of the parsed options."""
     from hf_accel_patch.bench_command import add_bench
+    from hf_accel_patch.demo_command import add_demo
     from hf_accel_patch.hook_command import add_hook
     from hf_accel_patch.plan_command import add_plan
     from hf_accel_patch.run_command import add_run
@@ -50,48 +50,9 @@ def parser() -> argparse.ArgumentParser:
 
     found = Parser(prog="hf-accel-patch", description="Makes Hugging Face causal LMs faster and smaller in place.")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, add_plan, add_verify, add_bench, add_run, add_uptrain, add_hook):
+    for add in (add_demo, add_plan, add_verify, add_bench, add_run, add_uptrain, add_hook):
         add(commands)
     return found
-
-
-def _add_demo(commands: Any) -> None:
-    from hf_accel_patch.demo import DTYPE
-    from hf_accel_patch.shapes import SHAPES
-
-    added = commands.add_parser("demo", help="measure a model before and after patch(), and take the patch off again")
-    which = added.add_mutually_exclusive_group()
-    which.add_argument("--model", metavar="PATH_OR_ID", help="any causal LM (default: the bundled code-llama-8m)")
-    which.add_argument("--shape", choices=SHAPES, help="speed and memory only, on random weights of a known shape")
-    added.add_argument(
-        "--quantize", default="int4", metavar="SCHEME", help=f"int4 (default), int8, nf4 or llm.int8; stock is {DTYPE}"
-    )
-    added.add_argument("--tokens", type=positive, default=48, metavar="N", help="tokens to generate per prompt (48)")
-    added.add_argument("--windows", type=positive, default=16, metavar="N", help="windows of held-out text (16)")
-    added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
-    added.add_argument("--device", type=device, default="cpu", help="where the model is loaded (cpu)")
-    add_json(added)
-    added.set_defaults(command=_demo)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from hf_accel_patch.demo import Settings, run, show
-
-    settings = Settings(
-        model=options.model,
-        shape=options.shape,
-        quantize=options.quantize,
-        tokens=options.tokens,
-        windows=options.windows,
-        threads=options.threads,
-        device=options.device,
-    )
-    result = run(settings)
-    if options.json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        show(result)
-    return 0 if result.taken_back else 1
 
 
 def add_passes(added: argparse.ArgumentParser) -> None:
@@ -122,7 +83,18 @@ def keywords(options: argparse.Namespace) -> dict[str, Any]:
     return asked | {name: False for name in off}
 
 
+def add_device(added: argparse.ArgumentParser) -> None:
+    """The option that says where a model runs."""
+    added.add_argument("--device", type=device, default="cpu", help="where models are loaded (cpu)")
+
+
+def add_threads(added: argparse.ArgumentParser) -> None:
+    """The option that says how many cores a measurement takes."""
+    added.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch (default: its own choice)")
+
+
 def add_json(added: argparse.ArgumentParser) -> None:
+    """The option of what programs read."""
     added.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +16,21 @@ from torch import Tensor
 from transformers import Pipeline, pipeline
 
 from hf_accel_patch import Quantize, patch, plan, report, unpatch
-from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.measure import (
     PeakMemory,
     interleaved_ms,
     perplexity,
     spread_windows,
     token_ms,
-    weight_bytes,
 )
-from hf_accel_patch.planning.machine import available_bytes
 from hf_accel_patch.progress import stages
-from hf_accel_patch.shapes import SHAPES, empty_model, random_model
+from hf_accel_patch.report import Report
+from hf_accel_patch.shapes import empty_model, random_model
 from hf_accel_patch.texts import held_out_text
+from hf_accel_patch.trials import BUNDLED, begin, refuse_too_large, warm_up
 
 DTYPE = "bfloat16"
-BUNDLED = Path(__file__).parent / "models" / "code-llama-8m"
 PROMPTS = (
     'import json\n\n\ndef read_settings(path):\n    """Read a JSON file and return its content."""\n    with open(path',
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
@@ -82,7 +80,7 @@ class Result:
     patch_seconds: float
     patch_peak_memory_bytes: int | None
     taken_back: bool  # logits other than stock's while patched, and bit-equal to stock's after `unpatch`
-    report: Any
+    report: Report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for programs."""
@@ -100,9 +98,8 @@ def run(settings: Settings) -> Result:
     The patch discards the float weights, as it does by default, so that the memory measured is what a user gets. What
     is timed in turn with it, and then patched with its originals kept and taken back, is a second stock model.
     """
-    device = torch.device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    Quantize(settings.quantize)  # type: ignore[arg-type]  # raises for what is no scheme
+    device = begin(settings.device, settings.threads)
     _check(settings, device)
     torch.manual_seed(0)
     with stages(8 if settings.shape else 9) as advance:
@@ -143,21 +140,13 @@ def run(settings: Settings) -> Result:
 
 
 def _check(settings: Settings, device: torch.device) -> None:
-    """Raise for bad options, for a model that cannot have the pass, and for a shape that memory does not hold."""
-    Quantize(settings.quantize)  # type: ignore[arg-type]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {settings.device!r}: PyTorch finds no CUDA device here")
+    """Raise for a model that cannot have the pass, and for a shape that memory does not hold."""
     if not settings.shape:
         plan(settings.model or str(BUNDLED), quantize=settings.quantize)
         return
     model = empty_model(settings.shape)
     patched = next(row for row in plan(model, quantize=settings.quantize).shown_rows() if row["pass"] == "quantize")
-    needed, available = int(ROOM * (weight_bytes(model) + patched["bytes_after"])), available_bytes(device)
-    if available is not None and needed > available:
-        raise HfAccelError(
-            f"{settings.shape} needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available",
-            f"take a smaller shape: {', '.join(SHAPES)}",
-        )
+    refuse_too_large(settings.shape, int(ROOM * (weight_bytes(model) + patched["bytes_after"])), device)
 
 
 def _model(target: Any) -> Any:
@@ -170,17 +159,6 @@ def _load(settings: Settings, device: torch.device) -> Any:
     if settings.shape:
         return random_model(settings.shape).to(device)
     return pipeline("text-generation", model=settings.model or str(BUNDLED), dtype=torch.bfloat16, device=device)
-
-
-def warm_up(device: torch.device, quantize: str | None) -> None:
-    """Load and compile what PyTorch, transformers and the passes load once, so that it counts for neither side."""
-    pipe = _load(Settings(), device)
-    ids = torch.arange(PROMPT_TOKENS).unsqueeze(0).to(device)
-    for number in range(2):
-        if number:
-            patch(pipe, quantize=quantize)
-        token_ms(pipe.model, ids, 2)
-        pipe(PROMPTS[0], max_new_tokens=2, do_sample=False)
 
 
 def _inputs(settings: Settings, target: Any) -> tuple[Tensor, list[Tensor]]:

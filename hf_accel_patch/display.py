@@ -1,31 +1,47 @@
-"""How plans and reports are shown: as lines, as a table in a terminal (rich), as HTML in a notebook."""
+"""What is shown as a table: as text, fitted to a terminal (rich), as HTML in a notebook, as JSON for programs."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("pass", "state", "output", "bytes", "")
-HIDDEN = ("pass", "exact", "reason", "bytes_before", "bytes_after")  # have columns of their own
-Cells = tuple[str, str, str, str, str]
+
+@dataclass(frozen=True)
+class Column:
+    """How one column of a table is shown."""
+
+    head: str
+    figures: bool = False  # to the right, so that digits stand below one another
+    wraps: bool = False  # whether its texts may take several lines
 
 
-class Shown:
-    """What is shown as a table with one row per pass. Subclasses give `title`, `shown_rows` and `to_dict`."""
+class Tabular:
+    """What is shown as a table. Subclasses give `title`, `columns`, `cells` and `to_dict`."""
 
     @property
     def title(self) -> str:
         raise NotImplementedError
 
-    def shown_rows(self) -> Sequence[dict[str, Any]]:
+    @property
+    def columns(self) -> Sequence[Column]:
         raise NotImplementedError
+
+    def cells(self) -> Sequence[Sequence[str]]:
+        """The texts of each row, as `columns`. Without rows the title is all that is shown."""
+        raise NotImplementedError
+
+    def faded(self, row: Sequence[str]) -> bool:
+        """Whether a row matters less than the others."""
+        return False
 
     @property
     def notes(self) -> Sequence[str]:
@@ -33,25 +49,29 @@ class Shown:
         return ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, for programs."""
         raise NotImplementedError
 
     def to_json(self) -> str:
-        """`to_dict`, as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict`, as text; what is no finite number is null there."""
+        return json.dumps(_finite(self.to_dict()), indent=2)
 
-    def lines(self) -> Iterator[str]:
-        """One line per pass, for logs."""
-        for name, state, output, size, said in map(cells, self.shown_rows()):
-            yield f"{name}: {', '.join(part for part in (state, output, size, said) if part)}"
-
-    def __str__(self) -> str:
-        """Fitted to the terminal, where there is one; else one line per pass, for files and programs."""
-        rows = self.shown_rows()
+    def text(self) -> str:
+        """One line per row, however wide: for files, logs and programs."""
+        rows = self.cells()
         if not rows:
             return self.title
-        if not sys.stdout.isatty():
-            return "\n".join([self.title, *_aligned([COLUMNS, *map(cells, rows)]), *self.notes])
-        return in_terminal(self)
+        heads = [column.head for column in self.columns]
+        widths = [max(map(len, texts)) for texts in zip(heads, *rows, strict=True)]
+        lines = []
+        for row in (heads, *rows):
+            padded = zip(row, self.columns, widths, strict=True)
+            lines.append("  ".join(f"{cell:{'>' if c.figures else '<'}{width}}" for cell, c, width in padded).rstrip())
+        return "\n".join([self.title, *lines, *self.notes])
+
+    def __str__(self) -> str:
+        """Fitted to the terminal, where there is one."""
+        return in_terminal(self) if sys.stdout.isatty() and self.cells() else self.text()
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
@@ -66,35 +86,65 @@ class Shown:
             box=SIMPLE_HEAD,
             pad_edge=False,
         )
-        for name in COLUMNS:
-            shown.add_column(name, no_wrap=bool(name))
-        for row in self.shown_rows():
-            shown.add_row(*map(Text, cells(row)), style="dim" if "reason" in row else None)
+        for column in self.columns:
+            shown.add_column(column.head, justify="right" if column.figures else "left", no_wrap=not column.wraps)
+        for row in self.cells():
+            shown.add_row(*map(Text, row), style="dim" if self.faded(row) else None)
         return shown
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row)) + "</tr>" for row in self.shown_rows()
-        )
+        title, rows = f"<p><b>{escape(self.title)}</b></p>", self.cells()
+        if not rows:
+            return title
+
+        def line(cells: Iterable[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        head = line((column.head for column in self.columns), "th")
+        body = "".join(line(row, "td") for row in rows)
         below = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        shown = (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}" if self.shown_rows() else ""
-        )
-        return f"<p><b>{escape(self.title)}</b></p>{shown}"
+        return f"{title}<table><thead>{head}</thead><tbody>{body}</tbody></table>{below}"
 
 
-def cells(row: dict[str, Any]) -> Cells:
+PASSES = (Column("pass"), Column("state"), Column("output"), Column("bytes"), Column("", wraps=True))
+HIDDEN = ("pass", "exact", "reason", "bytes_before", "bytes_after")  # have columns of their own
+SKIPPED = "skipped"
+
+
+class Shown(Tabular):
+    """A plan or a report, with one row per pass. Subclasses give `title`, `shown_rows` and `to_dict`."""
+
+    def shown_rows(self) -> Sequence[dict[str, Any]]:
+        """What `to_dict` says of each pass."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        return PASSES
+
+    def cells(self) -> Sequence[Sequence[str]]:
+        return [_cells(row) for row in self.shown_rows()]
+
+    def faded(self, row: Sequence[str]) -> bool:
+        return row[1] == SKIPPED
+
+    def lines(self) -> Iterator[str]:
+        """One line per pass, for logs."""
+        for name, *said in self.cells():
+            yield f"{name}: {', '.join(filter(None, said))}"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
     """One pass: its name, on or skipped, exact or changed, bytes, what else it says."""
     if "reason" in row:
-        return row["pass"], "skipped", "", "", row["reason"]
+        return row["pass"], SKIPPED, "", "", row["reason"]
     before, after = row["bytes_before"], row["bytes_after"]
     size = f"{in_words(before)} -> {in_words(after)}" if before != after else "same"
     said = ", ".join(_fact(key, row[key]) for key in row if key not in HIDDEN and row[key] != [])
     return row["pass"], "on", "exact" if row["exact"] else "changed", size, said
 
 
-def in_terminal(shown: Any) -> str:
+def in_terminal(shown: Tabular) -> str:
     """What rich makes of it at the width of the terminal, as text."""
     from rich.console import Console
 
@@ -112,9 +162,13 @@ def in_words(size_bytes: int) -> str:
     return f"{size_bytes} B"
 
 
-def _aligned(rows: Sequence[Cells]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)] + [0]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _finite(value: Any) -> Any:
+    """What JSON can say: a number that is not finite is None."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fact(key: str, value: Any) -> str:

@@ -26,7 +26,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hf_accel_patch.errors import HfAccelError
-from hf_accel_patch.foreign_layers import joined, weights_of
+from hf_accel_patch.foreign_layers import Layer, joined, weights_of
 from hf_accel_patch.loading import HfAccelConfig
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops import foreign
@@ -50,7 +50,12 @@ def read_foreign(
     hub: dict[str, Any],
     kind: type[PreTrainedModel] | None,
 ) -> PreTrainedModel:
-    """A checkpoint of another method, its layers laid out anew one by one."""
+    """A checkpoint of another method, its layers laid out anew one by one.
+
+    `config`: the model's; `found`: what it says of the `method`. `options`: of `from_pretrained`; `hub`: those of them
+    that say where the checkpoint is. `kind`: the class to make; None: as the configuration says. Raises HfAccelError
+    for what is damaged, mixed, or of a format that is not read.
+    """
     adapter = _adapter(path, options, hub)
     files = _files(path, hub, options.pop("variant", None))
     del config.quantization_config
@@ -122,43 +127,38 @@ def _converted(
     skeleton: PreTrainedModel, where: Mapping[str, Any], layers: list[str], method: str, found: dict[str, Any]
 ) -> tuple[dict[str, Tensor], HfAccelConfig]:
     """The state dict in our format, and its description."""
-    read = _reader(method, found)
+    read, block = _reader(method, found), int4_block() or 64
     state: dict[str, Tensor] = {}
     taken: set[str] = set()
-    weights: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # of the groups, by the name of the module
     ordered: list[str] = []
     schemes: set[str] = set()
-    block = int4_block() or 64
-    made = weights_of(skeleton, layers)
-    for each in logging.tqdm(made, desc=f"read {method}", disable=len(layers) < 100):
-        pairs = []
-        for parts in each.layers:
-            name = " and ".join(parts)
+    for made in logging.tqdm(weights_of(skeleton, layers), desc=f"read {method}", disable=len(layers) < 100):
+        pairs, order = [], None
+        for parts in made.layers:
             try:
                 tensors = [_tensors(layer, where, method, taken) for layer in parts]
-                layer = joined([read(each_part, each.part_shape) for each_part in tensors])
-                scheme, codes, scales, order = _packed(layer, each.weight.shape, block)
-                if order is not None and each.of_experts:
+                layer = joined([read(each, made.part_shape) for each in tensors])
+                scheme, codes, scales, order = _packed(layer, made.weight.shape, block)
+                if order is not None and made.of_experts:
                     raise ValueError("act-order is not supported for experts")
             except ValueError as error:
-                raise HfAccelError(f"{name}: {error}") from error
+                raise HfAccelError(f"{' and '.join(parts)}: {error}") from error
             schemes.add(scheme)
             pairs.append((codes, scales))
-        size = 0 if scheme in INT8 else each.weight.shape[1] // len(pairs[0][1])
-        if sizes.setdefault(each.module, size) != size:
-            raise HfAccelError(f"{each.module}: its weights have groups of {sizes[each.module]} and of {size}")
-        key = f"{each.module}.{each.weight.name}"
-        state |= dict(
-            zip((key, f"{key}_scales"), _stacked(pairs, scheme) if each.of_experts else pairs[0], strict=True)
-        )
+        size = 0 if scheme in INT8 else made.weight.shape[1] // len(pairs[0][1])
+        if sizes.setdefault(made.module, size) != size:
+            raise HfAccelError(f"{made.module}: its weights have groups of {sizes[made.module]} and of {size}")
+        key = f"{made.module}.{made.weight.name}"
+        state[key], state[f"{key}_scales"] = _stacked(pairs, scheme) if made.of_experts else pairs[0]
         if order is not None:
             state[f"{key}_order"] = order
-            ordered.append(each.module)
-    for module, size in sizes.items():
-        weights.setdefault(str(size), []).append(module)
+            ordered.append(made.module)
     if len(schemes) > 1:
         raise HfAccelError(f"the checkpoint mixes {', '.join(sorted(schemes))}, which one model cannot hold")
+    weights: dict[str, list[str]] = {}
+    for module, size in sizes.items():
+        weights.setdefault(str(size), []).append(module)
     state |= {name: file.get_tensor(name) for name, file in where.items() if name not in taken}
     return state, HfAccelConfig(schemes.pop(), block=block, weights=weights, ordered=ordered)
 
@@ -177,8 +177,8 @@ def _stacked(pairs: list[tuple[Tensor, Tensor]], scheme: str) -> tuple[Tensor, T
     return (codes.transpose(0, 1) if scheme in INT8 else codes), scales
 
 
-def _reader(method: str, found: dict[str, Any]) -> Callable[[dict[str, Tensor], tuple[int, int]], Any]:
-    """How to read one layer."""
+def _reader(method: str, found: dict[str, Any]) -> Callable[[dict[str, Tensor], tuple[int, int]], Layer]:
+    """How to read one layer, from its tensors and its shape [N, K]."""
     bits = int(found.get("bits", found.get("w_bit", 4)))
     size = int(found.get("group_size", found.get("q_group_size", 128)))
     if method == "gptq":
@@ -194,7 +194,7 @@ def _reader(method: str, found: dict[str, Any]) -> Callable[[dict[str, Tensor], 
     )
 
 
-def _packed(layer: Any, shape: tuple[int, int], block: int) -> tuple[str, Tensor, Tensor, Tensor | None]:
+def _packed(layer: Layer, shape: tuple[int, int], block: int) -> tuple[str, Tensor, Tensor, Tensor | None]:
     """Scheme, codes, scales and order of a layer in our layout. Raises ValueError."""
     codes = layer if isinstance(layer, Tensor) else layer.codes
     if codes.shape != shape:

@@ -27,15 +27,16 @@ from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.ops import foreign
 
+Layer = Tensor | foreign.Rows | foreign.Grouped | foreign.Table  # what one layer of a checkpoint is read as
+
 
 @dataclass
 class Made:
-    """One weight of a model: the name of its module, and the layers that it is made of: [expert][part] for experts,
-    else one."""
+    """One weight of a model, and the layers of the checkpoint that it is made of."""
 
-    module: str
+    module: str  # its name
     weight: Weight
-    layers: list[list[str]] = field(default_factory=list)
+    layers: list[list[str]] = field(default_factory=list)  # names: [expert][part], [0][0] for what is no expert
 
     @property
     def of_experts(self) -> bool:
@@ -87,9 +88,10 @@ def weights_of(skeleton: PreTrainedModel, layers: Sequence[str]) -> list[Made]:
     return sorted(found.values(), key=lambda made: (made.module, made.weight.name))
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """Layers with the same inputs as one: their outputs after one another. Raises ValueError."""
-    first = parts[0]
+def joined(parts: Sequence[Any]) -> Layer:
+    """Layers with the same inputs as one: their outputs after one another. Raises ValueError for those that differ in
+    more, as in their order of inputs."""
+    first: Layer = parts[0]
     if len(parts) == 1:
         return first
     if isinstance(first, Tensor):

@@ -35,10 +35,15 @@ NOT_FOREIGN = (
 
 
 class HfAccelConfig(QuantizationConfigMixin):
-    """`from_pretrained(path, quantization_config=HfAccelConfig("int4"))` quantizes weight by weight while it reads, so
-    that the float model never exists whole. The options are those of `Quantize`.
+    """Has `from_pretrained` quantize weight by weight while it reads, so that the float model never exists whole.
+
+    `scheme`, `group_size`, `skip` and `backend` are those of `Quantize`, but for the backend "bitsandbytes". The others
+    describe, in its config.json, a checkpoint that `save_pretrained` has written.
 
     Raises ValueError or TypeError for impossible ones, and for what describes a checkpoint of another version.
+
+    >>> config = HfAccelConfig("int4", group_size=64, skip=("lm_head",))
+    >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
     """
 
     def __init__(
@@ -66,15 +71,13 @@ class HfAccelConfig(QuantizationConfigMixin):
         if not all(str(size).isdigit() and isinstance(names, list) for size, names in (weights or {}).items()):
             raise ValueError("quantization_config: weights should be lists of names by group size")
         self.quant_method: Any = METHOD
-        self.version, self.scheme, self.group_size, self.skip, self.backend = version, scheme, group_size, skip, backend
+        self.version, self.scheme, self.group_size, self.backend = version, scheme, group_size, backend
         self.skip = tuple(skip) if not isinstance(skip, str) else skip
         self.block = block  # rows in a block of 4-bit codes
         if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
             raise ValueError(f"quantization_config: kv_heads={kv_heads!r} is not a number of key/value heads")
         self.kv_heads = kv_heads  # of a checkpoint of a model whose class knows no key/value heads of its own
-        self.weights = (
-            weights  # names of the modules of a checkpoint by group size; a list of names where they are tied
-        )
+        self.weights = weights  # modules of a checkpoint by group size; a list of names where they are tied
         self.ordered = ordered or []  # of those whose columns are sorted
         if self.quantize().foreign:
             raise ValueError(f"HfAccelConfig {NOT_FOREIGN}")
@@ -95,6 +98,7 @@ class HfAccelConfig(QuantizationConfigMixin):
         self.group_size, self.skip, self.backend = other.group_size, other.skip, other.backend
 
     def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: all but what is None, 0 or an empty list."""
         described = {"quant_method": METHOD, "version": self.version, "scheme": self.scheme}
         described |= {"group_size": self.group_size, "skip": list(self.skip), "backend": self.backend}
         described |= {"block": self.block, "weights": self.weights, "ordered": self.ordered}
@@ -115,8 +119,8 @@ class HfAccelQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized and not config.weights and config.kv_heads is None:
             raise HfAccelError("the checkpoint's quantization_config names no quantized weights")
-        if not self.pre_quantized and self.quantization_config.scheme not in SCHEMES:
-            raise ValueError(f"{self.quantization_config.scheme} is only read; the schemes are {', '.join(SCHEMES)}")
+        if not self.pre_quantized and config.scheme not in SCHEMES:
+            raise ValueError(f"{config.scheme} is only read; the schemes are {', '.join(SCHEMES)}")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = [str(file) for file in kwargs.get("checkpoint_files") or []]
@@ -158,15 +162,11 @@ class HfAccelQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         journal = kept.journal if kept else Journal()
         make_savable(model, journal)
-        if asked.only_grouped:  # nothing is quantized, so nothing should say so
-            for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):
-                for key in keys:
-                    vars(place).pop(key, None)
-            return model
-        for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):  # what undo has to take off too
+        for place, keys in ((model, STOCK), (model.config, STOCK_OF_CONFIG)):
             for key in [key for key in keys if key in vars(place)]:
                 value = vars(place).pop(key)
-                journal.set_attribute(place, key, value)
+                if not asked.only_grouped:  # where nothing is quantized, nothing should say so
+                    journal.set_attribute(place, key, value)  # so that undo takes it off too
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What the demo, verify and bench measure of a model: bytes, peak memory, speed, perplexity, memory that is free."""
+"""What the demo, verify and bench measure of a model: peak memory, speed, perplexity; and windows of a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,11 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.generation.streamers import BaseStreamer
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the live parameters and buffers; tied ones count once."""
-    return sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
 
 
 class PeakMemory:
@@ -51,6 +45,7 @@ class PeakMemory:
         return _status("VmRSS")
 
     def read(self) -> int | None:
+        """The peak since the last `reset`, in bytes above what was in use at first; None where it cannot be known."""
         if self._base is None:
             return None
         cuda = self._device.type == "cuda"

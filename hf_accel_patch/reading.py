@@ -18,8 +18,9 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.modules import QuantizedModule, as_floats
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.products import as_floats
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import Quantize, refuse_unsuitable
 from hf_accel_patch.passes.targets import GROUP_SIZES, Target
@@ -86,6 +87,7 @@ class OnTheFly:
         self.free = threading.Semaphore(IN_FLIGHT)
 
     def take(self, name: str, value: Tensor) -> None:
+        """Hand a weight that has been read to the thread that quantizes; waits where too many are on their way."""
         target, weight = self.names[name]
         parameter: Any = target.modules[0][1]._parameters[weight.name]
         parameter._is_hf_initialized = True
@@ -104,6 +106,10 @@ class OnTheFly:
         self.packed[name] = self.thread.submit(torch.no_grad()(run), value)
 
     def finish(self, model: PreTrainedModel) -> None:
+        """Put all that is quantized into the model, and quantize what was not read as it is named, as tied tables.
+
+        Raises HfAccelError for a weight of another shape than the model's, or with values that are not finite.
+        """
         done: list[Target] = []
         dense = 0  # bytes that the codes stand in for; ties are cut while a model is read, so they are counted now
         try:
@@ -180,7 +186,7 @@ class Prepared:
             self.tied.append((module, tied))
 
     def compare(self, files: list[str]) -> None:
-        """Before anything is read, the headers of the files with what belongs there."""
+        """Before anything is read, the headers of the files with what belongs there. Raises HfAccelError."""
         if not files:
             return
         found: dict[str, tuple[str, list[int]]] = {}
@@ -197,6 +203,8 @@ class Prepared:
                 raise HfAccelError(f"{name} is {found[name]} in the checkpoint where {wanted} belongs")
 
     def finish(self, model: PreTrainedModel) -> None:
+        """Check what has been read, lay it out for this machine's kernels, and tie what was tied. Raises HfAccelError
+        for tensors that are missing or damaged."""
         for name, expected in self.names.items():
             path, _, key = name.rpartition(".")
             found: Any = model.get_submodule(path)._buffers[key]

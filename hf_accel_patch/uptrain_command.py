@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from hf_accel_patch.cli import add_json, positive
+from hf_accel_patch.cli import add_json, dtype, positive
 from hf_accel_patch.uptraining import Parts, uptrain
 from hf_accel_patch.uptraining.run import BATCH_SIZE, SAVE_EVERY, STEPS, Settings
 
@@ -48,7 +48,9 @@ def add_uptrain(commands: Any) -> None:
     added.add_argument(
         "--save-every", type=positive, default=SAVE_EVERY, metavar="N", help=f"steps between them ({SAVE_EVERY})"
     )
-    added.add_argument("--dtype", default="auto", help="of the weights while they are trained (as in the checkpoint)")
+    added.add_argument(
+        "--dtype", type=dtype, default="auto", help="of the weights while they are trained (as in the checkpoint)"
+    )
     added.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the text (0)")
     add_json(added)
     added.set_defaults(command=_uptrain)

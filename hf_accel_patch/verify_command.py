@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from hf_accel_patch.cli import add_json, add_passes, device, dtype, keywords, positive
+from hf_accel_patch.cli import add_device, add_json, add_passes, dtype, keywords, positive
 
 BEYOND = 1  # the exit code where the perplexity has grown by more than was allowed
 
@@ -31,7 +31,7 @@ def add_verify(commands: Any) -> None:
     )
     added.add_argument("--no-speed", action="store_true", help="leave the timing out")
     added.add_argument("--dtype", type=dtype, default="auto", help="of the unquantized weights (as in the checkpoint)")
-    added.add_argument("--device", type=device, default="cpu", help="where the model is loaded (cpu)")
+    add_device(added)
     add_json(added)
     added.set_defaults(command=_verify)
 

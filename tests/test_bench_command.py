@@ -5,10 +5,10 @@ from statistics import median
 
 import pytest
 
-from hf_accel_patch import benching
+from hf_accel_patch import benching, trials
 from hf_accel_patch.benching import Settings, speed
 from hf_accel_patch.cli import main
-from hf_accel_patch.demo import BUNDLED
+from hf_accel_patch.trials import BUNDLED
 
 SHORT = ("--prompt", "8", "--tokens", "3", "--rounds", "3")
 
@@ -45,8 +45,8 @@ def test_both_are_measured(capsys):
 
 
 def test_one_after_the_other_where_memory_has_no_room(capsys, monkeypatch):
-    rooms = iter([10**9, 10**7])  # for one of them, and beside it
-    monkeypatch.setattr(benching, "available_bytes", lambda device: next(rooms))
+    monkeypatch.setattr(trials, "available_bytes", lambda device: 10**9)  # for one of them
+    monkeypatch.setattr(benching, "available_bytes", lambda device: 10**7)  # and beside it
     loaded, load = [], benching._load
 
     def counted(*arguments):
@@ -85,7 +85,7 @@ def test_bad_arguments(arguments, words, capsys, monkeypatch):
 
 
 def test_what_memory_does_not_hold_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(benching, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(trials, "available_bytes", lambda device: 10**9)
     monkeypatch.setattr(benching, "_load", lambda *_: pytest.fail("loaded"))
     code, said = run(capsys, "bench", "--shape", "llama-3.1-8b")
     assert code == 2 and "llama-3.1-8b needs 19.3 GB" in said.err

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from hf_accel_patch import HfAccelError, demo
+from hf_accel_patch import HfAccelError, demo, trials
 from hf_accel_patch.cli import main
-from hf_accel_patch.demo import BUNDLED, Settings
+from hf_accel_patch.demo import Settings
 from hf_accel_patch.shapes import SHAPES, empty_model
 from hf_accel_patch.texts import CALIBRATION, HELD_OUT, calibration_texts, held_out_text, source_files
+from hf_accel_patch.trials import BUNDLED
 
 
 def command(*arguments):
@@ -84,7 +85,7 @@ def test_the_command_answers_with_the_exit_code():
 
 
 def test_a_shape_that_memory_does_not_hold_is_refused_before_it_is_built(monkeypatch):
-    monkeypatch.setattr(demo, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(trials, "available_bytes", lambda device: 10**9)
     monkeypatch.setattr(demo, "random_model", lambda shape: pytest.fail("built"))
     with pytest.raises(HfAccelError, match=r"llama-3.1-8b needs 23.5 GB of memory, 1.0 GB are available"):
         demo.run(Settings(shape="llama-3.1-8b"))

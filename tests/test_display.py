@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_accel_patch
 from hf_accel_patch import patch, plan, report
+from hf_accel_patch.comparison import Comparison
+from hf_accel_patch.display import Column, Tabular
 from hf_accel_patch.options import from_text
 from hf_accel_patch.report import Report
 
@@ -66,6 +69,58 @@ def test_html_is_escaped():
 
 def test_json_is_the_dictionary():
     assert json.loads(REPORT.to_json()) == REPORT.to_dict() | {"passes": [dict(row) for row in ROWS]}
+
+
+class Sizes(Tabular):
+    title, notes = "sizes", ("a <note>",)
+    columns = (Column("name", wraps=True), Column("bytes", figures=True), Column("fits", wraps=True))
+
+    def cells(self):
+        return [("weights", "7", "yes"), ("a cache of [many] words " * 3, "12345", "no")]
+
+    def faded(self, row):
+        return row[-1] == "no"
+
+
+class Losses(Comparison):
+    title, sides = "losses", ("before", "after")
+
+    def cells(self):
+        return [("validation", "12.5", "1.25"), ("training", "nan", "1.00")]
+
+    def to_dict(self):
+        return {"before": [12.5, math.nan], "after": (1.25, math.inf)}
+
+
+def test_figures_stand_to_the_right():
+    assert str(Losses()).splitlines() == [
+        "losses",
+        "            before  after",
+        "validation    12.5   1.25",
+        "training       nan   1.00",
+    ]
+    _, head, first, second, note = str(Sizes()).splitlines()
+    assert head.index("fits") == first.index("yes") == second.index("no", second.index("12345"))
+    assert first.index("7") == second.index("5", second.index("1")) and note == "a <note>"
+
+
+def test_a_terminal_wraps_words_and_keeps_sides_together(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    lines = str(Sizes()).splitlines()
+    assert max(map(len, lines)) <= 30 and "12345" in "".join(lines) and "".join(lines).count("[many]") == 3
+    monkeypatch.setenv("COLUMNS", "12")
+    assert "validation    12.5   1.25" in str(Losses()).splitlines()
+
+
+def test_tables_in_a_notebook_and_in_json():
+    html = Sizes()._repr_html_()
+    assert html.count("<tr>") == 3 and html.count("<th>") == 3 and html.count("<td>") == 6 and "a &lt;note&gt;" in html
+    assert json.loads(Losses().to_json()) == {"before": [12.5, None], "after": [1.25, None]}
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    console.print(Sizes())
+    dim, plain = ([line for line in console.file.getvalue().splitlines() if word in line] for word in ("no ", "yes"))
+    assert dim and all("\x1b[2m" in line for line in dim) and plain and not any("\x1b[2m" in line for line in plain)
 
 
 def test_a_plan_and_a_report_of_a_model():

@@ -3,21 +3,26 @@ in the source."""
 
 import ast
 import dataclasses
+import doctest
 import inspect
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 
+import api_page
 import pytest
 import torch
 import yaml
 from pages import PAGES, ROOT, anchors, blocks, execute, links
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_accel_patch
 from benchmarks import table
 from hf_accel_patch import GQA, Attention, KVCache, Quantize, RopeScaling, Speculative, environment, uptrain
+from hf_accel_patch.texts import held_out_text
 
 DOCS = ROOT / "docs"
 DOCUMENTED = {  # page: whose options it lists
@@ -116,6 +121,27 @@ def test_commands_of_benchmarks_are_there():
                 assert f'"{option}"' in source, f"{page.name}: {name} {option}"
                 found += 1
     assert found > 10
+
+
+def test_the_page_of_public_names_is_that_of_the_docstrings():
+    assert sorted(hf_accel_patch.__all__) == sorted(itertools.chain(*api_page.SECTIONS.values()))
+    assert api_page.page() == api_page.PAGE.read_text(), "python tests/api_page.py --write"
+
+
+@pytest.mark.parametrize("name", hf_accel_patch.__all__)
+def test_examples_of_docstrings(name, monkeypatch):
+    path, text = str(ROOT / "hf_accel_patch" / "models" / "code-llama-8m"), held_out_text()[:20_000]
+    names = {each: getattr(hf_accel_patch, each) for each in hf_accel_patch.__all__}
+    names |= {"AutoModelForCausalLM": AutoModelForCausalLM, "torch": torch, "path": path, "texts": [text]}
+    names["model"] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    names["ids"] = AutoTokenizer.from_pretrained(path)(text[:500], return_tensors="pt")["input_ids"]
+    documented = inspect.getdoc(getattr(hf_accel_patch, name))
+    example = doctest.DocTestParser().get_doctest(documented, names, name, None, 0)
+    assert example.examples
+    monkeypatch.chdir(ROOT)
+    told = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=told.append)
+    assert result.attempted and not result.failed, "".join(told)
 
 
 def test_every_public_name_is_explained():

@@ -244,6 +244,7 @@ def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family,
     monkeypatch.setattr("hf_accel_patch.passes.quantize.block_on", lambda _: found)
     model = patch(tiny(family), quantize="int4", **OFF)
     dense = {name: dense_of(module) for name, module in quantized(model)}
+    assert dense
     for _, module in quantized(model):
         _reblock(module, wanted)
     for name, module in quantized(model):

@@ -17,9 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 import hf_accel_patch
 from hf_accel_patch import GQA, HfAccelConfig, HfAccelError, KVCache, Quantize, load, patch, report, verify
 from hf_accel_patch.cli import main
-from hf_accel_patch.demo import BUNDLED
 from hf_accel_patch.families import weight_bytes
 from hf_accel_patch.passes.layers import InPlaceLayer
+from hf_accel_patch.trials import BUNDLED
 from hf_accel_patch.verifying.agreement import Agreement
 from hf_accel_patch.verifying.original import original_of
 

@@ -7,13 +7,8 @@ here in tables; no other room of the package knows a model type or the name of a
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_accel_patch.compat import CACHE, CACHE_NAMES
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.families.classes import caches_latents, takes_cache, uses_registry
 from hf_accel_patch.families.offloading import is_offloaded
 
 # Where a wrapper keeps the model inside it: torch.compile, pipelines, PEFT
@@ -32,42 +27,18 @@ WRAPPERS = ("_orig_mod", "model", "base_model")
 # Model types whose attention works on the dense mask itself, or chooses keys by more than the attention function sees
 UNSUITABLE_ATTENTION = {"deepseek_v4": "it adds scores of its compressed blocks to the dense additive mask"}
 
-# What our attention function understands, by the names under which transformers' own eager functions take it
-ATTENTION_ARGUMENTS = frozenset(
-    {
-        "module",
-        "query",
-        "key",
-        "value",
-        "attention_mask",
-        "dropout",
-        "scaling",
-        "is_causal",
-        "softcap",
-        "s_aux",
-        "sinks",
-    }
-    | {"position_bias", "sliding_window", "head_mask", "kwargs"}
-)
-
 # Parts of the names under which PEFT adds modules of its own
 ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "lokr_", "oft_", "boft_", "hra_")
 
 # Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
 CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
 
-# Where a configuration says how many query heads and how many key/value heads there are
 # Model types that widen masks and positions for images, so they take none that are made for each token
 WIDENS_MASKS = frozenset({"git"})
 
+# Where a configuration says how many query heads and how many key/value heads there are
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
-
-# The source of a class is found by parsing its file, and CPython's parser is not safe in several threads
-PARSING = threading.Lock()
-
-# In the source of an attention module: it caches a latent and the rotated part of its keys (DeepSeek-V2)
-LATENTS = re.compile(rf", k_(rot|pe) = \w*{CACHE}\.update\(")
 
 
 @dataclass(frozen=True)
@@ -215,14 +186,6 @@ def layer_list(view: View) -> nn.ModuleList:
     raise UnsupportedModel(f"{view.subject} has no list of layers that take a cache")
 
 
-@cache
-def takes_cache(kind: type) -> bool:
-    """Whether the forward of this class takes a cache. What is called `cache` may be something of its own (XLM)."""
-    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-    named = [parameters[name] for name in (*CACHE_NAMES, "cache_params") if name in parameters]
-    return any(each.name != "cache" or "Cache" in str(each.annotation) for each in named)
-
-
 def cache_rows(view: View) -> list[CacheRow]:
     """The layers that cache keys and values, by the configuration."""
     config = view.config
@@ -273,47 +236,6 @@ def weight_bytes(model: nn.Module) -> int:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr() or id(storage)] = storage.nbytes()
     return sum(storages.values())
-
-
-@cache
-def uses_registry(kind: type) -> bool:
-    """Whether the forward of this class takes its attention function from transformers' registry."""
-    return "ALL_ATTENTION_FUNCTIONS" in _source(getattr(kind, "forward", None))
-
-
-@cache
-def branches_on_name(kind: type) -> bool:
-    """Whether the file of this class chooses its path by the names of implementations: under a name that it does not
-    know, it would hand the attention function something else than it does under "sdpa"."""
-    return bool(re.search(r'_attn_implementation\s*(==|!=|in)[^\n]*"sdpa"', _source(sys.modules.get(kind.__module__))))
-
-
-@cache
-def unknown_arguments(kind: type) -> tuple[str, ...]:
-    """What the eager function beside this attention class takes and ours does not know."""
-    eager = vars(sys.modules.get(kind.__module__, object)).get("eager_attention_forward")
-    return tuple(sorted(set(inspect.signature(eager).parameters) - ATTENTION_ARGUMENTS)) if eager else ()
-
-
-@cache
-def caches_latents(kind: type) -> bool:
-    """Whether this attention class caches a latent and the rotated part of its keys."""
-    return bool(LATENTS.search(_source(kind)))
-
-
-@cache
-def changes_cached_keys(kind: type) -> bool:
-    """Whether this attention class computes something of the keys that the cache returns, before it attends to them."""
-    _, _, after = _source(getattr(kind, "forward", None)).partition(f"{CACHE}.update(")
-    return bool(re.search(r"\bkey_states = ", after))
-
-
-def _source(thing: Any) -> str:
-    try:
-        with PARSING:
-            return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return ""
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_accel_patch.compat import CACHE
+from hf_accel_patch.families.classes import source_of
 
 # In the source of a forward: what is cached is expanded after it came from the cache, and then attended to
 LATENTS_FROM_CACHE = re.compile(rf"{CACHE}\.update\(.*self\.expand_kv\(.*ALL_ATTENTION_FUNCTIONS", re.DOTALL)
@@ -34,7 +34,7 @@ def latent_sizes(module: nn.Module) -> Sizes | None:
     sizes = [vars(module).get(name) for name in NAMES]
     if not all(isinstance(size, int) for size in sizes) or "kv_b_proj" not in module._modules:
         return None
-    return Sizes(*sizes) if caches_latents(type(module)) else None  # type: ignore[arg-type]
+    return Sizes(*sizes) if expands_latents(type(module)) else None  # type: ignore[arg-type]
 
 
 def expanding(module: nn.Module) -> Any:
@@ -43,10 +43,7 @@ def expanding(module: nn.Module) -> Any:
 
 
 @cache
-def caches_latents(kind: type) -> bool:
-    """Whether the forward of this class caches latents."""
-    try:
-        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-    except (AttributeError, OSError, TypeError):
-        return False
+def expands_latents(kind: type) -> bool:
+    """Whether the forward of this class caches latents, and expands what comes from the cache."""
+    source = source_of(getattr(kind, "forward", None))
     return hasattr(kind, "expand_kv") and bool(LATENTS_FROM_CACHE.search(source))

@@ -10,22 +10,19 @@ refused as one of wrong sizes, where it could not be read right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.linear import Backend, dense_int4, linear, linear_op
-from hf_accel_patch.ops.packing import INT8, rows_int4
-from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.ops.packing import INT8
+from hf_accel_patch.ops.products import Spec, dequantize, product, rows
+from hf_accel_patch.ops.weight import UNCHANGEABLE, QuantizedWeight
 
 
 class FastLinear(nn.Linear):
@@ -41,121 +38,6 @@ class FastLinear(nn.Linear):
         return F.linear(input, weight, bias)
 
 
-UNCHANGEABLE = "a quantized weight cannot be changed; unpatch, change the dense weight, and patch again"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How to read one quantized weight [N, K]."""
-
-    scheme: str
-    shape: tuple[int, int]
-    backend: Backend
-
-
-def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
-    """x [..., K] times the weight's transpose, [..., N] in the dtype of x."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        if torch.compiler.is_compiling():
-            return F.linear(x, dequantize(codes, scales, spec, x.dtype))
-        return cast(Tensor, _Product.apply(x, codes, scales, spec))  # type: ignore[no-untyped-call]
-    if x.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(f"there are no products of quantized weights for activations on {x.device}")
-    if cpu.readable(x):
-        y = linear(x, codes, as_floats(scales), spec.scheme, spec.backend)
-    else:
-        backend, scales = spec.backend, as_floats(scales)
-        y = linear_op(x, codes, scales, spec.scheme, backend.compiled, backend.rows, backend.decomposed)
-    return y if y.shape[-1] == spec.shape[0] else y[..., : spec.shape[0]]
-
-
-def dequantize(codes: Tensor, scales: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] that the codes stand for."""
-    N, K = spec.shape
-    if spec.scheme in INT8:
-        return (codes.view(N, K).float() * as_floats(scales)[:, None]).to(dtype)
-    return dense_int4(codes, as_floats(scales), TABLES.get(spec.scheme), spec.backend, N, dtype)
-
-
-def rows(index: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
-    """Rows `index` [n] of the weight, bfloat16 [n, K]. Raises IndexError, as an embedding does."""
-    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
-        if index.amin() < 0 or index.amax() >= spec.shape[0]:
-            raise IndexError(f"index out of range: rows are 0..{spec.shape[0] - 1}")
-    if spec.scheme in INT8:
-        return (codes.view(spec.shape)[index].float() * as_floats(scales)[index, None]).bfloat16()
-    return rows_int4(codes, as_floats(scales), TABLES.get(spec.scheme), index)
-
-
-def as_floats(bits: Tensor) -> Tensor:
-    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
-
-
-class _Product(torch.autograd.Function):
-    """In the precision of x, and with nothing but the codes kept for the way back, where they are dequantized again, as
-    QLoRA does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.spec = spec
-        return F.linear(x, dequantize(codes, scales, spec, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, scales = ctx.saved_tensors
-        return grad @ dequantize(codes, scales, ctx.spec, grad.dtype), None, None, None
-
-
-class QuantizedWeight(Tensor):
-    """What `module.weight` reads as: shape, dtype and device for free; any operation on it dequantizes first."""
-
-    module: QuantizedModule
-    codes: Tensor
-    _is_hf_initialized = True  # what initializes the weights that a checkpoint lacks leaves it alone
-
-    @staticmethod
-    def __new__(cls, module: QuantizedModule, codes: Tensor | None = None) -> QuantizedWeight:
-        """`codes`: those of the module, on another device."""
-        shape = module.specs["weight"].shape
-        shape = shape[::-1] if module.transposed else shape
-        codes = module.held("weight")[0] if codes is None else codes
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=module.like.dtype, device=codes.device)
-        weight.module, weight.codes = module, codes
-        return weight
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise RuntimeError(UNCHANGEABLE)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return QuantizedWeight(args[0].module, args[0].codes)
-        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") in (None, args[0].dtype):
-            if (device := (kwargs or {}).get("device")) is not None:
-                return QuantizedWeight(args[0].module, args[0].codes.to(device))
-        if func is torch.ops.aten.empty_like.default:
-            like = {"dtype": args[0].dtype, "device": args[0].device} | {
-                k: v for k, v in (kwargs or {}).items() if v is not None
-            }
-            return torch.empty(args[0].shape, **like)
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(UNCHANGEABLE)
-        dense = lambda weight: weight.module.dequantize(weight.dtype).to(weight.device)  # noqa: E731
-        return func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
 class Specs(dict[str, Spec]):
     """By the name of the parameter that codes stand in for. Modules that are tied have the same one."""
 
@@ -166,7 +48,7 @@ class Specs(dict[str, Spec]):
 
 
 class QuantizedModule(nn.Module):
-    """What all share."""
+    """What all share: codes and scales as buffers in place of parameters, moved, pickled and shown as such."""
 
     specs: Specs
     like: Tensor

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_accel_patch.families import UNSUITABLE_ATTENTION, View, branches_on_name, unknown_arguments
+from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
+from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored, unattended
@@ -48,6 +49,8 @@ class Attention:
     CUDA PyTorch's where attention is plain, else the package's Triton kernels ("triton") or flash-attn, whichever is
     there. "flex" is PyTorch's FlexAttention. What one that is asked for by name cannot do (head sizes, dtypes, dropout)
     "torch" does, and `report` says why; one that is not installed is an error. Under torch.compile it is "torch".
+
+    >>> model = patch(model, attention=Attention(backend="torch"))
     """
 
     backend: Backend = "auto"

@@ -56,6 +56,8 @@ class KVCache:
 
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
+
+    >>> model = patch(model, cache=KVCache("int4", recent=128))
     """
 
     kind: Kind = "exact"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, context_tokens
-from hf_accel_patch.families.rotary import has_alibi, length_limit, uses_learned_positions
+from hf_accel_patch.families.positions import has_alibi, length_limit, uses_learned_positions
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes.rope import Changes, Frequencies, write
 from hf_accel_patch.passes.scaling import RopeScaling

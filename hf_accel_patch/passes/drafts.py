@@ -15,10 +15,11 @@ from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, take_back
 from hf_accel_patch.families import bind, context_tokens, layer_list
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
-from hf_accel_patch.ops.modules import QuantizedLinear, Spec, Specs
+from hf_accel_patch.ops.modules import QuantizedLinear, Specs
 from hf_accel_patch.ops.ngrams import LENGTHS, History, NGrams
 from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.ops.packing import block_on, pack
+from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.passes.choosing import DecodingState, Draft
 from hf_accel_patch.passes.quantize import Quantize
 

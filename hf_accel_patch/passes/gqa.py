@@ -10,16 +10,9 @@ from transformers import PreTrainedConfig
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, first_cached_module
+from hf_accel_patch.families.fewer_heads import Stock, compared, grouped_config
 from hf_accel_patch.families.handwritten import without_shared
-from hf_accel_patch.families.heads import (
-    Layout,
-    Stock,
-    compared,
-    grouped_config,
-    layouts,
-    query_heads,
-    shared_heads,
-)
+from hf_accel_patch.families.heads import Layout, layouts, query_heads, shared_heads
 from hf_accel_patch.families.latent import latent_sizes
 from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.journal import Journal
@@ -58,12 +51,14 @@ class GQA:
 
     With `originals="discard"` each layer's weights are freed before the next layer is converted. Beside the model, one
     attention layer in float64 is held at a time.
+
+    >>> model = patch(model, gqa=GQA(2, calibrate=texts))
     """
 
     kv_heads: int  # key/value heads afterwards; divides those of the model
-    merge: Merge = "aligned"
+    merge: Merge = "aligned"  # how the heads of a group become one
     calibrate: Sequence[Any] | None = field(default=None, repr=False)  # texts, or tensors of token ids [T] or [B, T]
-    originals: Literal["keep", "discard"] = "keep"
+    originals: Literal["keep", "discard"] = "keep"  # whether the weights stay in memory, for `unpatch`
     tokenizer: Any = field(default=None, repr=False)  # for `calibrate`; None: that at model.name_or_path
 
     name = "gqa"

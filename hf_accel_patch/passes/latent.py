@@ -13,8 +13,9 @@ from hf_accel_patch.families.latent import Sizes, expanding, latent_sizes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.latent import Latent, Latents
-from hf_accel_patch.ops.modules import FastLinear, QuantizedLinear, as_floats
+from hf_accel_patch.ops.modules import FastLinear, QuantizedLinear
 from hf_accel_patch.ops.packing import INT8
+from hf_accel_patch.ops.products import as_floats
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.ops.stored import Stored
 

@@ -47,6 +47,15 @@ class PrefixCache:
     another model with the same folder raises UnsupportedModel, and so does another tokenizer, if `tokenizer` is given.
     Only prompts without padding are kept, one sequence at a time. A model whose weights have changed starts anew; so
     does one of which adapters are switched. Several models may share one without a folder, each has its own prefixes.
+
+    `hits`, `misses` and `reused_tokens` count; `bytes` are those in memory; `clear()` forgets all, in the folder too.
+    Raises ValueError for what is no size.
+
+    >>> prefixes = PrefixCache("64MB")
+    >>> model = patch(model, cache=KVCache(prefixes=prefixes))
+    >>> tokens = [model.generate(ids, max_new_tokens=2) for _ in range(2)]
+    >>> prefixes.hits, prefixes.misses
+    (1, 1)
     """
 
     def __init__(self, limit: int | str, folder: str | os.PathLike[str] | None = None, tokenizer: Any = None) -> None:

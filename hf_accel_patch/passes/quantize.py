@@ -19,8 +19,9 @@ from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for
-from hf_accel_patch.ops.modules import QuantizedModule, Spec, Specs, quantized_class
+from hf_accel_patch.ops.modules import QuantizedModule, Specs, quantized_class
 from hf_accel_patch.ops.packing import block_on, int4_block, pack
+from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes import foreign_modules
 from hf_accel_patch.passes.calibrate import calibrated, token_ids
@@ -55,6 +56,8 @@ class Quantize:
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
     report. `save_pretrained` writes the codes, with a `quantization_config` that `from_pretrained` understands once
     this package is imported. Gradients pass through to adapters, as in QLoRA.
+
+    >>> model = patch(model, quantize=Quantize("int4", skip=("lm_head",), originals="keep"))
     """
 
     scheme: Scheme

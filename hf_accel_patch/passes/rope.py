@@ -14,17 +14,15 @@ from transformers import PreTrainedConfig
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View
-from hf_accel_patch.families.rotary import (
-    SCALED,
-    Scaled,
+from hf_accel_patch.families.positions import (
     built,
     length_dependent,
     rotated_channels,
     scaled_config,
-    stateless,
     unlimited,
     why_not_scaled,
 )
+from hf_accel_patch.families.rotary import SCALED, Scaled, stateless
 from hf_accel_patch.families.rotation import moves
 from hf_accel_patch.families.tables import SCALED_TABLE, ScaledTable, growing, table_modules
 from hf_accel_patch.journal import Journal

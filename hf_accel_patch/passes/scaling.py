@@ -36,10 +36,12 @@ class RopeScaling:
 
     All but "dynamic" and "longrope" are the same at every length, and so at any depth the same with and without the
     cache. With those two, cached keys are rotated anew when the frequencies change.
+
+    >>> model = patch(model, rope=RopeScaling("yarn", factor=4.0))
     """
 
     type: Method
-    factor: float = 1.0
+    factor: float = 1.0  # times the trained length
     original: int | None = None  # tokens that the model was trained on; None: as its configuration says
     length: int | None = None  # tokens, for "dynamic"
     attention_factor: float | None = None  # of cos and sin (of queries and keys); None: by the method's formula
@@ -50,9 +52,7 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()  # of "longrope", up to the trained length
     long_factor: tuple[float, ...] = ()  # and beyond it
     window: int | None = None  # neighbours that "self-extend" leaves where they are, in tokens; None: an eighth
-    group: int | None = (
-        None  # tokens that share a position beyond them; None: so many that the distances of the longest text are known
-    )
+    group: int | None = None  # tokens that share a position beyond them; None: as few as the longest text allows
 
     def __post_init__(self) -> None:
         known = get_args(Method)

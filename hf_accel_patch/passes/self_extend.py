@@ -12,9 +12,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import View, changes_cached_keys
+from hf_accel_patch.families import View
+from hf_accel_patch.families.classes import changes_cached_keys
 from hf_accel_patch.families.handwritten import handwritten_modules
-from hf_accel_patch.families.rotary import Scaled, unchanging, unlimited, why_not_scaled
+from hf_accel_patch.families.positions import unchanging, unlimited, why_not_scaled
+from hf_accel_patch.families.rotary import Scaled
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.grouped import Grouping
 from hf_accel_patch.passes.attention import SELECTED, Attention

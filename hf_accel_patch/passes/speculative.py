@@ -52,6 +52,8 @@ class Speculative:
     models in 16 or 8 bits; it takes a fourth of their memory more, and works where reading the weights is what a token
     costs. `skip_layers` leaves layers out of the copy. `draft`: another model with the same tokens drafts instead. What
     it cannot do (beams, static caches, sinks, `output_attentions`) runs as before, with one warning.
+
+    >>> model = patch(model, speculative=Speculative("ngram", most=8, history="64MB"))
     """
 
     method: Method = "ngram"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from hf_accel_patch.display import in_terminal, in_words
+from hf_accel_patch.display import Column, Tabular, in_words
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View
 from hf_accel_patch.ops.modules import QuantizedModule
@@ -21,11 +19,10 @@ from hf_accel_patch.plan import Pass
 from hf_accel_patch.planning.machine import available_bytes, device_of
 from hf_accel_patch.planning.memory import Estimates, Size
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 STOCK, ASKED = "stock", "as asked"
-COLUMNS = ("memory", "weights", "cache", "activations", "peak", "fits")
+FIGURES = ("weights", "cache", "activations", "peak")
+COLUMNS = (Column("memory", wraps=True), *(Column(name, figures=True) for name in FIGURES), Column("fits", wraps=True))
+TOO_LARGE = "no"
 Kind = Literal["int8", "int4"]
 Scheme = Literal["int8", "int4", "nf4"]
 ALTERNATIVES: tuple[tuple[Scheme | None, Kind | None], ...] = (
@@ -40,7 +37,7 @@ ALTERNATIVES: tuple[tuple[Scheme | None, Kind | None], ...] = (
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Tabular):
     """Sizes by scheme, for `batch` sequences of `tokens`. A reason stands in the place of what cannot be had."""
 
     tokens: int
@@ -54,6 +51,7 @@ class Memory:
 
     @property
     def asked(self) -> Size:
+        """What the model takes with the options that were asked for."""
         return next(size for label, size in self.sizes if label == ASKED and isinstance(size, Size))
 
     @property
@@ -85,48 +83,21 @@ class Memory:
             rows.append({"scheme": label, **known})
         return described | {"schemes": rows} | ({"rule_of_thumb": self.problem} if self.problem else {})
 
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """As `COLUMNS`."""
-        for label, size in self.sizes:
-            if isinstance(size, str):
-                yield label, "", "", "", "", size
-                continue
-            fits = {True: "yes", False: "no", None: ""}[self.fits(size)]
-            yield label, *map(in_words, (size.weights, size.cache, size.activations, size.peak)), fits
+    @property
+    def columns(self) -> Sequence[Column]:
+        return COLUMNS
 
-    def __str__(self) -> str:
-        if sys.stdout.isatty():
-            return in_terminal(self)
-        rows = [COLUMNS, *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
-        lines = []
-        for name, *sizes, last in rows:
-            padded = [f"{cell:>{width}}" for cell, width in zip(sizes, widths[1:], strict=True)]
-            lines.append("  ".join([f"{name:<{widths[0]}}", *padded, last]).rstrip())
-        return "\n".join([self.title, *lines, *self.notes])
+    def cells(self) -> Sequence[Sequence[str]]:
+        return [self._cells(label, size) for label, size in self.sizes]
 
-    def __rich__(self) -> Table:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text  # of which no bracket is taken for markup
+    def _cells(self, label: str, size: Size | str) -> tuple[str, ...]:
+        if isinstance(size, str):
+            return label, "", "", "", "", size
+        fits = {True: "yes", False: TOO_LARGE, None: ""}[self.fits(size)]
+        return label, *map(in_words, (size.weights, size.cache, size.activations, size.peak)), fits
 
-        caption = Text("\n".join(self.notes)) if self.notes else None
-        shown = Table(title=Text(self.title, style="bold"), title_justify="left", caption=caption, box=SIMPLE_HEAD)
-        shown.pad_edge, shown.caption_justify = False, "left"
-        for name in COLUMNS:
-            right = name not in (COLUMNS[0], COLUMNS[-1])
-            shown.add_column(name, justify="right" if right else "left", no_wrap=right)
-        for row in self.rows():
-            shown.add_row(*map(Text, row), style=None if row[-1] != "no" else "dim")
-        return shown
-
-    def _repr_html_(self) -> str:
-        def cells(row: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-        body = "".join(cells(row, "td") for row in self.rows())
-        below = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return f"<p><b>{escape(self.title)}</b></p><table>{cells(COLUMNS, 'th')}{body}</table>{below}"
+    def faded(self, row: Sequence[str]) -> bool:
+        return row[-1] == TOO_LARGE
 
 
 def overview(estimates: Estimates, passes: tuple[Pass, ...], budget: int | None = None) -> Memory:

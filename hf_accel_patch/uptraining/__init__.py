@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_accel_patch.errors import HfAccelError
-from hf_accel_patch.families import View, bind, check_weights, find_model, takes_cache
+from hf_accel_patch.families import View, bind, check_weights, find_model
+from hf_accel_patch.families.classes import takes_cache
 from hf_accel_patch.families.offloading import refuse_offloaded
 from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.uptraining.data import Windows, cut
 from hf_accel_patch.uptraining.folder import HINT, Folder
+from hf_accel_patch.uptraining.lent import as_before, teacher_of
 from hf_accel_patch.uptraining.result import Uptrained
-from hf_accel_patch.uptraining.run import (
-    BATCH_SIZE,
-    SAVE_EVERY,
-    STEPS,
-    WIDTH_RATE,
-    Run,
-    Settings,
-    device_of,
-    mean_loss,
-    modes_kept,
-)
+from hf_accel_patch.uptraining.run import BATCH_SIZE, SAVE_EVERY, STEPS, WIDTH_RATE, Run, Settings, device_of, mean_loss
 from hf_accel_patch.uptraining.shown import Show, shown
 
 if TYPE_CHECKING:
@@ -64,20 +56,23 @@ def uptrain(
     What is trained are the parameters of the attention that require gradients: a conversion of heads leaves the rest as
     good as it was, and to leave it alone recovers more and takes less memory; or `train="all"`. AdamW with a warmup and
     a cosine, at a `learning_rate` of 0.75 / hidden size unless another is given: Adam's best rate falls with the width
-    (muP, arXiv:2203.03466). It was measured at 256, on heads that had lost nearly everything; a model that has lost
+    (muP, arXiv 2203.03466). It was measured at 256, on heads that had lost nearly everything; a model that has lost
     little, as by an aligned merge, wants about a tenth.
-    With `accelerate launch` every process reads `batch_size` windows per step, and their
-    gradients are averaged. Its mixed precision counts, and so do its gradient accumulation steps: in so many parts are
-    the windows of a step read.
+
+    With `accelerate launch` every process reads `batch_size` windows per step, and their gradients are averaged. Its
+    mixed precision counts, and so do its gradient accumulation steps: in so many parts are the windows of a step read.
+
     Modes, gradients, devices and random numbers are as before afterwards, also after an exception or Ctrl-C, and the
     weights are then those of the last whole step.
 
     `texts`: strings, tokenized by `tokenizer` or the one at `model.name_or_path`, or tensors of token ids; cut into
     windows of `window` tokens (512, or what the model was made for). Every twentieth window, at most 16, is taken
     from the end and measured on, not trained on.
+
     `original`: the model before the conversion, or its path; it is measured, so that the result says which share of the
     loss is recovered. `distill`: the share of the objective that is the divergence from its predictions (KL, at
     temperature 1); the rest is cross-entropy.
+
     `folder`: for checkpoints, every `save_every` steps and when Ctrl-C comes; the last two are kept. With the same
     arguments a run that was killed goes on from there, and ends in the same weights as if it had not been.
 
@@ -86,6 +81,11 @@ def uptrain(
 
     Raises ValueError for impossible options and too little text, UnsupportedModel or HfAccelError for what cannot be
     trained, all before anything is touched; HfAccelError when the loss is not finite any more.
+
+    >>> model = patch(model, gqa=GQA(2, merge="mean"))
+    >>> result = uptrain(model, texts, steps=2, window=128, original=path, progress=False)
+    >>> result.loss_after < result.loss_before
+    True
     """
     settings = Settings(steps, batch_size, 1.0 if learning_rate is None else learning_rate, distill, seed)
     if train not in get_args(Parts):
@@ -103,11 +103,11 @@ def uptrain(
     windows = cut(texts, view.model, tokenizer or view.tokenizer, window)
     accelerator = _accelerator()
     with ExitStack() as stack:
-        stack.enter_context(_as_before(view.model, parameters, accelerator))
+        stack.enter_context(as_before(view.model, parameters, accelerator))
         loss_original, teacher = None, None
         if original is not None:
             with ExitStack() as measured:
-                teacher = measured.enter_context(_teacher(original, view.model))
+                teacher = measured.enter_context(teacher_of(original, view.model))
                 loss_original = mean_loss(accelerator, teacher, windows.held_out)
                 if distill:
                     stack.push(measured.pop_all())
@@ -244,49 +244,3 @@ def _folder(path: str | os.PathLike[str], run: Run, windows: Windows) -> Folder:
     same |= {"texts": windows.digest(), "window": windows.training.shape[1]}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in run.parameters.items()}
     return Folder(Path(path), same | {"parameters": shapes})
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel, parameters: dict[str, nn.Parameter], accelerator: Accelerator) -> Iterator[None]:
-    """Inside the block the model is on the accelerator's device, and only `parameters` require gradients and have none;
-    modes, gradients, device and the state of random numbers are as before behind it."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    taken = {id(parameter) for parameter in parameters.values()}
-    several = accelerator.num_processes > 1
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with modes_kept(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
-        try:
-            for parameter, _, _ in before:
-                parameter.grad = None
-                parameter.requires_grad = id(parameter) in taken
-            with _on(model, accelerator.device, exactly=several):
-                yield
-        finally:
-            for parameter, required, gradient in before:
-                parameter.requires_grad = required
-                parameter.grad = gradient
-
-
-@contextmanager
-def _on(model: PreTrainedModel, device: torch.device, exactly: bool = False) -> Iterator[None]:
-    """On such a device inside the block, and on its own behind it. One accelerator of several is as good as another,
-    unless it is to be `exactly` this one."""
-    home = device_of(model)
-    moved = home != device if exactly else home.type != device.type
-    if moved:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moved:
-            model.to(home)
-
-
-@contextmanager
-def _teacher(original: Any, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The original in eval mode, where the model is; one that was given is as before behind the block."""
-    if isinstance(original, str | os.PathLike):
-        original = AutoModelForCausalLM.from_pretrained(original, dtype=model.dtype)
-    found = find_model(original)
-    with modes_kept(found), _on(found, device_of(model), exactly=True):
-        yield found.eval()

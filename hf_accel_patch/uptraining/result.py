@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_accel_patch.comparison import Comparison
+
 
 @dataclass(frozen=True)
-class Uptrained:
+class Uptrained(Comparison):
     """The measured facts of one run. Prints as a table; `to_dict` is plain data for programs.
 
     Losses are nats per token on `held_out_tokens` tokens that were not trained on. `loss_original` is that of the model
@@ -37,13 +40,22 @@ class Uptrained:
         """The fields and `recovered`."""
         return asdict(self) | {"recovered": self.recovered}
 
-    def __str__(self) -> str:
-        title = f"uptrained {self.model}: {self.steps} steps, {self.tokens} tokens, {self.seconds:.0f} s"
-        title += f", {self.processes} processes" if self.processes > 1 else ""
-        title += f", resumed at step {self.resumed_at}" if self.resumed_at else ""
-        rows = [("original", self.loss_original), ("before", self.loss_before), ("after", self.loss_after)]
-        lines = [f"{'':<10}{'loss':>8}{'perplexity':>12}"]
-        lines += [f"{name:<10}{loss:>8.3f}{math.exp(loss):>12.2f}" for name, loss in rows if loss is not None]
-        share = self.recovered
-        lines += [] if share is None else [f"{share:.0%} of the lost loss is recovered"]
-        return "\n".join([title, *lines, f"measured on {self.held_out_tokens} tokens that were not trained on"])
+    @property
+    def title(self) -> str:
+        parts = [f"{self.steps} steps", f"{self.tokens} tokens", f"{self.seconds:.0f} s"]
+        parts += [f"{self.processes} processes"] if self.processes > 1 else []
+        parts += [f"resumed at step {self.resumed_at}"] if self.resumed_at else []
+        return f"uptrained {self.model}: {', '.join(parts)}"
+
+    @property
+    def sides(self) -> Sequence[str]:
+        return "loss", "perplexity"
+
+    def cells(self) -> Sequence[Sequence[str]]:
+        rows = (("original", self.loss_original), ("before", self.loss_before), ("after", self.loss_after))
+        return [(name, f"{loss:.3f}", f"{math.exp(loss):.2f}") for name, loss in rows if loss is not None]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        share = [] if self.recovered is None else [f"{self.recovered:.0%} of the lost loss is recovered"]
+        return [*share, f"measured on {self.held_out_tokens} tokens that were not trained on"]

@@ -55,10 +55,12 @@ class Agreement:
 
     @property
     def top1(self) -> float:
+        """The share of tokens for which both have the same likeliest next one; NaN for none."""
         return self.same / self.tokens if self.tokens else math.nan
 
     @property
     def mean_kl(self) -> float:
+        """Nats per token; NaN for none."""
         return self.kl_sum / self.tokens if self.tokens else math.nan
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_accel_patch.comparison import Comparison
@@ -25,16 +25,16 @@ class VerifyResult(Comparison):
     model: str
     original: str  # where the unpatched model is from
     streamed: bool  # whether its weights were read from the disk for every call
-    tokens: int
-    windows: int
+    tokens: int  # on which predictions are compared
+    windows: int  # that they came in
     top1_agreement: float  # share of tokens
     mean_kl: float
-    max_kl: float
+    max_kl: float  # of the worst token
     perplexity_before: float
     perplexity_after: float
     greedy_common: int  # tokens up to the first other one
-    greedy_tokens: int
-    padded_before: dict[str, float] | None
+    greedy_tokens: int  # that were generated
+    padded_before: dict[str, float] | None  # `top1`, a share of tokens, and `max_kl`; the same in the three below
     padded_after: dict[str, float] | None
     cached_before: dict[str, float] | None
     cached_after: dict[str, float] | None
@@ -46,7 +46,7 @@ class VerifyResult(Comparison):
     prefill_speed_after: float | None = None
     speed_before: float | None = None  # tokens per second of decode
     speed_after: float | None = None
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()  # why something is not measured, and what to know of it
 
     @property
     def perplexity_increase(self) -> float:
@@ -62,14 +62,14 @@ class VerifyResult(Comparison):
         return f"{self.model} compared with {self.original}: {self.tokens} tokens in {self.windows} windows"
 
     @property
-    def columns(self) -> Sequence[str]:
-        return "", "unpatched", "patched"
+    def sides(self) -> Sequence[str]:
+        return "unpatched", "patched"
 
     @property
     def notes(self) -> Sequence[str]:
         return self.remarks
 
-    def shown_rows(self) -> Sequence[Sequence[str]]:
+    def cells(self) -> Sequence[Sequence[str]]:
         increase = self.perplexity_increase
         more = f" ({increase:+.2%})" if math.isfinite(increase) else ""
         return (
