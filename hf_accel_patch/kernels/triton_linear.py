@@ -55,7 +55,7 @@ def _entry(table, at):
     return tl.load((table.to(tl.int64) | at.to(tl.int64)).to(tl.pointer_type(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups"])  # what changes with the rows of x compiles once
 def _matvec4(
     x, codes, scales, table, out, M, N, K, groups, sixteens,
     ROWS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
@@ -118,7 +118,7 @@ def _matvec4(
     tl.store(out + 2, y_high.to(out.dtype.element_ty), mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matvec8(x, codes, scales, out, M, N, K, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WARPS: tl.constexpr):
     """OUTPUTS outputs. The warps split K, and a lane takes 8 input features at a time: then a tile of activations has
     the layout of a tile of codes, and its conversion to float32 is shared by all outputs."""
@@ -141,7 +141,7 @@ def _matvec8(x, codes, scales, out, M, N, K, ROWS: tl.constexpr, OUTPUTS: tl.con
     tl.store(out + row * N + n, y.to(out.dtype.element_ty), mask=(row < M) & (n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "blocks"])
 def _matmul4(
     x, codes, scales, table, out, M, N, K, groups, blocks,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr,
@@ -188,7 +188,7 @@ def _matmul4(
     tl.store(out + H, high.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul8(
     x, codes, scales, out, M, N, K,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,

@@ -61,7 +61,7 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
         return cast(Tensor, _Product.apply(x, codes, scales, spec))  # type: ignore[no-untyped-call]
     if x.device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"there are no products of quantized weights for activations on {x.device}")
-    if cpu.readable(x):
+    if cpu.readable(x) or (x.is_cuda and type(x) is Tensor and not cpu.recorded_or_replaced()):  # saves a dispatch
         y = linear(x, codes, as_floats(scales), spec.scheme, spec.backend)
     else:
         backend, scales = spec.backend, as_floats(scales)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreter import INTERPRETED, interpreted, load
 
-from hf_accel_patch.ops import backends, flash
+from hf_accel_patch.ops import backends, flash, launching
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, reference
 from hf_accel_patch.ops.backends import Asked, Case, Choice, attend_by, cannot, choose, missing
 from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
@@ -311,15 +311,13 @@ def test_who_cannot_falls_back_and_says_why(backend, case, reason, monkeypatch):
 
 
 def test_gpus_that_cannot_run_the_kernels(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert backends._unsuitable_gpu.__wrapped__() == "the kernels are for NVIDIA GPUs"
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     old = "the kernels need a GPU of compute capability 8.0 or more"
-    assert backends._unsuitable_gpu.__wrapped__() == old
-    monkeypatch.setattr(backends, "_unsuitable_gpu", lambda: old)
-    assert cannot("triton", GPU) == old and choose("triton", WINDOW).backend != "triton"
+    monkeypatch.setattr(backends, "unsuitable", lambda index: old if index == 1 else "")
+    second = replace(WINDOW, index=1)
+    monkeypatch.setattr(backends, "missing", lambda backend: None)
+    assert cannot("triton", second) == old and choose("auto", second).backend == "torch"
+    assert cannot("flash-attn", second) == "it needs a GPU of compute capability 8.0 or more"
+    assert cannot("triton", replace(WINDOW, index=0)) == cannot("flash-attn", WINDOW) == ""
 
 
 def test_masks_that_are_for_torch_are_noted(triton):
@@ -338,7 +336,9 @@ def test_kernels_that_a_gpu_has_no_room_for(triton, monkeypatch):
     kernels, asked = load("triton_prefill"), Asked("triton")
     error = importlib.import_module("triton").OutOfResources(300, 200, "shared memory")
     monkeypatch.setattr(kernels, "attend", Mock(side_effect=error))
-    assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
+    monkeypatch.setattr(launching, "_refused", {})
+    with pytest.warns(UserWarning, match="a Triton kernel cannot start on cpu"):
+        assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
     assert asked.used[0].startswith("torch: triton: OutOfResources: out of resource: shared memory, Required: 300")
 
 
