@@ -296,13 +296,14 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(codes, scales.float()[:, None], out=torch.empty_like(codes, dtype=dtype))
 
 
-def matvec_shape(blocks: int, block_bytes: int, groups: int, rows: int) -> tuple[int, int]:
+def matvec_shape(blocks: int, block_bytes: int, groups: int, rows: int, wide: bool = False) -> tuple[int, int]:
     """Warps per program, and programs per block of outputs that split K.
 
     4,096 outputs are 128 blocks of 32: a program of 32 warps for nearly every processor. Where there are fewer than two
     blocks for three processors, K is split, but not below 64 KB, which are read before a second kernel would start.
+    `wide`: groups of 64 and more entries of a table, which 64 registers do not hold.
     """
-    most = 32 if rows == 1 else 16  # two rows take twice the registers
+    most = 32 if rows == 1 and not wide else 16  # two rows take twice the registers
     warps = min(most, _power_of_2(groups), max(4, _power_of_2(WARPS * PROCESSORS // blocks)))
     return warps, 1 if 3 * blocks > 2 * PROCESSORS else max(1, min(PROCESSORS // blocks, block_bytes // 65536))
 
@@ -335,7 +336,7 @@ def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> 
     with torch.cuda.device_of(x):
         if len(x) <= MATVEC_ROWS[x.dtype]:
             rows = min(M, 2)
-            warps, splits = matvec_shape(blocks, K * H, groups, rows)
+            warps, splits = matvec_shape(blocks, K * H, groups, rows, wide=table is not None and G >= 64)
             parts, words = _parts(out, splits), codes.view(torch.int32)
             _matvec4[(blocks, splits, triton.cdiv(M, rows))](
                 x, words, scales, table, parts, M, N, K, groups, SIXTEENS, rows, B, G, warps, num_warps=warps

@@ -217,6 +217,7 @@ def test_what_is_not_finite_shows_in_its_row_alone(kind, shape, value):
 )
 def test_matvec_shape(N, K, B, G, rows, expected):
     assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows) == expected
+    assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows, wide=True) == (min(16, expected[0]), expected[1])
 
 
 @pytest.mark.parametrize("tiles, steps, expected", [(16, 64, 8), (56, 64, 4), (1000, 64, 1), (8, 3, 1), (8, 9, 2)])

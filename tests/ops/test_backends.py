@@ -94,6 +94,20 @@ def test_intervals_of_masks_that_say_what_they_are():
     assert not first.intervals.is_inference() and seen(Causal(77, CPU), 77, 77, CPU) is first
 
 
+def test_a_mask_on_another_device_is_none_of_all_elements(monkeypatch):
+    """As accelerate moves it to each layer there; what was found out is found out once."""
+    monkeypatch.setattr(DescribedMask, "dense", Mock(side_effect=AssertionError))
+    mask = described(DENSE["padded"], square=True, padding=PADDING, runs=Mock(return_value=[(9, T), (0, 20)]))
+    moved = [mask.to("meta"), mask.to("meta", non_blocking=True)]
+    assert [type(each) for each in moved] == [DescribedMask] * 2 and moved[0].is_meta
+    assert moved[0].block(3, 5, 0, 7).is_meta and moved[0].padding.is_meta and moved[0].square
+    assert moved[0].keys(3, 5) == mask.keys(3, 5) and moved[0].spans() == mask.spans() == moved[1].spans()
+    found = [seen(each, T, T, CPU) for each in (*moved, mask)]
+    assert found[0] is found[1] is found[2] and mask.runs.call_count == 1
+    monkeypatch.undo()
+    assert mask.to(torch.float32).dtype == torch.float32
+
+
 def test_what_is_no_interval():
     assert seen(described(causal() & HOLES[:, None]), T, T, CPU) is None
     assert seen(Dense(causal()[None, None].float()), T, T, CPU) is None

@@ -150,3 +150,14 @@ def test_beams_and_sampling():
     stock = greedy(model, prompt(), 8, num_beams=3)
     patch(model)
     assert torch.equal(greedy(model, prompt(), 8, num_beams=3), stock)
+
+
+def test_one_token_gets_the_mask_itself_however_long_its_cache():
+    """A row is small beside the keys that it is for, and kernels for one token take it; nothing hidden is None."""
+    options = {"batch_size": 2, "q_length": 1, "kv_length": attention.DENSE_ELEMENTS, "q_offset": 200_000}
+    padding = torch.ones(2, attention.DENSE_ELEMENTS, dtype=torch.bool)
+    assert attention.describe_mask(**options, attention_mask=padding) is None
+    padding[1, :5] = False
+    mask = attention.describe_mask(**options, attention_mask=padding)
+    assert type(mask) is torch.Tensor and mask.shape == (2, 1, 1, attention.DENSE_ELEMENTS)
+    assert not mask[1, 0, 0, :5].any() and mask[0, 0, 0, :5].all()
