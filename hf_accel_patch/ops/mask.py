@@ -99,7 +99,8 @@ class DescribedMask(Lazy):
         shape = cast(tuple[int, int, int, int], tuple(self.shape))
         other = DescribedMask(shape, device, build)
         padding = None if self.padding is None else self.padding.to(device)
-        vars(other).update(vars(self), build=build, runs=self.spans, padding=padding, origin=self.origin or self)
+        origin = self if self.origin is None else self.origin
+        vars(other).update(vars(self), build=build, runs=self.spans, padding=padding, origin=origin)
         return other
 
     def __copy__(self) -> DescribedMask:

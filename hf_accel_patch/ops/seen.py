@@ -67,7 +67,7 @@ def seen(mask: Mask, T: int, S: int, device: torch.device) -> Seen | None:
         return _plain(T, S, isinstance(mask, Causal), device)
     if not isinstance(mask, DescribedMask):
         return _found(mask, T, S, device)
-    mask = mask.origin or mask
+    mask = mask if mask.origin is None else mask.origin
     if not hasattr(mask, "seen"):
         mask.seen = _found(mask, T, S, device)
     return mask.seen
