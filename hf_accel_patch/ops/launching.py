@@ -1,5 +1,5 @@
 """Triton kernels that may not start: on GPUs that are too old or have too little room, and on machines that cannot
-compile them (no C compiler, no headers of Python). What cannot start is tried once; PyTorch computes it instead."""
+compile them (no triton, no C compiler, no headers of Python). What cannot start is tried once; PyTorch does it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 OLDEST = (8, 0)  # compute capability
+NOT_NVIDIA = "the kernels are for NVIDIA GPUs"
 
 _refused: dict[tuple[Hashable, torch.device], str] = {}
 
@@ -20,7 +21,7 @@ _refused: dict[tuple[Hashable, torch.device], str] = {}
 def unsuitable(index: int | None = None) -> str:
     """Why a GPU, by default the current one, has no use for the kernels; empty if it has."""
     if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs"
+        return NOT_NVIDIA
     if torch.cuda.is_available() and torch.cuda.get_device_capability(index) < OLDEST:
         return "the kernels need a GPU of compute capability 8.0 or more"
     return ""
@@ -30,6 +31,8 @@ def launch(kernel: Hashable, device: torch.device, run: Callable[[], Tensor]) ->
     """What `run` computes with a Triton kernel on this device, or why it cannot start there. `kernel`: what decides
     about that, such as its name, dtype and head sizes. Errors that are not Triton's are raised, as is a lack of memory
     for the tensors."""
+    if torch.version.hip is not None:
+        return NOT_NVIDIA
     if (reason := _refused.get((kernel, device))) is not None:
         return reason
     try:
@@ -45,7 +48,9 @@ def launch(kernel: Hashable, device: torch.device, run: Callable[[], Tensor]) ->
 
 
 def _of_triton(error: Exception) -> bool:
-    """Whether it was raised while Triton compiled or started something. What is interpreted raises Triton's own."""
+    """Whether it was raised while Triton was imported, compiled or started. What is interpreted raises Triton's own."""
+    if isinstance(error, ImportError):
+        return True
     from triton.errors import TritonError  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     if isinstance(error, TritonError):

@@ -162,8 +162,6 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, backend: Backe
 
 def _launched(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor | str:
     """By the Triton kernels, or why they cannot start."""
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs"
     kernel = min(x.numel() // x.shape[-1], FEW_ROWS), codes.shape[1:], scales.shape
     return launch((scheme, x.dtype, *kernel), x.device, lambda: linear_triton(x, codes, scales, scheme))
 
@@ -180,6 +178,21 @@ def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tens
     else:
         y = triton_linear.linear_int4(flat, codes, scales)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def dense_triton(codes: Tensor, scales: Tensor, scheme: str, N: int, dtype: torch.dtype) -> Tensor | str:
+    """The weight [N, K] that codes in 4 bits on a GPU stand for, or why the kernel cannot start. Nothing else of its
+    size is made on the way."""
+
+    def run() -> Tensor:
+        from hf_accel_patch.kernels import triton_linear
+
+        if scheme in TABLES:
+            return triton_linear.dequantize_table(codes, scales, _table_on(scheme, codes.device), dtype)
+        return triton_linear.dequantize_int4(codes, scales, dtype)
+
+    dense = launch(("dense", scheme, dtype, codes.shape), codes.device, run)
+    return dense if isinstance(dense, str) else dense[:N]
 
 
 @cache

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from interpreter import load
+from interpreter import INTERPRETED, interpreted, load
 
 from hf_accel_patch.ops import launching, linear, packing
 from hf_accel_patch.ops.launching import launch, unsuitable
@@ -56,6 +56,19 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
         launch("other", CPU, lambda: build.compile_module_from_src("int x;", "x"))
 
 
+def test_without_triton():
+    run, calls = failing(ModuleNotFoundError("No module named 'triton'"))
+    with pytest.warns(UserWarning, match="No module named 'triton'"):
+        assert launch("kernel", CPU, run) == launch("kernel", CPU, run)
+    assert len(calls) == 1
+
+
+def test_on_other_gpus_they_are_not_tried(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    run, calls = failing(AssertionError())
+    assert launch("kernel", CPU, run) == "the kernels are for NVIDIA GPUs" and not calls
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ValueError("ours"), subprocess.SubprocessError()])
 def test_other_errors_are_raised(error):
     load("triton_linear")
@@ -102,3 +115,18 @@ def test_products_without_kernels_unpack(scheme, monkeypatch):
         ours = linear.linear(OnGPU(x), codes, scales, scheme, linear.Backend(True, 8))
     assert torch.equal(ours, right) and calls
     assert (ours - x @ weight.T).norm() < 0.2 * (x @ weight.T).norm()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/kernels does this on a GPU")
+@pytest.mark.parametrize("scheme", ("int4", "nf4"))
+def test_dense_weights_are_those_of_the_kernel(scheme):
+    """Interpreted, and whole blocks more than the weight has rows."""
+    load("triton_linear")
+    weight = torch.randn(70, 128, generator=torch.Generator().manual_seed(0))
+    codes, bits = packing.pack(weight, scheme, 64, 32)
+    scales = bits.view(torch.float32 if bits.dtype == torch.int32 else torch.bfloat16)
+    with interpreted():
+        ours = linear.dense_triton(codes, scales, scheme, 70, torch.float32)
+    theirs = packing.unpack_int4(codes, scales, linear.TABLES.get(scheme), 0, len(codes)).transpose(1, 2)
+    assert ours.shape == (70, 128)
+    assert (ours - theirs.reshape(-1, 128)[:70].float()).abs().max() < 2**-7 * weight.abs().max()
