@@ -16,8 +16,8 @@ What multiplies depends on the rows M of x:
 * A kernel with tensor cores up to MATMUL_ROWS multiplies the codes themselves, exact in 16 bits, and scales the float32
   product of a group: 5 instructions per weight for up to 16 rows. It has no float32 activations: tensor cores would
   round them, and other cores are slower than the matrix-vector kernel for few rows and than cuBLAS for many.
-* Beyond, weights are dequantized for cuBLAS. To write and read them costs 4 bytes per weight once; the kernel above
-  unpacks them again for every 64 rows.
+* Beyond, and on GPUs before compute capability 8.0, weights are dequantized for cuBLAS. To write and read them costs 4
+  bytes per weight once; the kernel above unpacks them again for every 64 rows.
 
 Where the outputs alone would leave processors idle, K is split between programs; a second kernel adds their float32
 sums [S, M, N]. As its launch takes as long as reading some megabytes, a matrix-vector product splits K between the
@@ -25,6 +25,8 @@ warps of a program first.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -266,7 +268,7 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
             rows, outputs = min(M, 2), min(4, _power_of_2(N // 1024))  # 4,096 warps at 4,096 outputs
             grid: tuple[int, ...] = (triton.cdiv(N, outputs), triton.cdiv(M, rows))
             _matvec8[grid](x, codes, scales, out, M, N, K, rows, outputs, 4, num_warps=4)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32:
+        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
             rows, outputs, step, warps = matmul_tile8(M)
             tiles = triton.cdiv(N, outputs), triton.cdiv(M, rows)
             parts = _parts(out, matmul_splits(tiles[0] * tiles[1], triton.cdiv(K, step)))
@@ -342,7 +344,7 @@ def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> 
                 x, words, scales, table, parts, M, N, K, groups, SIXTEENS, rows, B, G, warps, num_warps=warps
             )
             _add_parts(parts, out)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32:
+        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
             rows, columns, warps = matmul_tile4(M, wide=table is not None and G == 128)
             tiles = triton.cdiv(blocks * H, columns), triton.cdiv(M, rows)
             parts = _parts(out, matmul_splits(tiles[0] * tiles[1], groups))
@@ -378,6 +380,12 @@ def _parts(out: Tensor, splits: int) -> Tensor:
 def _add_parts(parts: Tensor, out: Tensor) -> None:
     if len(parts) > 1:
         _add[(triton.cdiv(out.numel(), 512),)](parts, out, out.numel(), len(parts), 512, num_warps=4)
+
+
+@cache
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether Triton has products for them: on older GPUs it multiplies number by number, and spills registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _activations(x: Tensor, K: int) -> Tensor:
