@@ -22,8 +22,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, variant: Varia
     if T > 1 and seen.everything:
         if variant.bias is not None:
             return "a bias without a causal mask"
-        stop = int(seen.intervals[0, 0, 1])
-        return flash_attn_func(query, key[:, :stop], value[:, :stop], causal=False, **options)
+        return flash_attn_func(query, key[:, : seen.last], value[:, : seen.last], causal=False, **options)
     if seen.runs is None:
         return "what queries see is not causal within a window"
     runs, window = seen.runs

@@ -55,6 +55,11 @@ class Seen:
         return found, window
 
     @cached_property
+    def last(self) -> int:
+        """The key after the last one that the first query sees."""
+        return int(self.intervals[0, 0, 1])
+
+    @cached_property
     def everything(self) -> bool:
         """Whether all queries see the same keys, from the first on."""
         return bool((self.intervals[..., 0] == 0).all() & (self.intervals[..., 1] == self.intervals[:1, :1, 1]).all())

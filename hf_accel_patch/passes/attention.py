@@ -30,7 +30,7 @@ from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, repla
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
-DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
+DENSE_ELEMENTS = 1 << 18  # masks up to this size, or of few queries, are stored: to describe them saves little
 SCORE_ELEMENTS = 1 << 24  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
 
@@ -213,7 +213,7 @@ def describe_mask(
     if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
         return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
     dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
-    small = q_length == 1 or batch_size * q_length * kv_length <= DENSE_ELEMENTS
+    small = q_length <= MOST_TOKENS or batch_size * q_length * kv_length <= DENSE_ELEMENTS
     if small or _traced() or isinstance(q_offset, Tensor):
         options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
         return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
