@@ -6,6 +6,7 @@ intervals compute any of these in memory and time that follow what is seen.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Seen:
 
     def __init__(self, intervals: Tensor) -> None:
         self.intervals = intervals
+        self.places: dict[Hashable, tuple[Tensor, ...]] = {}  # of its runs in memory (ops.flash)
 
     @cached_property
     def runs(self) -> tuple[list[Run], int] | None:

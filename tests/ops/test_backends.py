@@ -256,6 +256,14 @@ def test_arguments_of_flash_attn(flash_attn, monkeypatch, name, variant):
     assert {window for _, _, window in flash_attn.calls} == {expected}
 
 
+def test_places_of_runs_are_found_once(flash_attn, monkeypatch):
+    query, key, value = inputs()
+    found = seen(Dense(DENSE["padded"][:, None]), T, T, CPU)
+    first = flash.attend(query, key, value, found, Variant(0.3))
+    monkeypatch.setattr(flash, "_ends", None)
+    assert torch.equal(flash.attend(query, key, value, found, Variant(0.3)), first)
+
+
 def test_what_flash_attn_cannot_say(flash_attn):
     query, key, value = inputs(S=30)
     everything = seen(Everything(30), T, 30, CPU)
