@@ -13,19 +13,22 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=fals
 device="${DEVICE:-cuda}" shape="${SHAPE:-llama-3.2-1b}" large="${LARGE:-llama-3.1-8b}" long="${LONG:-2048}"
 python="${PYTHON:-python3}"
 mkdir -p "$OUT"
-summary=() signal=TERM
+log="$OUT/gpu.log" scratch=$(mktemp -d) summary=() signal=TERM
+trap 'rm -rf "$scratch"' EXIT
+: >"$log"
 
-part() { # part NAME SECONDS COMMAND...: runs it, its output in a log in $OUT and its end on the terminal
-    local name=$1 seconds=$2 begin=$SECONDS code
+part() { # part NAME SECONDS COMMAND...: runs it, its output in the log and its end on the terminal
+    local name=$1 seconds=$2 begin=$SECONDS code lines
     shift 2
-    echo "== $name (at most $seconds s)"
-    timeout --signal="$signal" --kill-after=10 "$seconds" "$@" >"$OUT/gpu-$name.log" 2>&1
+    echo "== $name (at most $seconds s)" | tee -a "$log"
+    lines=$(wc -l <"$log")
+    timeout --signal="$signal" --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
     code=$?
-    tail -n 25 "$OUT/gpu-$name.log" | cut -c1-240
+    tail -n "+$((lines + 1))" "$log" | tail -n 25 | cut -c1-240
     case $code in
         0) summary+=("ok    $name, $((SECONDS - begin)) s") ;;
         124 | 137) summary+=("TIME  $name: stopped after $seconds s") ;;
-        *) summary+=("FAIL  $name: exit code $code, see gpu-$name.log") ;;
+        *) summary+=("FAIL  $name: exit code $code, see gpu.log") ;;
     esac
 }
 
@@ -39,8 +42,7 @@ compiling=()
 compile() { # compile NAME COMMAND...: beside what follows; no row of it counts
     local name=$1
     shift
-    timeout --kill-after=10 120 "$@" --device "$device" --out "$OUT/gpu-compiled.jsonl" \
-        >"$OUT/gpu-compile-$name.log" 2>&1 &
+    timeout --kill-after=10 120 "$@" --device "$device" --out "$scratch/compiled.jsonl" >"$scratch/$name.log" 2>&1 &
     compiling+=($!)
 }
 
@@ -64,18 +66,22 @@ part tests 140 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 
     tests/kernels/test_triton_decode.py
 signal=TERM
 wait "${compiling[@]}"
-decode decode 80 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 30
-decode decode-large 70 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 40
+for each in "$scratch"/*.log; do
+    echo "== compiled beside the tests: $(basename "$each" .log)"
+    cat "$each"
+done >>"$log"
+decode decode 80 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
+decode decode-large 70 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 45
 decode padded 50 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 25
 decode long 40 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 25
 part attention 30 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
     --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20
 part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
-    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 30 --limit 20 --run-limit 10
-part speculative 60 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
-    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 45
+    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 40 --limit 20 --run-limit 10
+part speculative 70 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
+    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 55
 
-echo "== summary (rows in gpu.jsonl, logs in gpu-*.log)"
-printf '%s\n' "${summary[@]}"
+echo "== summary (rows in gpu.jsonl, all output in gpu.log)" | tee -a "$log"
+printf '%s\n' "${summary[@]}" | tee -a "$log"
 [ ! -s "$OUT/gpu.jsonl" ] || "$python" -m benchmarks.table "$OUT/gpu.jsonl"
 case "${summary[*]}" in *FAIL* | *TIME*) exit 1 ;; esac
