@@ -2,29 +2,33 @@
 # Correctness and speed on a machine with a GPU, in less than 10 minutes, without network or installation.
 #
 #   OUT=results bash benchmarks/gpu.sh        # OUT: the folder for rows and logs (default: benchmarks/results)
-#   DEVICE=cpu SHAPE=tiny LONG=64 bash benchmarks/gpu.sh    # tries the script itself without a GPU
+#   DEVICE=cpu SHAPE=tiny LARGE=tiny LONG=64 bash benchmarks/gpu.sh    # tries the script itself without a GPU
 #
 # Every part has a time limit; one that fails or runs out of time is named in the summary, and the next one goes on.
+# Triton compiles for seconds what it has not compiled before, so what the benchmarks need is compiled beside the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export OUT="${OUT:-$PWD/benchmarks/results}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export OUT="${OUT:-$PWD/benchmarks/results}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 device="${DEVICE:-cuda}" shape="${SHAPE:-llama-3.2-1b}" large="${LARGE:-llama-3.1-8b}" long="${LONG:-2048}"
 python="${PYTHON:-python3}"
 mkdir -p "$OUT"
-summary=()
+log="$OUT/gpu.log" scratch=$(mktemp -d) summary=() signal=TERM
+trap 'rm -rf "$scratch"' EXIT
+: >"$log"
 
-part() { # part NAME SECONDS COMMAND...: runs it, its output in a log in $OUT and its end on the terminal
-    local name=$1 seconds=$2 begin=$SECONDS code
+part() { # part NAME SECONDS COMMAND...: runs it, its output in the log and its end on the terminal
+    local name=$1 seconds=$2 begin=$SECONDS code lines
     shift 2
-    echo "== $name (at most $seconds s)"
-    timeout --kill-after=10 "$seconds" "$@" >"$OUT/gpu-$name.log" 2>&1
+    echo "== $name (at most $seconds s)" | tee -a "$log"
+    lines=$(wc -l <"$log")
+    timeout --signal="$signal" --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
     code=$?
-    tail -n 25 "$OUT/gpu-$name.log" | cut -c1-240
+    tail -n "+$((lines + 1))" "$log" | tail -n 25 | cut -c1-240
     case $code in
         0) summary+=("ok    $name, $((SECONDS - begin)) s") ;;
         124 | 137) summary+=("TIME  $name: stopped after $seconds s") ;;
-        *) summary+=("FAIL  $name: exit code $code, see gpu-$name.log") ;;
+        *) summary+=("FAIL  $name: exit code $code, see gpu.log") ;;
     esac
 }
 
@@ -34,27 +38,50 @@ decode() { # decode NAME SECONDS ARGUMENTS...: rows are added to gpu.jsonl in $O
     part "$name" "$seconds" "$python" -m benchmarks.decode --device "$device" --out "$OUT/gpu.jsonl" "$@"
 }
 
+compiling=()
+compile() { # compile NAME COMMAND...: beside what follows; no row of it counts
+    local name=$1
+    shift
+    timeout --kill-after=10 120 "$@" --device "$device" --out "$scratch/compiled.jsonl" >"$scratch/$name.log" 2>&1 &
+    compiling+=($!)
+}
+
 part machine 30 "$python" -c '
 import sys, torch, transformers, hf_accel_patch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, gpu)
 print("hf_accel_patch", hf_accel_patch.__version__)
 '
+for each in int8 int4; do
+    compile "$each" "$python" -m benchmarks.decode --shape "$shape" --systems "$each" --rounds 1 --tokens 3 --limit 100
+    compile "cache-$each" "$python" -m benchmarks.kvcache --parts decode --shape "$shape" --layers 2 --caches "$each" \
+        --contexts "$((4 * long))" --rounds 1 --steps 1
+done
+compile attention "$python" -m benchmarks.attention_kernels --backends triton --length "$((2 * long))" --rounds 1
 parallel=()
-"$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-part tests 120 "$python" -m pytest -q -m "not slow" --maxfail=20 "${parallel[@]}" -p no:cacheprovider tests
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n 8 --dist worksteal)
+signal=INT # so that pytest still says what failed
+part tests 140 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
+    tests/kernels/test_models_on_a_gpu.py tests/kernels/test_triton_linear.py tests/kernels/test_triton_prefill.py \
+    tests/kernels/test_triton_decode.py
+signal=TERM
+wait "${compiling[@]}"
+for each in "$scratch"/*.log; do
+    echo "== compiled beside the tests: $(basename "$each" .log)"
+    cat "$each"
+done >>"$log"
 decode decode 80 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
-decode decode-large 80 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 60
-decode padded 60 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 40
-decode long 45 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
+decode decode-large 70 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 45
+decode padded 50 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 25
+decode long 40 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 25
 part attention 30 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
     --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20
 part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
-    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 45 --limit 20 --run-limit 10
-part speculative 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
-    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 60
+    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 40 --limit 20 --run-limit 10
+part speculative 70 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
+    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 55
 
-echo "== summary (rows in gpu.jsonl, logs in gpu-*.log)"
-printf '%s\n' "${summary[@]}"
+echo "== summary (rows in gpu.jsonl, all output in gpu.log)" | tee -a "$log"
+printf '%s\n' "${summary[@]}" | tee -a "$log"
 [ ! -s "$OUT/gpu.jsonl" ] || "$python" -m benchmarks.table "$OUT/gpu.jsonl"
 case "${summary[*]}" in *FAIL* | *TIME*) exit 1 ;; esac

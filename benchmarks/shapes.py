@@ -242,5 +242,6 @@ def _fill(model: Any) -> None:
         if parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
+            same = block.to(parameter)  # once, not piece by piece over the bus of a GPU
             for part in parameter.view(-1).split(len(block)):
-                part.copy_(block[: len(part)])
+                part.copy_(same[: len(part)])

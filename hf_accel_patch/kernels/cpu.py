@@ -60,7 +60,12 @@ def readable(x: Tensor, *parameters: Tensor | None) -> bool:
             continue
         if type(parameter) is not Parameter or not parameter.is_cpu or (recorded and parameter.requires_grad):
             return False
-    return not (_dispatch_modes() or _tracing_state() or _transforms() or torch.is_autocast_enabled("cpu"))
+    return not (recorded_or_replaced() or torch.is_autocast_enabled("cpu"))
+
+
+def recorded_or_replaced() -> bool:
+    """Whether anything records or replaces the operators of PyTorch, which must then be all that computes."""
+    return bool(torch.compiler.is_compiling() or _dispatch_modes() or _tracing_state() or _transforms())
 
 
 def linear_int4(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ What multiplies depends on the rows M of x:
 * A kernel with tensor cores up to MATMUL_ROWS multiplies the codes themselves, exact in 16 bits, and scales the float32
   product of a group: 5 instructions per weight for up to 16 rows. It has no float32 activations: tensor cores would
   round them, and other cores are slower than the matrix-vector kernel for few rows and than cuBLAS for many.
-* Beyond, weights are dequantized for cuBLAS. To write and read them costs 4 bytes per weight once; the kernel above
-  unpacks them again for every 64 rows.
+* Beyond, and on GPUs before compute capability 8.0, weights are dequantized for cuBLAS. To write and read them costs 4
+  bytes per weight once; the kernel above unpacks them again for every 64 rows.
 
 Where the outputs alone would leave processors idle, K is split between programs; a second kernel adds their float32
 sums [S, M, N]. As its launch takes as long as reading some megabytes, a matrix-vector product splits K between the
@@ -25,6 +25,8 @@ warps of a program first.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -55,7 +57,7 @@ def _entry(table, at):
     return tl.load((table.to(tl.int64) | at.to(tl.int64)).to(tl.pointer_type(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups"])  # what changes with the rows of x compiles once
 def _matvec4(
     x, codes, scales, table, out, M, N, K, groups, sixteens,
     ROWS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
@@ -118,7 +120,7 @@ def _matvec4(
     tl.store(out + 2, y_high.to(out.dtype.element_ty), mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matvec8(x, codes, scales, out, M, N, K, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WARPS: tl.constexpr):
     """OUTPUTS outputs. The warps split K, and a lane takes 8 input features at a time: then a tile of activations has
     the layout of a tile of codes, and its conversion to float32 is shared by all outputs."""
@@ -141,7 +143,7 @@ def _matvec8(x, codes, scales, out, M, N, K, ROWS: tl.constexpr, OUTPUTS: tl.con
     tl.store(out + row * N + n, y.to(out.dtype.element_ty), mask=(row < M) & (n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "blocks"])
 def _matmul4(
     x, codes, scales, table, out, M, N, K, groups, blocks,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr,
@@ -188,7 +190,7 @@ def _matmul4(
     tl.store(out + H, high.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul8(
     x, codes, scales, out, M, N, K,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -266,7 +268,7 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
             rows, outputs = min(M, 2), min(4, _power_of_2(N // 1024))  # 4,096 warps at 4,096 outputs
             grid: tuple[int, ...] = (triton.cdiv(N, outputs), triton.cdiv(M, rows))
             _matvec8[grid](x, codes, scales, out, M, N, K, rows, outputs, 4, num_warps=4)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32:
+        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
             rows, outputs, step, warps = matmul_tile8(M)
             tiles = triton.cdiv(N, outputs), triton.cdiv(M, rows)
             parts = _parts(out, matmul_splits(tiles[0] * tiles[1], triton.cdiv(K, step)))
@@ -296,13 +298,14 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(codes, scales.float()[:, None], out=torch.empty_like(codes, dtype=dtype))
 
 
-def matvec_shape(blocks: int, block_bytes: int, groups: int, rows: int) -> tuple[int, int]:
+def matvec_shape(blocks: int, block_bytes: int, groups: int, rows: int, wide: bool = False) -> tuple[int, int]:
     """Warps per program, and programs per block of outputs that split K.
 
     4,096 outputs are 128 blocks of 32: a program of 32 warps for nearly every processor. Where there are fewer than two
     blocks for three processors, K is split, but not below 64 KB, which are read before a second kernel would start.
+    `wide`: groups of 64 and more entries of a table, which 64 registers do not hold.
     """
-    most = 32 if rows == 1 else 16  # two rows take twice the registers
+    most = 32 if rows == 1 and not wide else 16  # two rows take twice the registers
     warps = min(most, _power_of_2(groups), max(4, _power_of_2(WARPS * PROCESSORS // blocks)))
     return warps, 1 if 3 * blocks > 2 * PROCESSORS else max(1, min(PROCESSORS // blocks, block_bytes // 65536))
 
@@ -335,13 +338,13 @@ def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> 
     with torch.cuda.device_of(x):
         if len(x) <= MATVEC_ROWS[x.dtype]:
             rows = min(M, 2)
-            warps, splits = matvec_shape(blocks, K * H, groups, rows)
+            warps, splits = matvec_shape(blocks, K * H, groups, rows, wide=table is not None and G >= 64)
             parts, words = _parts(out, splits), codes.view(torch.int32)
             _matvec4[(blocks, splits, triton.cdiv(M, rows))](
                 x, words, scales, table, parts, M, N, K, groups, SIXTEENS, rows, B, G, warps, num_warps=warps
             )
             _add_parts(parts, out)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32:
+        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
             rows, columns, warps = matmul_tile4(M, wide=table is not None and G == 128)
             tiles = triton.cdiv(blocks * H, columns), triton.cdiv(M, rows)
             parts = _parts(out, matmul_splits(tiles[0] * tiles[1], groups))
@@ -377,6 +380,12 @@ def _parts(out: Tensor, splits: int) -> Tensor:
 def _add_parts(parts: Tensor, out: Tensor) -> None:
     if len(parts) > 1:
         _add[(triton.cdiv(out.numel(), 512),)](parts, out, out.numel(), len(parts), 512, num_warps=4)
+
+
+@cache
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether Triton has products for them: on older GPUs it multiplies number by number, and spills registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _activations(x: Tensor, K: int) -> Tensor:

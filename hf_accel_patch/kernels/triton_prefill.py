@@ -31,7 +31,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.errors import TritonError as TritonError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 MOST_CHANNELS = 256

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_accel_patch.ops.fused import fused_attention
+
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
 GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
 FOLD = 64.0  # times which a bias fits into float16
@@ -154,7 +156,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         keys, values = key[:, :, first:last], value[:, :, first:last]
         bias = part_of_bias(variant.bias, start, stop, first, last)
         if fused:
-            outputs.append(_fused(part, keys, values, block if bias is None else _added(bias, block), variant))
+            added = block if bias is None else _added(bias, block)
+            outputs.append(fused_attention(part, keys, values, added, variant.dropout, variant.scale))
         else:
             sinks = variant.sinks
             if sinks is not None and sinks.shape[2] != 1:
@@ -319,24 +322,6 @@ def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor:
-    """scaled_dot_product_attention without expanded keys and values. Its CPU kernel groups heads also under a mask; on
-    other devices a mask sends grouped heads to the kernel that stores all scores, so they are folded into the rows."""
-    B, H, T, D = query.shape
-    K = key.shape[1]
-    if H == K or mask is None or query.device.type == "cpu":
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, variant.dropout, scale=variant.scale, enable_gqa=H != K
-        )
-    if mask.shape[1] != 1:
-        mask = mask.reshape(mask.shape[0], K, -1, mask.shape[-1])
-    elif mask.shape[2] != 1:
-        mask = mask.repeat(1, 1, H // K, 1)
-    folded = query.reshape(B, K, H // K * T, D)
-    output = F.scaled_dot_product_attention(folded, key, value, mask, variant.dropout, scale=variant.scale)
-    return output.reshape(B, H, T, -1)
-
-
 def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], variant: Variant) -> Tensor:
     """Causal attention within each sequence's own run of tokens. Padded positions, which nobody reads, get zeros."""
     output, bias = query.new_zeros((*query.shape[:-1], value.shape[-1])), variant.bias
@@ -347,9 +332,8 @@ def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[in
                 own = (bias[row : row + 1] if len(bias) > 1 else bias)[..., start:stop]
                 output[row : row + 1, :, start:stop] = _row_as_channels(q, k, v, replace(variant, bias=own))
                 continue
-            output[row : row + 1, :, start:stop] = F.scaled_dot_product_attention(
-                q, k, v, None, variant.dropout, is_causal=True, scale=variant.scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            done = fused_attention(q, k, v, None, variant.dropout, variant.scale, causal=True)
+            output[row : row + 1, :, start:stop] = done
     return output
 
 

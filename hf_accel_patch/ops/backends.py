@@ -10,6 +10,7 @@ measures it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from torch import Tensor
 from hf_accel_patch.ops import flash, flex
 from hf_accel_patch.ops.attention import Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS
+from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.seen import seen
 
 Backend = Literal["auto", "torch", "triton", "flash-attn", "flex"]
@@ -45,6 +47,7 @@ class Case:
     few_tokens: bool = False  # a decode
     gradients: bool = False
     otherwise: str = ""  # what torch alone can do
+    index: int | None = None  # of the device, where there are several
 
     @property
     def plain(self) -> bool:
@@ -88,6 +91,7 @@ def case_of(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Vari
         query.shape[2] <= MOST_TOKENS,
         torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs),
         _otherwise(query, key, value, variant),
+        query.device.index,
     )
 
 
@@ -125,7 +129,7 @@ def cannot(backend: str, case: Case) -> str:
     if backend == "triton":
         if case.device != "cuda" and not (case.device == "cpu" and _interpreted()):
             return f"the kernels are for CUDA, and this is on {case.device}"
-        if case.device == "cuda" and (reason := _unsuitable_gpu()):
+        if case.device == "cuda" and (reason := unsuitable(case.index)):
             return reason
         if case.dtype not in (*HALVES, torch.float32):
             return f"the kernels take no {name}"
@@ -134,6 +138,8 @@ def cannot(backend: str, case: Case) -> str:
     if backend == "flash-attn":
         if case.device != "cuda":
             return f"it is for CUDA, and this is on {case.device}"
+        if torch.version.hip is None and (reason := unsuitable(case.index)):
+            return reason.replace("the kernels need", "it needs")
         if case.dtype not in HALVES:
             return f"it takes bfloat16 and float16, and this is {name}"
         if widest > MOST_CHANNELS or case.head_size != case.value_size:
@@ -203,23 +209,25 @@ def _computed(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Mas
         return flex.attend(query, key, value, intervals, variant)
     sinks = None if variant.sinks is None else variant.sinks.reshape(-1)
     options = variant.scale, variant.softcap, sinks, variant.bias
-    kernels = _triton()
-    try:
-        output: Tensor = kernels.attend(query, key, value, intervals, *options)[0]
-    except kernels.TritonError as error:  # a GPU with less room than any that the sizes were chosen for
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return output
+    kernels, kind = _triton(), ("prefill", *_kind(query, value, variant))
+    return launch(kind, query.device, lambda: kernels.attend(query, key, value, intervals, *options)[0])
 
 
-def _decoded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor:
+def _kind(query: Tensor, value: Tensor, variant: Variant) -> tuple[Hashable, ...]:
+    """What decides whether a kernel can start."""
+    extras = variant.softcap is None, variant.sinks is None, variant.bias is None
+    return query.dtype, query.shape[-1], value.shape[-1], *extras
+
+
+def _decoded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant) -> Tensor | str:
     """Few queries, with the tokens split between programs."""
     from hf_accel_patch.kernels import triton_decode
 
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     sinks = None if variant.sinks is None else variant.sinks.float().reshape(-1).contiguous()
     mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
-    output: Tensor = triton_decode.attend(query, None, 0, 0, key, value, mask, variant.scale, variant.softcap, sinks)
-    return output
+    inputs = query, None, 0, 0, key, value, mask, variant.scale, variant.softcap, sinks
+    return launch(("decode", *_kind(query, value, variant)), query.device, lambda: triton_decode.attend(*inputs))
 
 
 @cache
@@ -229,15 +237,6 @@ def _triton() -> Any:
     except ImportError:
         return None
     return triton_prefill
-
-
-@cache
-def _unsuitable_gpu() -> str:
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or more"
-    return ""
 
 
 def _interpreted() -> bool:

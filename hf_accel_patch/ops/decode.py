@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_accel_patch.kernels import cpu, cpu_decode
 from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant, part_of_bias
 from hf_accel_patch.ops.kv import Bits, Packed, pack
+from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.stored import Content
 
 MOST_TOKENS = 16  # new tokens at a time for which one pass over the cache by the kernel is the fastest
@@ -58,8 +59,20 @@ def attend_stored(query: Tensor, content: Content, mask: Mask, variant: Variant)
     if T <= MOST_TOKENS and content.near:
         seen = mask.block(0, T, 0, S)
         if _kernel_takes(query, content.keys, content.values, seen, variant):
-            return _kernel(query, content, content.keys, content.values, _skipping(seen, content), variant)
+            output = _stored(query, content, _skipping(seen, content), variant)
+            if isinstance(output, Tensor):
+                return output
     return attend_parts(query, content.parts(), mask, variant).transpose(1, 2).contiguous()
+
+
+def _stored(query: Tensor, content: Content, seen: Tensor | None, variant: Variant) -> Tensor | str:
+    """By a kernel, or why it cannot start."""
+    keys, values = content.keys, content.values
+    if query.is_cpu:
+        return _kernel(query, content, keys, values, seen, variant)
+    rows = query.shape[1] // keys.shape[1] * query.shape[2]
+    kind = "stored", content.bits, query.dtype, query.shape[-1], values.shape[-1], min(rows, MOST_TOKENS + 1)
+    return launch(kind, query.device, lambda: _kernel(query, content, keys, values, seen, variant))
 
 
 def pack_blocks(keys: Tensor, values: Tensor, bits: Bits) -> Packed:
@@ -148,7 +161,9 @@ def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
         return False
     if query.is_cpu:
         return cpu.readable(query) and cpu_decode.library() is not None
-    return query.is_cuda and not torch.compiler.is_compiling() and _triton() is not None
+    if not query.is_cuda or torch.compiler.is_compiling() or _triton() is None:
+        return False
+    return not unsuitable(query.device.index)
 
 
 def _adds(query: Tensor, bias: Tensor | None) -> bool:

@@ -22,8 +22,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, variant: Varia
     if T > 1 and seen.everything:
         if variant.bias is not None:
             return "a bias without a causal mask"
-        stop = int(seen.intervals[0, 0, 1])
-        return flash_attn_func(query, key[:, :stop], value[:, :stop], causal=False, **options)
+        return flash_attn_func(query, key[:, : seen.last], value[:, : seen.last], causal=False, **options)
     if seen.runs is None:
         return "what queries see is not causal within a window"
     runs, window = seen.runs
@@ -42,15 +41,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, variant: Varia
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
     if not runs:
         return output
-    rows = [torch.arange(run.start, run.stop) + run.sequence * T for run in runs]
-    columns = [torch.arange(run.first, run.last) + run.sequence * key.shape[1] for run in runs]
-    at, there = (torch.cat(each).to(query.device) for each in (rows, columns))
+    at, there, *ends = _places(seen, runs, T, key.shape[1], query.device)
     packed = flash_attn_varlen_func(
         query.flatten(0, 1)[at], key.flatten(0, 1)[there], value.flatten(0, 1)[there],
-        cu_seqlens_q=_ends(rows, query.device), cu_seqlens_k=_ends(columns, query.device),
-        max_seqlen_q=max(map(len, rows)), max_seqlen_k=longest, **options,
+        cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], max_seqlen_q=max(run.stop - run.start for run in runs),
+        max_seqlen_k=longest, **options,
     )  # fmt: skip
     return output.flatten(0, 1).index_copy(0, at, packed).view_as(output)
+
+
+def _places(seen: Seen, runs: list[Run], T: int, S: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Where the queries and the keys of all runs are in a batch, and where each run ends among them. Once for all
+    layers, for on the way to a GPU the host waits."""
+    if (known := seen.places.get((len(runs), device))) is None:
+        rows = [torch.arange(run.start, run.stop) + run.sequence * T for run in runs]
+        columns = [torch.arange(run.first, run.last) + run.sequence * S for run in runs]
+        known = (*(torch.cat(each).to(device) for each in (rows, columns)), _ends(rows, device), _ends(columns, device))
+        seen.places[len(runs), device] = known
+    return known
 
 
 def slopes(bias: Tensor, runs: list[Run], heads: int) -> Tensor | None:

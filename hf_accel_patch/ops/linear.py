@@ -4,7 +4,8 @@ On the CPU one or a few rows of activations go through a matrix-vector kernel, w
 kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
 float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
 blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
-processor at all, is measured, once per machine. On CUDA the same bytes go to kernels/triton_linear.py.
+processor at all, is measured, once per machine. On CUDA the same bytes go to kernels/triton_linear.py, or where
+that cannot start are unpacked.
 
 The layout of codes is in ops/packing.py.
 """
@@ -22,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
+from hf_accel_patch.ops.launching import launch
 from hf_accel_patch.ops.packing import INT8, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
 
 UNPACK_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; fewer cost more in calls than in the cache
 ALWAYS = 1 << 30  # rows
 OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
+FEW_ROWS = 129  # of activations: from there on, the kernels are the same for any number of them
 PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 
 
@@ -148,10 +151,19 @@ def dense_int4(
 def linear(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, backend: Backend) -> Tensor:
     """x [..., K] times the transpose of weights [N', K] in any scheme: [..., N'] in the dtype of x."""
     if x.is_cuda:
-        return linear_triton(x, codes, scales, scheme)
+        output = _launched(x, codes, scales, scheme)
+        if isinstance(output, Tensor):
+            return output
+        backend = Backend(False, 0)
     if scheme in INT8:
         return linear_int8(x, codes, scales, backend)
     return linear_int4(x, codes, scales, TABLES.get(scheme), backend)
+
+
+def _launched(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor | str:
+    """By the Triton kernels, or why they cannot start."""
+    kernel = min(x.numel() // x.shape[-1], FEW_ROWS), codes.shape[1:], scales.shape
+    return launch((scheme, x.dtype, *kernel), x.device, lambda: linear_triton(x, codes, scales, scheme))
 
 
 def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tensor:
@@ -166,6 +178,21 @@ def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tens
     else:
         y = triton_linear.linear_int4(flat, codes, scales)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def dense_triton(codes: Tensor, scales: Tensor, scheme: str, N: int, dtype: torch.dtype) -> Tensor | str:
+    """The weight [N, K] that codes in 4 bits on a GPU stand for, or why the kernel cannot start. Nothing else of its
+    size is made on the way."""
+
+    def run() -> Tensor:
+        from hf_accel_patch.kernels import triton_linear
+
+        if scheme in TABLES:
+            return triton_linear.dequantize_table(codes, scales, _table_on(scheme, codes.device), dtype)
+        return triton_linear.dequantize_int4(codes, scales, dtype)
+
+    dense = launch(("dense", scheme, dtype, codes.shape), codes.device, run)
+    return dense if isinstance(dense, str) else dense[:N]
 
 
 @cache

@@ -32,6 +32,7 @@ class DescribedMask(Lazy):
     padding: Tensor | None
     _runs: list[tuple[int, int]] | None
     seen: Any  # its intervals (ops.seen), once somebody asked
+    origin: DescribedMask | None = None  # the one on another device that knows what was computed
 
     @staticmethod
     def __new__(
@@ -88,6 +89,19 @@ class DescribedMask(Lazy):
 
     def detached(self) -> DescribedMask:
         return copy.copy(self)
+
+    def moved(self, device: torch.device) -> DescribedMask:
+        """Without a mask of T x S on either device."""
+
+        def build(start: int, stop: int, first: int, last: int) -> Tensor:
+            return self.build(start, stop, first, last).to(device)
+
+        shape = cast(tuple[int, int, int, int], tuple(self.shape))
+        other = DescribedMask(shape, device, build)
+        padding = None if self.padding is None else self.padding.to(device)
+        origin = self if self.origin is None else self.origin
+        vars(other).update(vars(self), build=build, runs=self.spans, padding=padding, origin=origin)
+        return other
 
     def __copy__(self) -> DescribedMask:
         shape = cast(tuple[int, int, int, int], tuple(self.shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_accel_patch.kernels import cpu
-from hf_accel_patch.ops.linear import Backend, dense_int4, linear, linear_op
+from hf_accel_patch.ops.linear import Backend, dense_int4, dense_triton, linear, linear_op
 from hf_accel_patch.ops.packing import INT8, rows_int4
 from hf_accel_patch.ops.quantize import TABLES
 
@@ -36,7 +36,7 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
         return cast(Tensor, _Product.apply(x, codes, scales, spec))  # type: ignore[no-untyped-call]
     if x.device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"there are no products of quantized weights for activations on {x.device}")
-    if cpu.readable(x):
+    if cpu.readable(x) or _on_gpu(x):  # spares the host the way through PyTorch's dispatcher
         y = linear(x, codes, as_floats(scales), spec.scheme, spec.backend)
     else:
         backend, scales = spec.backend, as_floats(scales)
@@ -44,11 +44,20 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
     return y if y.shape[-1] == spec.shape[0] else y[..., : spec.shape[0]]
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Whether a kernel may read it there at once."""
+    return x.is_cuda and type(x) is Tensor and not cpu.recorded_or_replaced()
+
+
 def dequantize(codes: Tensor, scales: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that the codes stand for."""
     N, K = spec.shape
     if spec.scheme in INT8:
         return (codes.view(N, K).float() * as_floats(scales)[:, None]).to(dtype)
+    if _on_gpu(codes):
+        dense = dense_triton(codes, as_floats(scales), spec.scheme, N, dtype)
+        if isinstance(dense, Tensor):
+            return dense
     return dense_int4(codes, as_floats(scales), TABLES.get(spec.scheme), spec.backend, N, dtype)
 
 

@@ -6,6 +6,7 @@ intervals compute any of these in memory and time that follow what is seen.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Seen:
 
     def __init__(self, intervals: Tensor) -> None:
         self.intervals = intervals
+        self.places: dict[Hashable, tuple[Tensor, ...]] = {}  # of its runs in memory (ops.flash)
 
     @cached_property
     def runs(self) -> tuple[list[Run], int] | None:
@@ -55,6 +57,11 @@ class Seen:
         return found, window
 
     @cached_property
+    def last(self) -> int:
+        """The key after the last one that the first query sees."""
+        return int(self.intervals[0, 0, 1])
+
+    @cached_property
     def everything(self) -> bool:
         """Whether all queries see the same keys, from the first on."""
         return bool((self.intervals[..., 0] == 0).all() & (self.intervals[..., 1] == self.intervals[:1, :1, 1]).all())
@@ -67,6 +74,7 @@ def seen(mask: Mask, T: int, S: int, device: torch.device) -> Seen | None:
         return _plain(T, S, isinstance(mask, Causal), device)
     if not isinstance(mask, DescribedMask):
         return _found(mask, T, S, device)
+    mask = mask if mask.origin is None else mask.origin
     if not hasattr(mask, "seen"):
         mask.seen = _found(mask, T, S, device)
     return mask.seen

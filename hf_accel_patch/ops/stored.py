@@ -47,7 +47,7 @@ class Content:
         assert self.packed is not None
         like = self.values if part else self.keys
         held = (each[:, :, first:last] for each in self.packed[2 * part : 2 * part + 2])
-        codes, scales = (each.to(like.device, non_blocking=True) for each in held)
+        codes, scales = (fetched(each, like.device) for each in held)
         dense = (unpack_values if part else unpack_keys)(codes, scales, self.bits)[..., : like.shape[-1]]
         if self.constant is not None and not part:
             dense = dense + self.constant.at(self.first + first * BLOCK, (last - first) * BLOCK)
@@ -70,6 +70,18 @@ class Content:
         if not self.blocks:
             return latest
         return torch.cat((self.unpacked(part, 0, self.blocks)[:, :, self.skip :], latest), dim=2)
+
+
+def fetched(held: Tensor, device: torch.device) -> Tensor:
+    """Some blocks [B, K, N, ...] on a device, for which nobody waits if they are pinned. They are copied head by head:
+    blocks that lie apart PyTorch would first gather on the host, in memory that is not pinned."""
+    if held.device == device or held.is_contiguous():
+        return held.to(device, non_blocking=True)
+    here = torch.empty(held.shape, dtype=held.dtype, device=device)
+    for row in range(held.shape[0]):
+        for head in range(held.shape[1]):
+            here[row, head].copy_(held[row, head], non_blocking=True)
+    return here
 
 
 class Stored(Lazy):

@@ -21,6 +21,7 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored, unattended
 from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
+from hf_accel_patch.ops.fused import fused_attention
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
@@ -30,7 +31,7 @@ from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, repla
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
-DENSE_ELEMENTS = 1 << 18  # masks up to this size are stored: a description saves nothing and costs a little
+DENSE_ELEMENTS = 1 << 18  # masks up to this size, or of few queries, are stored: to describe them saves little
 SCORE_ELEMENTS = 1 << 18  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this:
 GPU_SCORE_ELEMENTS = 1 << 24  # on a CPU they are up to three times as fast as PyTorch's kernel that stores all scores
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
@@ -217,7 +218,7 @@ def describe_mask(
     if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
         return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
     dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
-    small = batch_size * q_length * kv_length <= DENSE_ELEMENTS
+    small = q_length <= MOST_TOKENS or batch_size * q_length * kv_length <= DENSE_ELEMENTS
     if small or _traced() or isinstance(q_offset, Tensor):
         options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
         return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
@@ -292,12 +293,9 @@ def _direct(
             mask = mask.reshape(mask.shape[0], K, H // K, -1)
         output = F.scaled_dot_product_attention(query.reshape(B, K, H // K, D), key, value, mask, dropout, scale=scale)
         return output.reshape(B, 1, H, -1)
-    grouped = H != K
-    if grouped and mask is not None and query.device.type != "cpu":
+    if H != K and mask is not None and not query.is_cpu:
         return attend(query, key, value, Dense(mask), Variant(scale, dropout)).transpose(1, 2).contiguous()
-    output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    output = fused_attention(query, key, value, mask, dropout, scale, causal=causal)
     return output.transpose(1, 2).contiguous()
 
 

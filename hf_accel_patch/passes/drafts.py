@@ -106,8 +106,9 @@ class ModelDrafter(NGramDrafter):
         tokens = self.source.propose(width, running, state)
         if tokens is None:
             return None
+        drafted = tokens.tolist()  # on a GPU this waits until they are there
         pace.drafted(tokens.shape[1], time.perf_counter() - started)
-        return Draft(tokens.tolist(), MODEL_KIND, MODEL_PRIOR)
+        return Draft(drafted, MODEL_KIND, MODEL_PRIOR)
 
 
 class ModelSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -23,7 +24,8 @@ class OffloadedLayer(QuantizedLayer):
     def _placed(self, packed: Tensor) -> Tensor:
         if packed.device.type == HOST:
             return packed
-        return packed.to(HOST).pin_memory()
+        pinned = torch.empty(packed.shape, dtype=packed.dtype, device=HOST, pin_memory=True)
+        return pinned.copy_(packed)  # at once: what is copied to other memory first comes at half the speed
 
 
 OFFLOADED: dict[type, type] = {DynamicLayer: OffloadedLayer}

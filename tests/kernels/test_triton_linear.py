@@ -1,6 +1,9 @@
 """The Triton kernels against plain arithmetic in float64: on the GPU, or interpreted where there is none."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,6 +140,15 @@ def test_many_rows_multiply_dequantized_weights(monkeypatch, kind, shape, dtype)
     check(kind(*shape), normal(DENSE, shape[1]).to(DEVICE, dtype))
 
 
+@pytest.mark.parametrize("kind, shape", [(Int4, SHAPES[1]), (Table, SHAPES[1]), (Int8, (130, 64))])
+def test_older_gpus_multiply_dequantized_weights(monkeypatch, kind, shape):
+    monkeypatch.setattr(kernels, "_tensor_cores", lambda device: False)
+    for name in ("_matmul4", "_matmul8"):
+        monkeypatch.delattr(kernels, name)
+    monkeypatch.setattr(kernels, "MATMUL_ROWS", 0)  # where weights are rounded
+    check(kind(*shape), normal(5, shape[1]).to(DEVICE, torch.float16))
+
+
 @pytest.mark.parametrize("kind", [Int4, Table])
 @pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (2, torch.bfloat16)], ids=str)
 def test_matvec_between_programs(kind, rows, dtype):
@@ -217,6 +229,7 @@ def test_what_is_not_finite_shows_in_its_row_alone(kind, shape, value):
 )
 def test_matvec_shape(N, K, B, G, rows, expected):
     assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows) == expected
+    assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows, wide=True) == (min(16, expected[0]), expected[1])
 
 
 @pytest.mark.parametrize("tiles, steps, expected", [(16, 64, 8), (56, 64, 4), (1000, 64, 1), (8, 3, 1), (8, 9, 2)])
@@ -260,3 +273,41 @@ def test_modules_reach_them(scheme, rows):
     ours = linear.linear_triton(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE), scheme).cpu()
     assert ours.shape == expected.shape and ours.dtype == torch.bfloat16
     assert (ours.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+
+
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from hf_accel_patch.kernels import triton_linear as kernels
+
+def compile(function, capability, warps, sizes, **types):
+    unspecialized = {each.name for each in function.params if each.do_not_specialize}
+    assert "M" in unspecialized and not {"N", "K"} & unspecialized  # nothing is compiled anew for another prompt
+    types = {name: "*" + each for name, each in types.items()}
+    signature = {name: "constexpr" if name in sizes else types.get(name, "i32") for name in function.arg_names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if signature[name] != "constexpr" and (name in types or name in "NK")
+    }
+    source = triton.compiler.ASTSource(function, signature, sizes, attributes)
+    binary = triton.compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=warps))
+    assert binary.metadata.shared <= 99 << 10, binary.metadata.shared
+    assert binary.asm["ptx"].count("ld.local") == 0
+    return binary.asm["ptx"]
+
+sizes = dict(ROWS=1, B=32, G=64, WARPS=16, table=None)
+compile(kernels._matvec4, 80, 16, sizes, x="bf16", codes="i32", scales="i32", out="bf16")
+rows, columns, warps = kernels.matmul_tile4(64, False)
+sizes = dict(ROWS=rows, BLOCKS=columns // 16, B=32, G=64, STAGES=3)
+types = dict(x="fp16", codes="u8", scales="fp32", table="fp32", out="fp16")
+assert "mma.sync" in compile(kernels._matmul4, 80, warps, sizes, **types)
+assert "wgmma" in compile(kernels._matmul4, 90, warps, sizes, **types)
+"""
+
+
+def test_it_compiles_for_a_gpu_that_is_not_there():
+    """Within the shared memory of any GPU, and once for all numbers of rows."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

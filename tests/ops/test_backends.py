@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreter import INTERPRETED, interpreted, load
 
-from hf_accel_patch.ops import backends, flash
+from hf_accel_patch.ops import backends, flash, launching
 from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, reference
 from hf_accel_patch.ops.backends import Asked, Case, Choice, attend_by, cannot, choose, missing
 from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
@@ -92,6 +92,20 @@ def test_intervals_of_masks_that_say_what_they_are():
     with torch.inference_mode():
         first = seen(Causal(77, CPU), 77, 77, CPU)
     assert not first.intervals.is_inference() and seen(Causal(77, CPU), 77, 77, CPU) is first
+
+
+def test_a_mask_on_another_device_is_none_of_all_elements(monkeypatch):
+    """As accelerate moves it to each layer there; what was found out is found out once."""
+    monkeypatch.setattr(DescribedMask, "dense", Mock(side_effect=AssertionError))
+    mask = described(DENSE["padded"], square=True, padding=PADDING, runs=Mock(return_value=[(9, T), (0, 20)]))
+    moved = [mask.to("meta"), mask.to("meta", non_blocking=True)]
+    assert [type(each) for each in moved] == [DescribedMask] * 2 and moved[0].is_meta
+    assert moved[0].block(3, 5, 0, 7).is_meta and moved[0].padding.is_meta and moved[0].square
+    assert moved[0].keys(3, 5) == mask.keys(3, 5) and moved[0].spans() == mask.spans() == moved[1].spans()
+    found = [seen(each, T, T, CPU) for each in (*moved, mask)]
+    assert found[0] is found[1] is found[2] and mask.runs.call_count == 1
+    monkeypatch.undo()
+    assert mask.to(torch.float32).dtype == torch.float32
 
 
 def test_what_is_no_interval():
@@ -242,6 +256,14 @@ def test_arguments_of_flash_attn(flash_attn, monkeypatch, name, variant):
     assert {window for _, _, window in flash_attn.calls} == {expected}
 
 
+def test_places_of_runs_are_found_once(flash_attn, monkeypatch):
+    query, key, value = inputs()
+    found = seen(Dense(DENSE["padded"][:, None]), T, T, CPU)
+    first = flash.attend(query, key, value, found, Variant(0.3))
+    monkeypatch.setattr(flash, "_ends", None)
+    assert torch.equal(flash.attend(query, key, value, found, Variant(0.3)), first)
+
+
 def test_what_flash_attn_cannot_say(flash_attn):
     query, key, value = inputs(S=30)
     everything = seen(Everything(30), T, 30, CPU)
@@ -311,15 +333,13 @@ def test_who_cannot_falls_back_and_says_why(backend, case, reason, monkeypatch):
 
 
 def test_gpus_that_cannot_run_the_kernels(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert backends._unsuitable_gpu.__wrapped__() == "the kernels are for NVIDIA GPUs"
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     old = "the kernels need a GPU of compute capability 8.0 or more"
-    assert backends._unsuitable_gpu.__wrapped__() == old
-    monkeypatch.setattr(backends, "_unsuitable_gpu", lambda: old)
-    assert cannot("triton", GPU) == old and choose("triton", WINDOW).backend != "triton"
+    monkeypatch.setattr(backends, "unsuitable", lambda index: old if index == 1 else "")
+    second = replace(WINDOW, index=1)
+    monkeypatch.setattr(backends, "missing", lambda backend: None)
+    assert cannot("triton", second) == old and choose("auto", second).backend == "torch"
+    assert cannot("flash-attn", second) == "it needs a GPU of compute capability 8.0 or more"
+    assert cannot("triton", replace(WINDOW, index=0)) == cannot("flash-attn", WINDOW) == ""
 
 
 def test_masks_that_are_for_torch_are_noted(triton):
@@ -338,7 +358,9 @@ def test_kernels_that_a_gpu_has_no_room_for(triton, monkeypatch):
     kernels, asked = load("triton_prefill"), Asked("triton")
     error = importlib.import_module("triton").OutOfResources(300, 200, "shared memory")
     monkeypatch.setattr(kernels, "attend", Mock(side_effect=error))
-    assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
+    monkeypatch.setattr(launching, "_refused", {})
+    with pytest.warns(UserWarning, match="a Triton kernel cannot start on cpu"):
+        assert attend_by(asked, *inputs(), Causal(T, CPU), Variant(0.3)) is None
     assert asked.used[0].startswith("torch: triton: OutOfResources: out of resource: shared memory, Required: 300")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_accel_patch.ops.kv import BLOCK, pack, unpack
-from hf_accel_patch.ops.stored import Content, Stored
+from hf_accel_patch.ops.stored import Content, Stored, fetched
 
 B, K, D, V = 2, 2, 16, 24
 
@@ -152,3 +152,18 @@ def test_deep_copies():
     assert all(torch.equal(*pair) for pair in zip(map(each.dense, (0, 1)), map(other.dense, (0, 1)), strict=True))
     other.keys.zero_()
     assert each.keys.abs().max() > 0
+
+
+def test_blocks_from_elsewhere_are_copied_head_by_head(monkeypatch):
+    held = torch.arange(2 * 3 * 5 * 4).view(2, 3, 5, 4)[:, :, 1:3]
+    copied, real = [], torch.Tensor.copy_
+
+    def copy(self, other, **options):
+        copied.append((self.is_contiguous() and other.is_contiguous(), options))
+        return real(self, other, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    here = fetched(held, torch.device("cpu:0"))  # which counts as another device
+    assert torch.equal(here, held) and here.is_contiguous()
+    assert copied == [(True, {"non_blocking": True})] * 6
+    assert fetched(held, held.device) is held

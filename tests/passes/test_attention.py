@@ -7,6 +7,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache
 
 from hf_accel_patch import patch, report, unpatch
 from hf_accel_patch.ops import attention as ops
+from hf_accel_patch.ops.mask import DescribedMask
 from hf_accel_patch.passes import attention
 
 TOLERANCE = 1e-4  # of the logits' standard deviation; float32 rounding gives about 5e-6
@@ -150,3 +151,18 @@ def test_beams_and_sampling():
     stock = greedy(model, prompt(), 8, num_beams=3)
     patch(model)
     assert torch.equal(greedy(model, prompt(), 8, num_beams=3), stock)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_few_tokens_get_the_mask_itself_however_long_their_cache(tokens):
+    """It is small beside the keys that it is for, every layer wants it, and kernels for few tokens take it."""
+    S = attention.DENSE_ELEMENTS
+    options = {"batch_size": 2, "q_length": tokens, "kv_length": S, "q_offset": S - tokens}
+    padding = torch.ones(2, S, dtype=torch.bool)
+    assert tokens > 1 or attention.describe_mask(**options, attention_mask=padding) is None
+    padding[1, :5] = False
+    mask = attention.describe_mask(**options, attention_mask=padding)
+    assert type(mask) is torch.Tensor and mask.shape == (2, 1, tokens, S)
+    assert not mask[1, 0, 0, :5].any() and mask[0, 0, -1].all()
+    options |= {"q_length": 17, "q_offset": S - 17}
+    assert type(attention.describe_mask(**options, attention_mask=padding)) is DescribedMask

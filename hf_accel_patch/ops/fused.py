@@ -1,0 +1,60 @@
+"""PyTorch's fused attention where heads share keys and values, without copies of these and in linear memory.
+
+Its CPU kernel groups heads under any mask. On a GPU only the flash and cuDNN kernels do, without a mask; with one, in
+float32, for heads above 256 and on old GPUs, `enable_gqa` ends in the kernel that stores all scores.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+MOST_CHANNELS = 256  # of a head, in the flash kernel
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Attention [B, H, T, V] of query [B, H, T, D] to key and value [B, K, S, ...], with a mask or causal or neither.
+    Where PyTorch would store all scores, the heads of a group become rows, or under `causal` a call each."""
+    (B, H, T, D), K = query.shape, key.shape[1]
+    attend = F.scaled_dot_product_attention
+    if H == K or not _groups_store_scores(query, key, value, mask, dropout, causal):
+        return attend(query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=H != K)
+    if causal:
+        heads = query.reshape(B, K, H // K, T, D).unbind(2)
+        each = [attend(q, key, value, None, dropout, is_causal=True, scale=scale) for q in heads]
+        return torch.stack(each, 2).flatten(1, 2)
+    if mask is not None and mask.shape[1] != 1:
+        mask = mask.reshape(mask.shape[0], K, -1, mask.shape[-1])
+    elif mask is not None and mask.shape[2] != 1:
+        mask = mask.repeat(1, 1, H // K, 1)
+    folded = query.reshape(B, K, H // K * T, D)
+    return attend(folded, key, value, mask, dropout, scale=scale).reshape(B, H, T, -1)
+
+
+def _groups_store_scores(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> bool:
+    """Whether PyTorch takes grouped heads here with the kernel alone that stores all scores."""
+    if query.is_cpu:
+        return False
+    if mask is not None:
+        return True
+    if not query.is_cuda:
+        return False
+    casts = torch.is_autocast_enabled("cuda")
+    if casts or torch.compiler.is_compiling():
+        dtype = torch.get_autocast_dtype("cuda") if casts else query.dtype
+        return dtype not in HALVES or not query.shape[-1] == value.shape[-1] <= MOST_CHANNELS
+    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, causal, True)
+    return not (torch.backends.cuda.can_use_flash_attention(case) or torch.backends.cuda.can_use_cudnn_attention(case))
