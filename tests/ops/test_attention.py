@@ -69,8 +69,8 @@ def test_scores_are_overwritten_without_gradients(variant, additive):
 @pytest.mark.parametrize("V", [5, 20])
 def test_values_of_another_size(V, padded, biased, heads, monkeypatch):
     monkeypatch.setattr(attention, "PADDED_FROM", 0 if padded else 1 << 30)
-    fused, called = attention._fused, []
-    monkeypatch.setattr(attention, "_fused", lambda *args: called.append(args) or fused(*args))
+    fused, called = attention.fused_attention, []
+    monkeypatch.setattr(attention, "fused_attention", lambda *args: called.append(args) or fused(*args))
     query, key, value = inputs(*heads, V=V)
     variant = VARIANTS["bias" if biased else "plain"]
     ours = attend(query, key, value, Causal(T, query.device), variant)
