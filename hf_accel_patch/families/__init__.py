@@ -53,9 +53,6 @@ ATTENTION_ARGUMENTS = frozenset(
 # Parts of the names under which PEFT adds modules of its own
 ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "lokr_", "oft_", "boft_", "hra_")
 
-# Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
-CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
-
 # Where a configuration says how many query heads and how many key/value heads there are
 # Model types that widen masks and positions for images, so they take none that are made for each token
 WIDENS_MASKS = frozenset({"git"})
