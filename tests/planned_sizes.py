@@ -19,7 +19,7 @@ from hf_accel_patch.passes import Prefill
 from hf_accel_patch.planning.memory import Estimates
 
 TOKENS = 768
-LONG, PIECE = 4096, 512  # tokens of a prompt that is read in pieces, and of a piece
+LONG, PIECE = 2048, 256  # tokens of a prompt that is read in pieces, and of a piece
 BASE = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, vocab_size=512)
 BASE |= dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA = BASE | dict(num_key_value_heads=2, head_dim=64)
