@@ -26,7 +26,13 @@ OCTOCODER = {"model_type": "gpt_bigcode", "vocab_size": 49152, "n_embd": 6144, "
 OCTOCODER |= {"n_head": 48, "n_positions": 8192, "multi_query": True, "dtype": "bfloat16"}
 BUDGETS = ("40GiB", "24GiB", "16GiB", "12GiB", "8GiB")
 CONTEXT = 8192
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "dtype": "bfloat16"}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "dtype": "bfloat16",
+}
 LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA |= {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 LLAMA_BUDGETS = ("20GiB", "18GiB", "12GiB", "8GiB", "6GiB")

@@ -1,5 +1,6 @@
 """Estimates and measured bytes of one model after another, as JSON lines: run in a process of its own, whose malloc
-gives back what is freed. `python planned_sizes.py FAMILY ...`; with `--pieces` of prompts that are read in pieces."""
+gives back what is freed. `python planned_sizes.py FAMILY ...`; with `--pieces` of prompts that are read in pieces, with
+`--pieces=WAY` in one way."""
 
 import gc
 import json
@@ -115,8 +116,10 @@ def measured_in_pieces(family, way):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    names = [name for name in sys.argv[1:] if name != "--pieces"]
-    ways, measure = (IN_PIECES, measured_in_pieces) if "--pieces" in sys.argv else (WAYS, measured)
+    names = [name for name in sys.argv[1:] if not name.startswith("--pieces")]
+    asked = [name for name in sys.argv[1:] if name not in names]
+    ways, measure = (IN_PIECES, measured_in_pieces) if asked else (WAYS, measured)
+    ways = [way for way in ways if not asked or asked[0] in ("--pieces", f"--pieces={way}")]
     for name in names:
         for how in ways:
             print(json.dumps(measure(name, how)), flush=True)
