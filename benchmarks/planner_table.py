@@ -14,6 +14,14 @@ WAYS = {
     "int8": '`quantize="int8"`',
     "cache": '`quantize="int4", cache="int8"`',
 }
+PIECES = {
+    "exact": "in pieces: `patch(model)`",
+    "stock's cache": "in pieces: `cache=False`",
+    "int4": 'in pieces: `quantize="int4"`',
+    "int8 cache": 'in pieces: `cache="int8"`',
+    "int4, int4 cache": 'in pieces: `quantize="int4", cache="int4"`',
+}
+MEASURED_PLANS = ("planner-measured", "planner-pieces")
 EXACT = "as asked"  # which is `patch(model)` here
 
 
@@ -29,15 +37,22 @@ def planner_markdown(rows: list[Row]) -> str:
     for row in schemes:
         name = "exact" if row["scheme"] == EXACT else row["scheme"]
         lines.append(line(name, *(f"{row[size] / 1e9:.2f}" for size in SIZES)))
-    if budgets:
-        lines += ["", "What a budget takes:", "", line("budget", "taken", "tried before, and what it needs")]
-        lines.append(line("---", "---", "---"))
-    for row in budgets:
+    lines += _decided("What a budget takes:", budgets)
+    llama = [row for row in rows if row["part"] == "planner-llama"]
+    lines += _decided("For a Llama of 8 billion weights in bfloat16, and one sequence of 16384 tokens:", llama)
+    return "\n".join(lines)
+
+
+def _decided(caption: str, rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", caption, "", line("budget", "taken", "tried before, and what it needs"), line("---", "---", "---")]
+    for row in rows:
         if "error" in row:
             lines.append(line(row["asked"], "`HfAccelError`", row["error"].partition(": ")[2]))
         else:
             lines.append(line(row["asked"], row["chosen"], row["why"]))
-    return "\n".join(lines)
+    return lines
 
 
 def estimates_markdown(rows: list[Row]) -> str:
@@ -49,9 +64,14 @@ def estimates_markdown(rows: list[Row]) -> str:
     caption = f"The largest differences over {len(families)} families ({', '.join(families)}); {origin(rows)}."
     lines = [caption, "", *_head("", *MEASURED)]
     for way, name in WAYS.items():
-        found = [row for row in rows if row["way"] == way]
+        found = [row for row in rows if row["way"] == way and row.get("part") != "planner-pieces"]
         if found:
             lines.append(line(name, *(f"{difference(found, size):.1%}" for size in MEASURED)))
+    for way, name in PIECES.items():  # of stock's cache, windows are a slice of more until the next token
+        found = [row for row in rows if row["way"] == way and row.get("part") == "planner-pieces"]
+        if found:
+            cells = (f"{difference(found, size):.1%}" if size != "cache" else "" for size in MEASURED)
+            lines.append(line(name, *cells))
     return "\n".join(lines)
 
 

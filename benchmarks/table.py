@@ -212,7 +212,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.compatibility import compatibility_markdown
     from benchmarks.gqa_table import heads_markdown
-    from benchmarks.planner_table import estimates_markdown, planner_markdown
+    from benchmarks.planner_table import MEASURED_PLANS, estimates_markdown, planner_markdown
     from benchmarks.positions_table import exactness_markdown, positions_markdown
     from benchmarks.speculative_table import speculative_markdown
     from benchmarks.startup_table import startup_markdown
@@ -232,7 +232,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         ),
         "exactness-table": exactness_markdown([row for row in rows if row.get("part") == "exactness"]),
         "planner-table": planner_markdown([row for row in rows if str(row.get("part")).startswith("planner-")]),
-        "estimates-table": estimates_markdown([row for row in rows if row.get("part") == "planner-measured"]),
+        "estimates-table": estimates_markdown([row for row in rows if row.get("part") in MEASURED_PLANS]),
         "startup-table": startup_markdown([row for row in rows if str(row.get("part")).startswith("startup-")]),
         "summary-table": summary_markdown(rows),
         "compatibility-table": compatibility_markdown([row for row in rows if row.get("part") == "compatibility"]),

@@ -16,9 +16,9 @@ from hf_accel_patch.errors import AlreadyPatched, NotReversible
 from hf_accel_patch.families import View, bind, check_weights, find_model, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
-from hf_accel_patch.options import count, parse
+from hf_accel_patch.options import context_of, count, parse
 from hf_accel_patch.passes import attention, self_extend_cache
-from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected
+from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected, on_already
 from hf_accel_patch.planning.budget import Budget, fitted
 from hf_accel_patch.planning.memory import Estimates, tokens_of
 from hf_accel_patch.planning.overview import overview
@@ -62,7 +62,8 @@ def patch(model: T, **options: Any) -> T:
 
     `context=16384` scales positions as texts of so many tokens need it. `budget="6GiB"` chooses, of what is not
     given, the least lossy schemes of weights and cache with which these and the activations of a text of `context`
-    tokens fit, for `batch` sequences; HfAccelError names the smallest size where none does.
+    tokens fit, for `batch` sequences, where `generate` may read it in pieces; HfAccelError names the smallest size
+    where none does.
 
     Raises ValueError or TypeError for impossible options, UnsupportedModel for what is no causal LM or cannot have a
     pass that was asked for, AlreadyPatched if it is patched with other options: all before anything is touched.
@@ -135,8 +136,10 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
     tokens (as many as the model was made for).
 
     `model`: as for `patch`, or the path or id of a checkpoint, of which only the configuration is read, and the names
-    in its files where it is quantized. The other options are those of `patch`, and so are the errors. Prints as a
-    table; `to_dict()` has it for programs, `memory.asked` the sizes in bytes.
+    in its files where it is quantized. Of a patched model, without options or with those that it has: what is on.
+    Prints as a table; `to_dict()` has it for programs, `memory.asked` the sizes in bytes.
+
+    Raises what `patch` raises: AlreadyPatched for a patched model with other options.
 
     >>> planned = plan(path, quantize="int4", context=512)
     >>> stock, asked, *alternatives = planned.to_dict()["memory"]["schemes"]
@@ -149,12 +152,19 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
         opened(model, AutoConfig.from_pretrained(model)) if isinstance(model, str | PathLike) else Opened(bind(model))
     )
     here.check(asked)
+    state: State | None = vars(here.view.model).get(STATE)
+    if state is not None:
+        _check_same(here.view.model, state, asked if options else state.asked)
+        asked = state.asked
     budget = asked[0] if isinstance(asked[0], Budget) else None
-    tokens = tokens_of(here.view, options.get("context")) if budget is None else budget.counted(here.view)
-    estimates = Estimates(here.view, tokens, batch or 1, here.skeleton)
-    passes = fitted(here.view, asked, estimates, quantized=here.comes_quantized)
+    tokens = tokens_of(here.view, context_of(asked)) if budget is None else budget.counted(here.view)
+    estimates = Estimates(here.view, tokens, batch or (budget.batch if budget else 1), here.skeleton)
+    if state is not None:
+        passes, decided = state.passes, on_already(here.view, state.passes, state.report.rows)
+    else:
+        passes = fitted(here.view, asked, estimates, quantized=here.comes_quantized)
+        decided = here.told(build(here.view, passes))
     memory = overview(estimates, passes, None if budget is None else budget.limit)
-    decided = here.told(build(here.view, passes))
     return dataclasses.replace(decided, memory=memory)
 
 
@@ -213,17 +223,8 @@ def _patch(target: object, asked: tuple[Pass, ...]) -> None:
     model = find_model(target)
     state: State | None = vars(model).get(STATE)
     if state is not None:
-        if state.report.incomplete:
-            raise AlreadyPatched(
-                f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
-                "unpatch(model, reload=True), or use it as it is",
-            )
-        if state.asked == asked and not state.journal.put_backs:
-            return
-        hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
-        raise AlreadyPatched(
-            f"{type(model).__name__} is patched with other options", f"{hint}call unpatch(model) first"
-        )
+        _check_same(model, state, asked)
+        return
     view = bind(target)
     check_weights(view)
     passes = fitted(view, asked)
@@ -232,6 +233,20 @@ def _patch(target: object, asked: tuple[Pass, ...]) -> None:
     new.sample = Sample.of(model)
     vars(model)[STATE] = new
     _log(model)
+
+
+def _check_same(model: PreTrainedModel, state: State, asked: tuple[Pass, ...]) -> None:
+    """Raise AlreadyPatched unless a patched model is as these options ask."""
+    if state.report.incomplete:
+        raise AlreadyPatched(
+            f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
+            "unpatch(model, reload=True), or use it as it is",
+        )
+    if state.asked != asked or state.journal.put_backs:
+        hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
+        raise AlreadyPatched(
+            f"{type(model).__name__} is patched with other options", f"{hint}call unpatch(model) first"
+        )
 
 
 def _log(model: PreTrainedModel) -> None:

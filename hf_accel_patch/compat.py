@@ -34,6 +34,11 @@ def returned_cache(outputs: Any) -> Any:
 RECORDS_PAST = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
 
 
+# As late as that, models with recurrent states and convolutions go on from those of a first part of a prompt when more
+# than one token comes: at 5.17 nearly all do, at 5.5 none.
+GOES_ON = RECORDS_PAST
+
+
 def record_past(cache: Any) -> None:
     """Let all layers of a cache keep what may be taken back."""
     if RECORDS_PAST:

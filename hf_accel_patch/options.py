@@ -104,6 +104,11 @@ def count(keyword: str, value: Any) -> int | None:
     return value
 
 
+def context_of(passes: tuple[Pass, ...]) -> int | None:
+    """What `context` was, for these passes."""
+    return next((each.tokens for each in passes if isinstance(each, Context)), None)
+
+
 def _limit(value: Any) -> int:
     allowed = "allowed: a number of bytes, or a text such as '6GiB', '500MiB' or '2GB'"
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -118,10 +123,6 @@ def _candidates(keywords: dict[str, Any], keep_originals: bool) -> tuple[Candida
     """What a budget may choose from: the schemes of weights and cache that the user has not fixed. After each exact
     cache comes stock's, which is as exact, slower, and keeps no room for more tokens."""
     fixed = {name: keywords.get(name) is not None for name in ("quantize", "cache")}
-    cache = keywords.get("cache")
-    lossy = (
-        cache is not None and not isinstance(cache, bool) and getattr(_cache(cache), "kind", "exact") != "exact"
-    ) or any(keywords.get(name) is not None and keywords[name] is not False for name in ("gqa", "rope", "quantize"))
     found = []
     for scheme, kind in LADDER:
         if (scheme and (fixed["quantize"] or keep_originals)) or (kind and fixed["cache"]):
@@ -131,7 +132,7 @@ def _candidates(keywords: dict[str, Any], keep_originals: bool) -> tuple[Candida
             passes = _passes(keywords | {name: value for name, value in changed.items() if value}, keep_originals)
         except ValueError:  # a scaling of positions that no quantized cache can follow
             continue
-        exact, label = not (scheme or kind or lossy), _label(scheme, kind, lossy)
+        exact, label = not (scheme or kind), _label(scheme, kind)
         found.append(Candidate(label, exact, passes))
         if kind is None and not fixed["cache"]:
             plain = tuple(Later("cache", PLAIN) if each.name == "cache" else each for each in passes)
@@ -139,9 +140,9 @@ def _candidates(keywords: dict[str, Any], keep_originals: bool) -> tuple[Candida
     return tuple(found)
 
 
-def _label(scheme: str | None, kind: str | None, lossy: bool) -> str:
+def _label(scheme: str | None, kind: str | None) -> str:
     if scheme is None:
-        return f"cache in {kind}" if kind else "what was asked for" if lossy else "exact"
+        return f"cache in {kind}" if kind else "exact"
     if kind is None:
         return f"weights in {scheme}"
     return f"weights and cache in {scheme}" if scheme == kind else f"weights in {scheme}, cache in {kind}"

@@ -1,19 +1,26 @@
 """Estimates and measured bytes of one model after another, as JSON lines: run in a process of its own, whose malloc
-gives back what is freed. `python measured.py FAMILY ...`"""
+gives back what is freed. `python planned_sizes.py FAMILY ...`; with `--pieces` of prompts that are read in pieces, with
+`--pieces=WAY` in one way."""
 
 import gc
 import json
 import sys
+from dataclasses import replace
 from itertools import chain
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import hf_accel_patch
+from hf_accel_patch.api import parse
+from hf_accel_patch.families import bind
 from hf_accel_patch.measure import PeakMemory
 from hf_accel_patch.ops.growing import Growing
+from hf_accel_patch.passes import Prefill
+from hf_accel_patch.planning.memory import Estimates
 
 TOKENS = 768
+LONG, PIECE = 2048, 256  # tokens of a prompt that is read in pieces, and of a piece
 BASE = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, vocab_size=512)
 BASE |= dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA = BASE | dict(num_key_value_heads=2, head_dim=64)
@@ -30,6 +37,8 @@ FAMILIES = {
     "falcon": BASE | dict(alibi=False, multi_query=True),
     "bloom": dict(hidden_size=256, n_layer=3, n_head=4, vocab_size=512),
 }
+IN_PIECES = {"exact": {}, "stock's cache": {"cache": False}, "int4": {"quantize": "int4"}}
+IN_PIECES |= {"int8 cache": {"cache": "int8"}, "int4, int4 cache": {"quantize": "int4", "cache": "int4"}}
 WAYS = {"stock": None, "exact": {}, "int8": {"quantize": "int8"}, "cache": {"quantize": "int4", "cache": "int8"}}
 
 
@@ -79,9 +88,39 @@ def measured(family, way):
     return {"family": family, "way": way, "said": said, "measured": found, "problem": memory.get("rule_of_thumb", "")}
 
 
+def in_pieces(options):
+    """The passes of these options, with prompts in pieces."""
+    return tuple(replace(one, chunk_tokens=PIECE) if isinstance(one, Prefill) else one for one in parse(options))
+
+
+@torch.no_grad()
+def measured_in_pieces(family, way):
+    """The same of a budget for which a long prompt has to be read in pieces; `whole`: the peak without them."""
+    lengths = {name: 2 * LONG for name in ("max_position_embeddings", "n_positions") if name in FAMILIES[family]}
+    model, options = build(family, **lengths), IN_PIECES[way]
+    estimates = Estimates(bind(model), LONG)
+    said, whole = estimates.of(in_pieces(options)), estimates.of(parse(options))
+    hf_accel_patch.patch(model, budget=said.peak, context=LONG, **options)
+    row = hf_accel_patch.report(model).to_dict()["passes"][0]
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(3, 500, (1, LONG), generator=torch.Generator().manual_seed(1))
+    model.generate(ids, max_new_tokens=1, do_sample=False)  # what is loaded and compiled once
+    watch = PeakMemory(torch.device("cpu"))
+    output = model.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    peak = watch.read()
+    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    found = {"weights": weights, "cache": held(output.past_key_values), "peak": weights + peak}
+    facts = {"family": family, "way": way, "said": said.to_dict(), "measured": found, "whole": whole.peak}
+    return facts | {"chunk_tokens": row["chunk_tokens"], "problem": estimates.problem}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        for how in WAYS:
-            print(json.dumps(measured(name, how)), flush=True)
+    names = [name for name in sys.argv[1:] if not name.startswith("--pieces")]
+    asked = [name for name in sys.argv[1:] if name not in names]
+    ways, measure = (IN_PIECES, measured_in_pieces) if asked else (WAYS, measured)
+    ways = [way for way in ways if not asked or asked[0] in ("--pieces", f"--pieces={way}")]
+    for name in names:
+        for how in ways:
+            print(json.dumps(measure(name, how)), flush=True)
             gc.collect()

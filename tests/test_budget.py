@@ -85,13 +85,16 @@ def test_whatever_fits_less_is_more_lossy():
     assert places == sorted(places) and len(set(places)) > 2
 
 
-def test_what_the_user_fixes_stays():
+def test_what_the_user_fixes_stays(monkeypatch):
+    monkeypatch.setattr("hf_accel_patch.planning.budget.CHUNKS", ())  # the cache is what there is to choose
     limit = plan(build("llama"), context=1024, quantize="int8", cache="int4").memory.asked.peak
     model = patch(build("llama"), budget=limit, context=1024, quantize="int8")
     assert entry(report(model).to_dict(), "quantize")["scheme"] == "int8"
     assert entry(report(model).to_dict(), "cache")["kind"] == "int4"
-    fixed = parse({"budget": 1, "cache": "int8", "quantize": "int8"})[0].candidates
-    assert [each.label for each in fixed] == ["what was asked for"] and not fixed[0].exact
+    fixed = {"cache": "int8", "quantize": "int8"}
+    assert len(parse({"budget": 1, **fixed})[0].candidates) == 1
+    row = entry(plan(build("llama"), budget="1GiB", context=TOKENS, **fixed).to_dict(), "budget")
+    assert row["chosen"] == "what was asked for" and not row["exact"]
     assert all("cache" not in each.label for each in parse({"budget": 1, "cache": True})[0].candidates)
     model = patch(build("llama"), budget=sizes(quantize="int4"), context=TOKENS, attention=False)
     assert entry(report(model).to_dict(), "attention")["reason"] == "switched off: attention=False"

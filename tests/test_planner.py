@@ -152,7 +152,7 @@ def test_fewer_heads_take_less_of_weights_and_cache():
 
 
 def test_kept_counts_room_and_growth():
-    rows = Estimates(bind(build("gemma2")), 512)._trace(True, False, frozenset()).rows
+    rows = Estimates(bind(build("gemma2")), 512)._trace(True, None, frozenset(), None).rows
     stock, ours = kept(None, rows, 512, 1, 4), kept(KVCache(), rows, 512, 1, 4)
     assert stock.prompt < ours.prompt <= ours.grown
     assert {row.window for row in rows} == {None, 128}

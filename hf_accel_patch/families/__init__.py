@@ -30,9 +30,6 @@ UNSUITABLE_ATTENTION = {"deepseek_v4": "it adds scores of its compressed blocks 
 # Parts of the names under which PEFT adds modules of its own
 ADAPTERS = ("lora_", "adapter_", "vera_", "modules_to_save", "ia3_", "hada_", "lokr_", "oft_", "boft_", "hra_")
 
-# Hand-written attention for which a prompt read in chunks gives the same logits as the whole prompt at once
-CHUNKABLE = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
-
 # Model types that widen masks and positions for images, so they take none that are made for each token
 WIDENS_MASKS = frozenset({"git"})
 

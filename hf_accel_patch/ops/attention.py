@@ -138,7 +138,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     biased = _takes_bias(query, key, value, variant)
     fused = variant.plain or biased
     if fused and D != V and query.is_cpu and S > PADDED_FROM:
-        return attend(*_equal_sizes(query, key, value), mask, variant)[..., :V]
+        return attend(*equal_sizes(query, key, value), mask, variant)[..., :V]
     fused = fused and D == V
     if fused and biased and variant.bias is not None and variant.bias.shape[2] == 1 and mask.square:
         return _row_and_causal(query, key, value, variant.bias, mask.padding, variant.scale)
@@ -164,20 +164,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
                 sinks = sinks[:, :, start:stop]
             outputs.append(scored(part, keys, values, block, bias, replace(variant, sinks=sinks))[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def unattended(query: Tensor, key: Tensor, value: Tensor, plain: bool, masked: bool) -> Tensor:
-    """As `attend` does without values, on the meta device: [B, T, H, V]. It takes and frees the memory that `attend`
-    takes on a CPU."""
-    (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
-    padded = _equal_sizes(query, key, value) if plain and D != V and S > PADDED_FROM else None
-    fused = plain and (D == V or padded is not None)
-    row_bytes = S * B * (5 if fused else 8 * H)
-    rows = next((stop - start for start, stop in blocks(T, row_bytes, SCORE_BYTES)), 0)
-    block = query.new_empty(rows * row_bytes, dtype=torch.uint8) if masked or not fused else None
-    output = query.new_empty(B, T, H, V if padded is None else max(D, V))
-    del block, padded
-    return output if fused and not masked and D == V else query.new_empty(B, T, H, V)
 
 
 def scored(
@@ -300,7 +286,7 @@ def _row_as_channels(query: Tensor, key: Tensor, value: Tensor, variant: Variant
     return F.scaled_dot_product_attention(*inputs, is_causal=True, scale=variant.scale)[..., :V]
 
 
-def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """With zeros behind values that are shorter than keys, or behind queries and keys that are shorter than values,
     which change nothing: PyTorch's fused kernel for CPUs wants one size."""
     D, V = query.shape[-1], value.shape[-1]

@@ -18,13 +18,14 @@ from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
 from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored, unattended
+from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
 from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.fused import fused_attention
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
+from hf_accel_patch.ops.unattended import unattended, unattended_biased, unattended_parts
 from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
@@ -156,9 +157,15 @@ def attention_forward(
         (key, value), latents = latents.expanded, None
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if query.is_meta and not answer:  # only planned
-        described = isinstance(attention_mask, DescribedMask)
         plain = softcap is None and s_aux is None and sinks is None
-        return unattended(query, key, value, plain, described or position_bias is not None), None
+        if stored is not None:
+            mask = mask_of(attention_mask, T, S, False, query.device)
+            return unattended_parts(query, stored, mask, softcap), None
+        if isinstance(attention_mask, DescribedMask) and not attention_mask.square and plain:
+            if position_bias is not None and key.shape[-1] == value.shape[-1]:
+                return unattended_biased(query, key, value, position_bias), None
+        masked = isinstance(attention_mask, DescribedMask) or position_bias is not None
+        return unattended(query, key, value, plain, masked), None
     if T > 1 and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if (

@@ -1,4 +1,4 @@
-"""Prefill in pieces, for attention that stores all scores and for experts that repeat the tokens."""
+"""Prompts in pieces: for attention that stores all scores, for experts that repeat the tokens, and for a budget."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from hf_accel_patch.compat import CACHE
-from hf_accel_patch.families import CHUNKABLE, View
+from hf_accel_patch.families import View
+from hf_accel_patch.families.chunkable import CHUNKABLE
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.experts import Routed, in_pieces
 from hf_accel_patch.passes.attention import Attention
+from hf_accel_patch.passes.prefixes import PLAIN
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.plan import Skip, Step
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024  # where attention stores all scores
+CHUNKS = (4096, 2048, 1024, 512, 256)  # tokens; of these a budget takes the largest that fits
 
 
 @dataclass(frozen=True)
@@ -28,43 +31,50 @@ class Prefill:
     all tokens for each of their experts, and holds the hidden features of all of them. Quantized experts go one by one
     and stay as they are.
 
-    Where attention is hand-written and stays so, `generate` reads a prompt in chunks, so that memory grows with chunk x
-    length instead of length x length. transformers has this (`prefill_chunk_size`) and never uses it by itself. Here it
-    is decided per call, on the configuration that `generate` makes for that call, so nothing is left in
-    `generation_config` or in a saved checkpoint; calls that it does not fit (no cache, a static or quantized cache,
-    assisted decoding) run as before.
+    `generate` reads a prompt in chunks where attention is hand-written and stays so, so that memory grows with chunk x
+    length instead of length x length; and where a budget asks for it, with `chunk_tokens`: then what is alive beside
+    weights and cache is that of a chunk. transformers has this (`prefill_chunk_size`) and never uses it by itself. Here
+    it is decided per call, on the configuration that `generate` makes for that call, so nothing is left in
+    `generation_config` or in a saved checkpoint; calls that it does not fit (no cache, a static or quantized cache of
+    transformers', assisted decoding, inputs beside the tokens) run as before.
 
-    Outputs equal stock's up to floating-point rounding.
+    Outputs equal stock's up to floating-point rounding. With a quantized cache a chunk reads the ones before it from
+    there, where a whole prompt attends to itself in full precision.
     """
 
     besides: Quantize | None = None  # whose experts are not float any more
+    chunk_tokens: int | None = None  # None: as attention needs it
 
     name = "prefill"
 
     def inspect(self, view: View) -> Step | Skip:
         size = view.weight_bytes()
         facts: dict[str, Any] = {"exact": True, "bytes_before": size, "bytes_after": size}
-        experts = self._experts(view)
-        if experts:
-            facts["modules"] = len(experts)
-        linear = bool(view.attention_modules()) or isinstance(Attention().inspect(view), Step)
-        chunks = not linear and view.config.model_type in CHUNKABLE
-        if chunks:
-            facts["chunk_tokens"] = CHUNK_TOKENS
-        if experts or chunks:
-            return Step(self, facts, (view.model if chunks else None, experts))
-        if linear:
+        experts, chunk = self._experts(view), self.chunk(view)
+        facts |= {"modules": len(experts)} if experts else {}
+        facts |= {"chunk_tokens": chunk} if chunk else {}
+        if experts or chunk:
+            return Step(self, facts, (view.model, chunk, experts))
+        if _linear(view):
             return Skip(self, "its attention is linear in memory without chunks", size)
         return Skip(self, "reading its prompt in chunks is not known to be exact", size)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        model, experts = step.work
+        model, chunk, experts = step.work
         for module, routed in experts:
             journal.set_attribute(module, "routed", routed)
             kind: Any = type(module)
             journal.change_class(module, in_pieces(kind))
-        if model is not None:
-            journal.bind_method(model, "_prefill", _prefill)
+        if chunk is not None:
+            journal.bind_method(model, "_prefill", InChunks(chunk))
+
+    def chunk(self, view: View) -> int | None:
+        """Of how many tokens the chunks are in which `generate` reads a longer prompt. None: it reads it at once."""
+        if not {view.config.model_type, view.model.config.model_type} <= CHUNKABLE:
+            return None
+        if _linear(view):
+            return self.chunk_tokens
+        return min(CHUNK_TOKENS, self.chunk_tokens or CHUNK_TOKENS)
 
     def _experts(self, view: View) -> list[tuple[nn.Module, Routed]]:
         """The modules of float experts, each with what the size of a piece depends on."""
@@ -77,18 +87,38 @@ class Prefill:
         return found
 
 
-def _prefill(
-    self: PreTrainedModel,
-    input_ids: Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: Any,
-    *rest: Any,
-    **kw: Any,
-) -> Any:
-    """`generate`'s own prefill, told to go in chunks if the prompt is long, the cache can grow, and nobody asked for
-    what only the whole prompt at once returns."""
-    growing = type(model_kwargs.get(CACHE)) is DynamicCache and model_kwargs.get("inputs_embeds") is None
-    whole = generation_config.output_attentions or generation_config.output_hidden_states
-    if generation_config.prefill_chunk_size is None and growing and not whole and input_ids.shape[1] > CHUNK_TOKENS:
-        generation_config.prefill_chunk_size = CHUNK_TOKENS
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *rest, **kw)
+@dataclass(frozen=True)
+class InChunks:
+    """`generate`'s own prefill, told to go in chunks if the prompt is long and nothing but its tokens, the cache can
+    grow, and nobody asked for what only the whole prompt at once returns."""
+
+    tokens: int
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: Any,
+        *rest: Any,
+        **kw: Any,
+    ) -> Any:
+        cache = model_kwargs.get(CACHE)
+        given = {name for name, value in model_kwargs.items() if value is not None}
+        whole = generation_config.output_attentions or generation_config.output_hidden_states
+        fits = type(cache) is DynamicCache and given <= PLAIN and not whole
+        if generation_config.prefill_chunk_size is None and fits and input_ids.shape[1] > self.tokens:
+            unread = input_ids.shape[1] - cache.get_seq_length()
+            generation_config.prefill_chunk_size = self.size(unread, model_kwargs.get("logits_to_keep"))
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *rest, **kw)
+
+    def size(self, unread: int, wanted: Any) -> int | None:
+        """The longest chunk with which the last one of `unread` tokens has all those whose logits are wanted: a draft
+        is verified with the prompt."""
+        least = wanted if isinstance(wanted, int) and wanted > 1 else 1
+        return next((size for size in range(self.tokens, 0, -1) if (unread - 1) % size + 1 >= least), None)
+
+
+def _linear(view: View) -> bool:
+    """Whether its attention, or ours in its place, stores no scores of length x length."""
+    return bool(view.attention_modules()) or isinstance(Attention().inspect(view), Step)

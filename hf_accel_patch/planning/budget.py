@@ -11,17 +11,21 @@ from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.passes import GQA, Context, KVCache, Quantize
+from hf_accel_patch.passes import GQA, Context, KVCache, Prefill, Quantize
+from hf_accel_patch.passes.prefill import CHUNKS
 from hf_accel_patch.plan import Pass, Skip, Step, inspected
 from hf_accel_patch.planning.memory import Estimates, Size, tokens_of
 
 COUNTED = (GQA, KVCache, Context)  # the passes that a size asks, and that may refuse a model
+CHANGING = ("gqa", "rope", "quantize", "cache")  # the names of passes that may change outputs
+POSITIONS = ("rope", "frequencies")
 MOST_TOKENS = 8192  # that a budget is for where no context is given: long contexts are seldom used in full
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that could be done: what it is, in words, and the passes that do it."""
+    """One thing that could be done: what it is, in words, and the passes that do it. `exact`: nothing is chosen that
+    changes outputs, whatever the user has asked for."""
 
     label: str
     exact: bool
@@ -102,20 +106,39 @@ def fitted(
         return passes
     estimates = estimates or Estimates(view, budget.counted(view), budget.batch)
     fixed = quantized or any(isinstance(module, QuantizedModule) for _, module in view.named_modules())
+    candidates = _possible(view, budget.candidates) if lenient else budget.candidates
+    if not _exact(view, candidates[0].passes, quantized=quantized, lenient=lenient):
+        candidates = tuple(map(_not_exact, candidates))
     tried: list[tuple[Candidate, Size]] = []
-    for each in _possible(view, budget.candidates) if lenient else budget.candidates:
+    hopeless: list[Candidate] = []  # in the smallest pieces: weights and cache do not fit
+
+    def size(candidate: Candidate) -> Size:
+        return estimates.of(one for one in candidate.passes if not (quantized and isinstance(one, Quantize)))
+
+    for each in candidates:
         if fixed and each.label.startswith("weights"):
             continue
         try:
-            size = estimates.of(one for one in each.passes if not (quantized and isinstance(one, Quantize)))
+            needed = size(each)
         except UnsupportedModel:
             if not tried:  # what the user himself has asked for
                 raise
             continue
-        if size.peak <= budget.limit:
-            return Chosen(_facts(budget, each, size, tried, estimates)), *each.passes
-        tried.append((each, size))
-    raise _too_small(view, budget, tried, estimates)
+        tried.append((each, needed))
+        if needed.peak <= budget.limit:
+            break
+        ways = _in_pieces(view, each, estimates.tokens)
+        if needed.weights + needed.cache > budget.limit:
+            hopeless += ways[-1:]
+            continue
+        tried += [(way, size(way)) for way in ways[-1:]]
+        if tried[-1][1].peak <= budget.limit:
+            tried[-1] = next(pair for way in ways if (pair := (way, size(way)))[1].peak <= budget.limit)
+            break
+    else:
+        raise _too_small(view, budget, [*tried, *((each, size(each)) for each in hopeless)], estimates)
+    *before, (chosen, needed) = tried
+    return Chosen(_facts(budget, chosen, needed, before, estimates)), *chosen.passes
 
 
 def _possible(view: View, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -127,28 +150,50 @@ def _possible(view: View, candidates: Sequence[Candidate]) -> tuple[Candidate, .
     return tuple(replace(each, passes=tuple(refused.get(one.name, one) for one in each.passes)) for each in candidates)
 
 
+def _exact(view: View, passes: Sequence[Pass], *, quantized: bool, lenient: bool) -> bool:
+    """Whether none of what the user has asked for changes outputs, on this model."""
+    decided = (
+        inspected(each, view, lenient=lenient)
+        for each in passes
+        if each.name in CHANGING and not (quantized and isinstance(each, Quantize))
+    )
+    return all(each.facts["exact"] for each in decided if isinstance(each, Step))
+
+
+def _in_pieces(view: View, candidate: Candidate, tokens: int) -> list[Candidate]:
+    """The same with prompts in pieces, from the largest on; nothing where these are not known to be the same function:
+    pieces of a prompt would have frequencies of their own, or be read through a window with sinks."""
+    prefill = next((each for each in candidate.passes if isinstance(each, Prefill)), None)
+    if prefill is None or any(isinstance(each, KVCache) and each.kind == "sinks" for each in candidate.passes):
+        return []
+    positions = (inspected(each, view, lenient=True) for each in candidate.passes if each.name in POSITIONS)
+    if any(isinstance(each, Step) and "by_length" in each.facts for each in positions):
+        return []
+    found, now = [], prefill.chunk(view) or tokens
+    for chunk in CHUNKS:
+        smaller = replace(prefill, chunk_tokens=chunk)
+        if chunk < min(now, tokens) and smaller.chunk(view) == chunk:
+            passes = tuple(smaller if each is prefill else each for each in candidate.passes)
+            label = f"{candidate.label}, prompts in pieces of {chunk}"
+            found.append(replace(candidate, label=label, passes=passes))
+    return found
+
+
 def _facts(
     budget: Budget, chosen: Candidate, size: Size, tried: Sequence[tuple[Candidate, Size]], estimates: Estimates
 ) -> tuple[tuple[str, Any], ...]:
-    first, exact = tried[0][1] if tried else size, chosen.exact and not _scaled(estimates.view, chosen.passes)
-    if chosen.exact and not exact:
-        tried = [(_not_exact(each), needed) for each, needed in tried]
-        chosen = _not_exact(chosen)
-    facts: dict[str, Any] = {"exact": exact, "bytes_before": first.peak, "bytes_after": size.peak}
+    first = tried[0][1] if tried else size
+    facts: dict[str, Any] = {"exact": chosen.exact, "bytes_before": first.peak, "bytes_after": size.peak}
     others = ", ".join(f"{each.label} needs {in_binary(needed.peak)}" for each, needed in _telling(tried))
     why = f"{others}; " if others else ""
     facts |= {"chosen": chosen.label, "why": f"{why}{chosen.label} needs {in_binary(size.peak)}"}
+    prefill = next((each for each in chosen.passes if isinstance(each, Prefill)), None)
+    if prefill is not None and prefill.chunk_tokens is not None:
+        facts |= {"chunk_tokens": prefill.chunk_tokens, "holds_for": "generate"}
     facts |= {"budget_bytes": budget.limit, "context": estimates.tokens}
     facts |= {"batch": estimates.batch} if estimates.batch > 1 else {}
     facts |= {"weight_bytes": size.weights, "cache_bytes": size.cache, "activation_bytes": size.activations}
     return tuple((facts | ({"rule_of_thumb": estimates.problem} if estimates.problem else {})).items())
-
-
-def _scaled(view: View, passes: tuple[Pass, ...]) -> bool:
-    """Whether `context=` changes positions."""
-    asked = next((each for each in passes if isinstance(each, Context)), None)
-    decided = asked.inspect(view) if asked is not None else None
-    return isinstance(decided, Step) and not decided.facts["exact"]
 
 
 def _not_exact(candidate: Candidate) -> Candidate:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from hf_accel_patch.families import View, context_tokens, dtype_of
-from hf_accel_patch.passes import GQA, Attention, KVCache, Quantize
+from hf_accel_patch.passes import GQA, Attention, KVCache, Prefill, Quantize
+from hf_accel_patch.passes.cache import BITS
 from hf_accel_patch.plan import Pass, Step
 from hf_accel_patch.planning.caches import kept
 from hf_accel_patch.planning.trace import Traced, quantized_names, traced, twin
@@ -19,8 +19,9 @@ DEFAULT_TOKENS = 2048  # where neither the user nor the configuration says how m
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes. `activations` are those of the prompt at its widest, or of the last token's step, if that needs more with
-    the room that a growing cache has; `peak` is their sum with the weights and the cache."""
+    """Bytes. `activations` are those of the prompt at its widest, or of its last piece where `generate` reads it in
+    pieces; or of the last token's step, if that needs more with the room that a growing cache has. `peak` is their sum
+    with the weights and the cache."""
 
     weights: int
     cache: int
@@ -47,36 +48,41 @@ class Estimates:
     tokens: int
     batch: int = 1
     skeleton: View | None = None  # the same model in float weights on the meta device, if there is one
-    _traces: dict[tuple[bool, bool, frozenset[str]], Traced] = field(default_factory=dict, repr=False)
+    _traces: dict[Any, Traced] = field(default_factory=dict, repr=False)
     _weights: dict[Any, tuple[int, frozenset[str]]] = field(default_factory=dict, repr=False)
     _saved: dict[Any, tuple[int, float]] = field(default_factory=dict, repr=False)
 
     def stock(self) -> Size:
         """Of the model as it is, by stock transformers."""
-        return self._size(None, None, None, ours=False)
+        return self._size(None, None, None, None, ours=False)
 
     def of(self, passes: Iterable[Pass]) -> Size:
         """Of the model under these passes. Raises UnsupportedModel where it cannot have one."""
         found: dict[type, Any] = {type(each): each for each in passes}
-        return self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), ours=Attention in found)
+        prefill = found.get(Prefill)
+        chunk = None if prefill is None else prefill.chunk(self.view)
+        piece = chunk if chunk is not None and chunk < self.tokens else None
+        return self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), piece, ours=Attention in found)
 
     @property
     def problem(self) -> str:
         """Why activations are a rule of thumb, or nothing."""
         return next((each.problem for each in self._traces.values() if each.problem), "")
 
-    def _size(self, quantize: Quantize | None, cache: KVCache | None, gqa: GQA | None, *, ours: bool) -> Size:
+    def _size(
+        self, quantize: Quantize | None, cache: KVCache | None, gqa: GQA | None, piece: int | None, *, ours: bool
+    ) -> Size:
         weights, names = self._weighed(quantize)
         if cache is not None and not isinstance(cache.inspect(self.view), Step):
             cache = None
-        trace = self._trace(ours, cache is not None and cache.kind in ("int8", "int4"), names)
+        trace = self._trace(ours, cache, names, piece)
         saved, share = self._grouped(gqa)
         rows = [replace(row, heads=max(1, round(row.heads * share))) for row in trace.rows]
-        sizes = kept(cache, rows, self.tokens, self.batch, dtype_of(self.view.model).itemsize)
+        sizes = kept(cache, rows, self.tokens, self.batch, dtype_of(self.view.model).itemsize, piece)
         held, during = sizes.prompt + trace.states, trace.activations
         if cache is None:  # a window of stock's is a slice of the whole prompt until the next token
             during += max(0, int(trace.held * share) - held)
-        after = sizes.grown - sizes.prompt + trace.activations // self.tokens
+        after = sizes.grown - sizes.prompt + trace.activations // (piece or self.tokens)
         return Size(weights - saved * weights // self.view.weight_bytes(), held, max(during, after))
 
     def _weighed(self, quantize: Quantize | None) -> tuple[int, frozenset[str]]:
@@ -107,14 +113,20 @@ class Estimates:
             self._saved[gqa] = saved, facts["kv_heads"] / facts["was"]
         return self._saved[gqa]
 
-    def _trace(self, ours: bool, packed: bool, names: frozenset[str]) -> Traced:
-        key = ours, packed, names
+    def _trace(self, ours: bool, cache: KVCache | None, names: frozenset[str], piece: int | None) -> Traced:
+        packed = cache is not None and cache.kind in BITS
+        key = ours, cache if piece else packed, names, piece
         if key not in self._traces:
-            self.skeleton = self.skeleton or twin(self.view)
-            run = partial(traced, self.skeleton, batch=self.batch, ours=ours, packed=packed, quantized=names)
-            recurrent = getattr(self.skeleton.model, "_is_stateful", False)  # goes from token to token, in Python
-            long = recurrent and self.tokens > 2 * FEW
-            self._traces[key] = extended(run(FEW), run(2 * FEW), self.tokens) if long else run(self.tokens)
+            self.skeleton = skeleton = self.skeleton or twin(self.view)
+            most = piece or self.tokens
+
+            def run(tokens: int) -> Traced:
+                past = self.tokens - tokens if piece else 0
+                return traced(skeleton, tokens, self.batch, ours=ours, cache=cache, quantized=names, past=past)
+
+            recurrent = getattr(skeleton.model, "_is_stateful", False)  # goes from token to token, in Python
+            long = recurrent and most > 2 * FEW
+            self._traces[key] = extended(run(FEW), run(2 * FEW), most) if long else run(most)
         return self._traces[key]
 
 

@@ -31,11 +31,15 @@ from hf_accel_patch.families import CacheRow, View, bind, cache_rows, dtype_of, 
 from hf_accel_patch.families.weights import linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.passes.attention import Attention
+from hf_accel_patch.passes.attention import SELECTED, Attention
+from hf_accel_patch.passes.cache import BITS, KVCache
 from hf_accel_patch.passes.calibrate import evaluating
+from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY
 from hf_accel_patch.plan import Step
+from hf_accel_patch.planning.pieces import Update, fill, later
 from hf_accel_patch.planning.stand_ins import Products, experts, implementation
 
+FIRST = 16  # tokens that are run before a piece, to learn what is cached
 PLACES = ("idx", "index", "layer_id", "layer_number")  # in the names of attributes that say where a layer stands
 
 
@@ -76,7 +80,7 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         total = 0
         for storage in {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values():
             total += storage.nbytes()
-            if storage._cdata in self._sizes:
+            if storage._cdata not in self._weights:
                 self._weights.add(storage._cdata)
                 self._known.append(storage)
                 self._forget(storage._cdata)
@@ -101,11 +105,18 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def traced(
-    view: View, tokens: int, batch: int, *, ours: bool, packed: bool = False, quantized: frozenset[str] = frozenset()
+    view: View,
+    tokens: int,
+    batch: int,
+    *,
+    ours: bool,
+    cache: KVCache | None = None,
+    quantized: frozenset[str] = frozenset(),
+    past: int = 0,
 ) -> Traced:
-    """One forward over `tokens` of `batch` sequences, of a model on the meta device. `ours`: with this package's
-    attention and prefill; `packed`: with a cache that keeps no keys and values as they are. `quantized`: the names of
-    the modules whose weights are quantized by then."""
+    """One forward over `tokens` of `batch` sequences, of a model on the meta device, after `past` tokens that are in
+    the cache. `ours`: with this package's attention and experts; `cache`: of which kind, None for transformers' own.
+    `quantized`: the names of the modules whose weights are quantized by then."""
     model, journal = view.model, Journal()
     try:
         with torch.no_grad():
@@ -124,24 +135,30 @@ def traced(
                 if not isinstance(found, str) and found[0] == "experts":
                     way = "codes" if name in quantized else "pieces" if ours else implementation(module)
                     journal.set_attribute(module, "forward", partial(experts, module, way))
-            return _run(view, tokens, batch, weights, packed)
+            return _run(view, tokens, batch, weights, cache, past)
     except Exception as error:  # whatever the forward of a model wants to know of values, which are not there
         return _by_rule(view, tokens, batch, " ".join(f"{type(error).__name__}: {error}".split())[:160])
     finally:
         journal.undo()
 
 
-def _run(view: View, tokens: int, batch: int, quantized: set[int], packed: bool) -> Traced:
+def _run(view: View, tokens: int, batch: int, quantized: set[int], kept: KVCache | None, past: int) -> Traced:
     model: Any = view.model
     living, cache = Living(model), DynamicCache(config=view.config)
     noted: dict[int, CacheRow] = {}
+    packed = kept is not None and kept.kind in BITS and not past  # a whole prompt attends to itself
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer):
             vars(layer)["update"] = partial(_update, layer, living, noted, index, packed)
-    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    options: dict[str, Any] = {CACHE: cache, "use_cache": True}
+    options |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
-    with _first_of_kinds(view, cache) as like, evaluating(model), living, Products(quantized):
-        model(input_ids=ids, **{CACHE: cache}, use_cache=True, **options)
+    with _first_of_kinds(view, cache) as like, evaluating(model), Products(quantized):
+        if past:
+            model(input_ids=ids[:, :1].expand(-1, min(past, FIRST)), **options)
+            _go_on(cache, living, noted, kept, past, tokens)
+        with living:
+            model(input_ids=ids, **options)
     rows, held, states = [], 0, 0
     for index in like or range(len(cache.layers)):
         contents = {name: _tensors(value) for name, value in vars(cache.layers[index]).items()}
@@ -150,6 +167,25 @@ def _run(view: View, tokens: int, batch: int, quantized: set[int], packed: bool)
         rows += [noted[index]] if index in noted else []
         held, states = held + living.release(keys) + others, states + others
     return Traced(living.most, tuple(rows), held, states)
+
+
+def _go_on(
+    cache: Any, living: Living, noted: dict[int, CacheRow], kept: KVCache | None, past: int, tokens: int
+) -> None:
+    """Let the layers that have been met hold `past` tokens, and take `tokens` more as a cache of this kind does."""
+    for index, row in noted.items():
+        layer = cache.layers[index]
+        fill(layer, row, past)
+        update, own = later(layer, row, kept, past, tokens)
+        living.release(own)
+        if update is not None:
+            vars(layer)["update"] = partial(_as_ours, update)
+    for layer in cache.layers:
+        living.release([each for value in vars(layer).values() for each in _tensors(value)])
+
+
+def _as_ours(update: Update, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return update(keys, values)
 
 
 def _update(
@@ -241,8 +277,11 @@ def _by_rule(view: View, tokens: int, batch: int, problem: str) -> Traced:
 def twin(view: View) -> View:
     """The same architecture in float weights on the meta device, to be run there."""
     model, config = view.model, copy.deepcopy(view.model.config)
-    for name in ("quantization_config", "_is_quantized"):
-        vars(config).pop(name, None)
+    for each in (config, config.get_text_config(decoder=True)):
+        for name in ("quantization_config", "_is_quantized"):
+            vars(each).pop(name, None)
+        if vars(each).get(SELECTED) in (KEY, EXTENDED_KEY):  # the model is patched
+            vars(each)[SELECTED] = None
     kind: Any = type(model)
     with torch.device("meta"), no_init_weights():
         made = kind._from_config(config, dtype=dtype_of(model))

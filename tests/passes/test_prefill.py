@@ -6,7 +6,7 @@ import torch
 from cases import greedy, left_padded, prompt, tiny
 
 from hf_accel_patch import patch, report
-from hf_accel_patch.families import CHUNKABLE
+from hf_accel_patch.families.chunkable import CHUNKABLE
 from hf_accel_patch.passes import attention, prefill
 
 
