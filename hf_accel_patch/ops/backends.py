@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_accel_patch.ops import flash, flex
-from hf_accel_patch.ops.attention import Dense, Everything, Mask, Variant
+from hf_accel_patch.ops.case import Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS
 from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.seen import seen

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu, cpu_decode
-from hf_accel_patch.ops.attention import SCORE_BYTES, Mask, Variant, part_of_bias
+from hf_accel_patch.ops.attention import SCORE_BYTES, part_of_bias
+from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.kv import Bits, Packed, pack
 from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.stored import Content

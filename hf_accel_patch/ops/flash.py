@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import Variant
+from hf_accel_patch.ops.case import Variant
 from hf_accel_patch.ops.seen import Run, Seen
 
 

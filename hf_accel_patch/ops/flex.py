@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import Variant
+from hf_accel_patch.ops.case import Variant
 
 BLOCK = 128  # tokens of the blocks that are left out or not masked
 

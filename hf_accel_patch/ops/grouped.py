@@ -19,16 +19,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import (
-    GPU_SCORE_BYTES,
-    SCORE_BYTES,
-    Mask,
-    Variant,
-    blocks,
-    part_of_bias,
-    products,
-    weighed,
-)
+from hf_accel_patch.ops.attention import GPU_SCORE_BYTES, SCORE_BYTES, blocks, part_of_bias, products, weighed
+from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import attend_part
 
 LEAST_ROWS = 256  # of a block of queries for the fused kernels

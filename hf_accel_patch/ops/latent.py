@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import Mask, Variant, attend
+from hf_accel_patch.ops.attention import attend
+from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS, PART_TOKENS, Part, attend_cached, attend_parts
 from hf_accel_patch.ops.lazy import Lazy
 from hf_accel_patch.ops.stored import Stored

@@ -20,7 +20,7 @@ class DescribedMask(Lazy):
     `build(start, stop, first, last)` gives the dense block of these queries and keys. `window`: the keys that a query
     sees end with its own and are at most this many (None: it sees all earlier ones); `causal` says whether this may be
     used to leave keys out. `runs` gives, where it can, the one run of tokens per sequence that sees itself causally.
-    `square` and `padding`: see ops.attention.Mask.
+    `square` and `padding`: see ops.case.Mask.
     """
 
     build: Build

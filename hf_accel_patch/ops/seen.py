@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import GPU_SCORE_BYTES, SCORE_BYTES, Causal, Everything, Mask
+from hf_accel_patch.ops.attention import GPU_SCORE_BYTES, SCORE_BYTES
+from hf_accel_patch.ops.case import Causal, Everything, Mask
 from hf_accel_patch.ops.mask import DescribedMask
 
 

@@ -8,7 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import PADDED_FROM, SCORE_BYTES, Mask, Variant, blocks, equal_sizes
+from hf_accel_patch.ops.attention import PADDED_FROM, SCORE_BYTES, blocks, equal_sizes
+from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import PART_TOKENS, attend_parts
 from hf_accel_patch.ops.stored import Content
 

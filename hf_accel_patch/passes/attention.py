@@ -18,8 +18,9 @@ from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
 from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Mask, Variant, attend, scored
+from hf_accel_patch.ops.attention import attend, scored
 from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.fused import fused_attention
 from hf_accel_patch.ops.latent import Latent, attend_latents

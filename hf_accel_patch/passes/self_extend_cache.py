@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families.rotary import SCALED, Key, Scaled, Turn, cos_sin, latest
 from hf_accel_patch.families.rotation import Rotation
-from hf_accel_patch.ops.attention import Variant
+from hf_accel_patch.ops.case import Variant
 from hf_accel_patch.ops.grouped import Grouping, Keys, attend_grouped, scored_grouped
 from hf_accel_patch.ops.lazy import Lazy
 from hf_accel_patch.ops.rope import Lengths

@@ -7,7 +7,8 @@ import torch
 
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import kv
-from hf_accel_patch.ops.attention import Variant, reference
+from hf_accel_patch.ops.attention import reference
+from hf_accel_patch.ops.case import Variant
 
 # Of the largest number in the result, with float32 results; narrower ones are rounded once more. Quantized, queries and
 # weights are integers of 15 bits, without the instructions for products of bytes of 13.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_accel_patch.ops import attention
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, attend, reference, scored
+from hf_accel_patch.ops.attention import attend, reference, scored
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Variant
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 
 B, T, D = 2, 13, 8

@@ -11,8 +11,9 @@ import torch
 from interpreter import INTERPRETED, interpreted, load
 
 from hf_accel_patch.ops import backends, flash, launching
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, reference
+from hf_accel_patch.ops.attention import reference
 from hf_accel_patch.ops.backends import Asked, Case, Choice, attend_by, cannot, choose, missing
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Variant
 from hf_accel_patch.ops.mask import DescribedMask, contiguous_runs
 from hf_accel_patch.ops.seen import Run, Seen, seen
 

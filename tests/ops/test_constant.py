@@ -5,7 +5,8 @@ import torch
 
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import decode, kv
-from hf_accel_patch.ops.attention import Everything, Variant, reference
+from hf_accel_patch.ops.attention import reference
+from hf_accel_patch.ops.case import Everything, Variant
 from hf_accel_patch.ops.constant import Constant, constant_of
 from hf_accel_patch.ops.stored import Content
 

@@ -5,7 +5,8 @@ import torch
 
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import decode
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant, reference
+from hf_accel_patch.ops.attention import reference
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Variant
 from hf_accel_patch.ops.decode import attend_cached, attend_parts, attend_stored
 from hf_accel_patch.ops.kv import BLOCK, pack, unpack
 from hf_accel_patch.ops.mask import DescribedMask

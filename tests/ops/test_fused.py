@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_accel_patch.ops import fused
-from hf_accel_patch.ops.attention import Causal, Variant, attend, reference
+from hf_accel_patch.ops.attention import attend, reference
+from hf_accel_patch.ops.case import Causal, Variant
 from hf_accel_patch.ops.fused import fused_attention
 
 B, H, K, T, D = 2, 6, 2, 9, 16

@@ -5,7 +5,7 @@ import torch
 
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import grouped
-from hf_accel_patch.ops.attention import Causal, Dense, Everything, Variant
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Variant
 from hf_accel_patch.ops.grouped import Grouping, Keys, attend_grouped, scored_grouped
 
 B, H, K, D = 2, 4, 2, 16

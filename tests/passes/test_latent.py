@@ -12,7 +12,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from hf_accel_patch import patch, plan, report, unpatch
 from hf_accel_patch.kernels import cpu_decode
 from hf_accel_patch.ops import latent
-from hf_accel_patch.ops.attention import Dense, Everything, Variant, reference
+from hf_accel_patch.ops.attention import reference
+from hf_accel_patch.ops.case import Dense, Everything, Variant
 from hf_accel_patch.ops.latent import Latent, Latents, attend_latents
 from hf_accel_patch.passes.latent import latent_class, latent_modules
 
