@@ -19,6 +19,7 @@ class Growing:
     """
 
     shared: bool  # others may hold the buffer
+    lent = False  # whether somebody was given a view of it, and may have it still
 
     def __init__(self, content: Tensor, slack: float, least: int) -> None:
         self.slack, self.least = slack, least
@@ -32,6 +33,15 @@ class Growing:
         held = cls(buffer, slack, least)
         held.shared, held.stop = False, length
         held.view().copy_(content)
+        return held
+
+    @classmethod
+    def within(cls, buffer: Tensor, content: Tensor, slack: float, least: int) -> Growing:
+        """A copy of the content at the front of a buffer that is nobody else's, which becomes zero behind it."""
+        held, length = cls(buffer, slack, least), content.shape[2]
+        held.shared, held.stop = False, length
+        held.view().copy_(content)
+        buffer.narrow(2, length, buffer.shape[2] - length).zero_()
         return held
 
     def __copy__(self) -> Growing:
@@ -80,6 +90,16 @@ class Growing:
         rows = torch.arange(len(new), device=new.device)[:, None]
         self.view()[rows, :, places] = new.transpose(1, 2)
         return self.view()
+
+    def put(self, new: Tensor, rows: Tensor, places: Tensor, stop: int) -> Tensor:
+        """The first `stop` entries of the buffer, with `new` [B, K, m, ...] at `places` [B, m] of its `rows` [B, 1].
+        How many entries there are stays what it was: nothing depends on it, nor on where the places are."""
+        self.buffer[rows, :, places] = new.transpose(1, 2)
+        return self.buffer.narrow(2, 0, stop)
+
+    def settle(self, length: int) -> None:
+        """There are so many entries, whoever has written them."""
+        self.stop = self.start + length
 
     def writable(self) -> Tensor:
         """The content, to be changed in place."""

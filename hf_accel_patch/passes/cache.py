@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_accel_patch.errors import UnsupportedModel
@@ -26,10 +26,12 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
+from hf_accel_patch.passes.graphs import GRAPHS, decides, decoding_call, never
 from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
+from hf_accel_patch.passes.replaying import Graphs
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -54,6 +56,10 @@ class KVCache:
     `offload`: of long texts only so many of the latest tokens stay where the model is; the older ones go to the host's
     memory, as they are or in 8 or 4 bits. Every step reads them over the bus: for GPUs whose memory is short.
 
+    `graphs`: on an NVIDIA GPU, steps of `generate` over an exact cache are recorded and replayed as CUDA graphs, which
+    the host launches as one. Buffers then have room for all tokens to come, and stay where they are. What does not fit
+    runs as before; `report` says why. It is off by default because it has not been measured on a GPU.
+
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
     """
@@ -64,6 +70,7 @@ class KVCache:
     sinks: int = 4  # tokens
     offload: int | None = None  # tokens that stay on the model's device, at least a block of 64; None: all
     prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
+    graphs: bool = False  # steps are replayed as CUDA graphs
 
     name = "cache"
 
@@ -84,23 +91,27 @@ class KVCache:
             raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")
         if isinstance(self.prefixes, int | str):
             size_in_bytes(self.prefixes)
+        if self.graphs and (self.kind != "exact" or self.offload is not None):
+            raise ValueError(f"cache: graphs with {self._asked}; allowed: the exact cache, where the model is")
 
     def inspect(self, view: View) -> Step | Skip:
         reason = self._why_not(view)
         module = first_cached_module(view)
         if reason or module is None:
             reason = reason or "no layer of it takes a cache"
-            if self.kind != "exact" or self.offload is not None:
+            if self.kind != "exact" or self.offload is not None or self.graphs:
                 raise UnsupportedModel(f"cache={self._asked}: {reason}", "leave the keyword out")
             return Skip(self, reason)
         found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
             self._check_prefixes(view)
         facts = {"exact": self.kind == "exact", **self._facts(view)}
-        return Step(self, facts, (view, module, found, context_tokens(view.config)), of_weights=False)
+        graphs = Graphs(never(view)) if self.graphs else None
+        facts |= {} if graphs is None else graphs.facts()
+        return Step(self, facts, (view, module, found, context_tokens(view.config), graphs), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        view, module, found, context = step.work
+        view, module, found, context, graphs = step.work
         model = view.model
         stream = None
         if self.window is not None:
@@ -117,6 +128,15 @@ class KVCache:
             prefixes.open(view)
             prefill = PrefillWithPrefixes(prefixes, converting, _bound(model, "_prefill"))
             journal.bind_method(model, "_prefill", prefill)
+        if graphs is not None:
+            journal.set_attribute(model, GRAPHS, graphs)
+            journal.bind_method(model, "_valid_auto_compile_criteria", decides)
+            journal.bind_method(model, "get_compiled_call", decoding_call)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What was recorded and replayed so far, if that was asked for."""
+        graphs = vars(model).get(GRAPHS)
+        return graphs.facts() if isinstance(graphs, Graphs) else {}
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""
@@ -225,7 +245,10 @@ class KVCache:
 
     @property
     def _asked(self) -> str:
-        return repr(self.kind) if self.offload is None else f"KVCache({self.kind!r}, offload={self.offload})"
+        options = [repr(self.kind)] if self.kind != "exact" or self.offload is not None else []
+        options += [] if self.offload is None else [f"offload={self.offload}"]
+        options += ["graphs=True"] if self.graphs else []
+        return options[0] if options == [repr(self.kind)] else f"KVCache({', '.join(options)})"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hf_accel_patch.compat import (
     DynamicIndexedLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    to_remove,
 )
 from hf_accel_patch.ops.growing import Growing
 
@@ -38,7 +39,10 @@ class _InPlace(DynamicLayer):
         held: Growing | None = getattr(self, name)
         if held is None and self.is_initialized:
             return torch.tensor([], dtype=self.dtype, device=self.device)
-        return None if held is None else held.view()
+        if held is None:
+            return None
+        held.lent = True
+        return held.view()
 
     def _set(self, name: str, content: Tensor | None) -> None:
         held: Growing | None = getattr(self, name)
@@ -61,7 +65,8 @@ class _InPlace(DynamicLayer):
 
     def state(self) -> dict[str, Tensor]:
         """All that it holds, as tensors of their own."""
-        return {name: getattr(self, name).contiguous().clone() for name in ("keys", "values")}
+        held = {"keys": self._keys, "values": self._values}
+        return {name: each.view().contiguous().clone() for name, each in held.items() if each is not None}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Hold what `state` said. Its tensors are read, and never written."""
@@ -105,10 +110,14 @@ class _InPlace(DynamicLayer):
 
 @dataclass(frozen=True)
 class Places:
-    """Where each sequence of a batch goes on, for one pass: entries [B, T], and the number of entries with them."""
+    """Where each sequence of a batch goes on, for one pass: entries [B, T], and the number of entries with them.
+
+    With `rows` [B, 1], as in a step that is recorded: the buffer has room for them, and how many entries a layer counts
+    stays what it was."""
 
     entries: Tensor
     stop: int
+    rows: Tensor | None = None
 
 
 class InPlaceLayer(_InPlace):
@@ -119,8 +128,31 @@ class InPlaceLayer(_InPlace):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.apart is None or self._keys is None or self._values is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        entries, stop = self.apart.entries, self.apart.stop
+        entries, stop, rows = self.apart.entries, self.apart.stop, self.apart.rows
+        if rows is not None:
+            return self._keys.put(key_states, rows, entries, stop), self._values.put(value_states, rows, entries, stop)
         return self._keys.write(key_states, entries, stop), self._values.write(value_states, entries, stop)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers', but nobody gets a view of the buffers."""
+        removed = to_remove(tokens_to_remove, self.get_seq_length())
+        for each in (self._keys, self._values):
+            if each is not None and removed:
+                each.drop(back=removed)
+
+    def placed(self) -> tuple[Growing, Growing] | None:
+        """Where its keys and values are."""
+        return None if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def move(self, keys: Growing, values: Growing) -> None:
+        """Be there from now on: `keys` and `values` hold the same entries."""
+        self._keys, self._values = keys, values
+
+    def settle(self, length: int) -> None:
+        """There are so many entries, which a replay has written."""
+        for each in (self._keys, self._values):
+            if each is not None:
+                each.settle(length)
 
 
 class Windowed(DynamicSlidingWindowLayer):

@@ -16,8 +16,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import WIDENS_MASKS, View, find_model, first_cached_module, layer_list, weight_bytes
-from hf_accel_patch.families.handwritten import handwritten_modules
+from hf_accel_patch.families import View, find_model, first_cached_module, layer_list, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
@@ -25,6 +24,7 @@ from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
+from hf_accel_patch.passes.graphs import takes_places
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -91,7 +91,7 @@ class Speculative:
             raise UnsupportedModel(f"speculative={self.method!r}: {reason}", "leave the keyword out")
         size = view.weight_bytes()
         facts = {"exact": True, "bytes_before": size, "bytes_after": size, "method": self.method}
-        return Step(self, facts, (view, _takes_places(view)), of_weights=False)
+        return Step(self, facts, (view, takes_places(view)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
         view, apart = step.work
@@ -131,13 +131,6 @@ class Speculative:
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
             return f"its cache cannot be taken back: {', '.join(sorted(other))}"
         return ""
-
-
-def _takes_places(view: View) -> bool:
-    """Whether a forward can be told where each token stands and what it sees: positions, and a mask [B, 1, T, S]."""
-    parameters = inspect.signature(type(view.model).forward).parameters
-    takes = {"position_ids", "attention_mask"} <= parameters.keys() and view.config.model_type not in WIDENS_MASKS
-    return takes and not handwritten_modules(view)
 
 
 def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
