@@ -1,7 +1,7 @@
 """A CUDA graph on a CPU: what a capture does with operators, and what it forbids.
 
-At the capture every operator is noted with its very memory. A replay runs just these operators again on the same memory,
-and nothing of Python. As on a GPU, nothing counts as computed by the capture itself: what it wrote is taken back, and
+At the capture every operator is noted with its very memory. A replay runs just these again, on the same memory, and
+nothing of Python. As on a GPU, nothing counts as computed by the capture itself: what it wrote is taken back, and
 its output is not a number until the first replay; whatever would wait for the device fails; and a tensor that was made
 inside may not outlive the capture, for its memory serves other operators.
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ class SimulatedRecorder:
     """Records as `CudaRecorder` does: a first run that is watched, then the capture."""
 
     def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self.made: list[Simulated] = []
 
     @property
@@ -49,10 +52,13 @@ class SimulatedRecorder:
         return sum(each.replays for each in self.made)
 
     def __call__(self, function: Callable[[], Tensor]) -> Simulated:
-        with Watching(CPU):
-            function()
-        with Capturing() as capture:
-            output = function()
+        with ExitStack() as stack:
+            for name in ("tolist", "numpy", "cpu"):  # no operators on a CPU, where there is nothing to wait for
+                stack.enter_context(patch.object(Tensor, name, _refusing(name)))
+            with Watching(CPU):
+                function()
+            with Capturing() as capture:
+                output = function()
         capture.end(output)
         self.made.append(Simulated(output, capture.run))
         return self.made[-1]
@@ -111,6 +117,13 @@ class Capturing(TorchDispatchMode):
         if at not in self.inside and at not in self.before:
             whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
             self.before[at] = whole, whole.clone()
+
+
+def _refusing(name: str) -> Any:
+    def refuse(*args: Any) -> Any:
+        raise Refused(f"{name} waits for numbers")
+
+    return refuse
 
 
 def _address(tensor: Tensor) -> int:

@@ -46,6 +46,8 @@ class Recorder(Protocol):
     """Records a function: runs it, more than once, and returns what replays it. Raises Refused, or whatever the
     function raises; the function may have run by then."""
 
+    device: torch.device
+
     def __call__(self, function: Callable[[], Tensor]) -> Recorded: ...
 
 

@@ -20,6 +20,7 @@ from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View
 from hf_accel_patch.families.handwritten import handwritten_modules
 from hf_accel_patch.ops.graphs import recorder_for
+from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.replaying import Decoding, Graphs
 
@@ -49,8 +50,9 @@ def takes_places(view: View) -> bool:
     return takes and not handwritten_modules(view)
 
 
-def begin(model: PreTrainedModel, config: GenerationConfig) -> Decoding | None:
-    """What one call of `generate` calls in the place of the model, if that is asked for and can be."""
+def begin(model: PreTrainedModel, config: GenerationConfig, pace: Pace | None = None) -> Decoding | None:
+    """What one call of `generate` calls in the place of the model, if that is asked for and can be. `pace` is told of
+    passes that are no measure."""
     graphs = vars(model).get(GRAPHS)
     if not isinstance(graphs, Graphs):
         return None
@@ -60,9 +62,11 @@ def begin(model: PreTrainedModel, config: GenerationConfig) -> Decoding | None:
             made_of = identity(model)
             if made_of != graphs.made_of:
                 graphs.made_of, graphs.rooms, graphs.recorder = made_of, [], recorder_for(model.device)
-            if graphs.recorder is not None:
-                return Decoding(graphs, model, graphs.recorder, config.max_length or 0)
-            reason = f"the model is on {model.device.type}"
+                graphs.hooked = hooked(model)
+            reason = graphs.hooked
+            if not reason and graphs.recorder is not None:
+                return Decoding(graphs, model, graphs.recorder, config.max_length or 0, pace)
+            reason = reason or f"the model is on {model.device.type}"
     graphs.eager[reason] += 1
     return None
 
@@ -102,6 +106,11 @@ def why_not(model: PreTrainedModel, config: GenerationConfig) -> str:
         return "its attention may not take a mask of its own for each token"
     if getattr(model, "_compiled_call_impl", None) is not None:
         return "the model is compiled"
+    return ""
+
+
+def hooked(model: nn.Module) -> str:
+    """Where a hook is that a replay would not call."""
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate has placed a hook on {name or 'the model'}"
@@ -120,7 +129,7 @@ def identity(model: nn.Module) -> object:
         found.append((id(module), type(module)))
         for each in own.values():
             found.append(id(each))
-            if type(each) in (dict, list):
+            if isinstance(each, dict | list):
                 found.extend(map(id, each.values() if isinstance(each, dict) else each))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hf_accel_patch.compat import CACHE, given_cache
 from hf_accel_patch.families import dtype_of
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.graphs import Recorder, marked
+from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.layers import InPlaceLayer, Places
 from hf_accel_patch.passes.rooms import SPARE, Pass, Room, Step, visible
 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 PASSES = 8  # that are to come at least, for a recording to pay: it costs three or four ordinary ones
+AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 RESERVE = 4096  # tokens to come that a room has space for at most; then the cache moves again
 UNKNOWN = 1024  # the same where nothing says how many are to come
 LEAST_TOLERANCE = 1e-2  # of the spread of the logits
@@ -40,6 +43,7 @@ class Graphs:
         self.eager: Counter[str] = Counter()  # calls that went the ordinary way, by the reason
         self.pending: dict[int, Decoding] = {}  # by thread
         self.made_of: object = None  # see `identity` in passes/graphs.py
+        self.hooked = ""  # why a model that is made of this replays nothing
 
     def __reduce__(self) -> Any:
         return Graphs, (self.never,)
@@ -93,18 +97,19 @@ class Graphs:
 
 @dataclass
 class Decoding:
-    """Calls the model in one call of `generate`. `held_up`: whether the last pass took longer than such passes will."""
+    """Calls the model in one call of `generate`."""
 
     graphs: Graphs
     model: PreTrainedModel
     recorder: Recorder
     limit: int  # tokens at the end; 0: unknown
-    held_up: bool = False
+    pace: Pace | None = None  # is told of a pass that takes longer than such passes will
+    room: Room | None = None  # in which the last pass was
     refused: set[str] = field(default_factory=set)
+    other: str = ""  # what else the model returns
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """As the model is called: all sequences go on at the same place."""
-        self.held_up = False
         plain = partial(self.model, *args, **inputs)
         ids, cache = inputs.get("input_ids"), given_cache(inputs)
         if self.graphs.off or args or ids is None or ids.ndim != 2 or ids.shape[1] > WIDTHS[-1]:
@@ -113,6 +118,8 @@ class Decoding:
         length = 0 if cache is None else cache.get_seq_length()
         if not length:
             return plain()
+        if type(cache) is not DynamicCache:
+            return self._refuse(f"the cache is a {type(cache).__name__}", plain)
         keep = inputs.get("logits_to_keep")
         other = {name for name, each in inputs.items() if each is not None and each is not False} - KNOWN
         if other:
@@ -127,22 +134,26 @@ class Decoding:
 
     def run(self, given: Pass) -> Any:
         """One pass: replayed, recorded, or the ordinary one."""
-        self.held_up = False
-        layers, t = given.cache.layers, given.tokens.shape[1]
-        reason = "" if self.graphs.off or t > WIDTHS[-1] else self._unfit(given.cache)
-        if self.graphs.off or t > WIDTHS[-1] or reason:
-            return self._refuse(reason, given.plain) if reason else given.plain()
+        layers, t, room = given.cache.layers, given.tokens.shape[1], self.room
+        if self.graphs.off or t > WIDTHS[-1]:
+            return given.plain()
+        if reason := self._unfit():
+            return self._refuse(reason, given.plain)
+        if room is None or room.capacity < given.stop + SPARE or not room.holds(layers):
+            if reason := unfit(given.cache):
+                return self._refuse(reason, given.plain)
+            room = self.graphs.room_for(layers, given.stop + SPARE)
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
-        room = self.graphs.room_for(layers, given.stop + SPARE)
         step = None if room is None else room.step(width, given.stop)
         if step is None and to_come < PASSES * max(1, width // 2):
             return given.plain()
-        most = given.stop + min(to_come, RESERVE) + SPARE
-        try:
-            room = self.graphs.enter(room, layers, given.stop + SPARE, most)
-        except torch.OutOfMemoryError:
-            return self._refuse("there is no memory for buffers that stay where they are", given.plain)
-        step = room.step(width, given.stop)
+        if room is None or room is not self.room:
+            most = given.stop + min(to_come, RESERVE) + SPARE
+            try:
+                self.room = room = self.graphs.enter(room, layers, given.stop + SPARE, most)
+            except torch.OutOfMemoryError:
+                return self._refuse("there is no memory for buffers that stay where they are", given.plain)
+            step = room.step(width, given.stop)
         if step is None:
             return self._record(room, width, given)
         return self._replay(room, step, width, given)
@@ -152,13 +163,14 @@ class Decoding:
         try:
             room.fill(width, given)
             step.recorded.replay()
-            logits = step.recorded.output[:, t - (given.keep or t) : t].clone()
+            logits = step.recorded.output[:, t - min(given.keep or t, t) : t].clone()
         except Exception as error:
             self.graphs.stop(f"a replay failed: {_line(error)}")
             return given.plain()
         self.graphs.counts["replayed"] += 1
         if not step.tried:
-            self.held_up = step.tried = True
+            step.tried = True
+            self._say_held_up()
             outputs = given.plain()  # writes the same entries again
             if not agree(logits, outputs.logits, dtype_of(self.model)):
                 self.graphs.stop("a replay gave other logits than the model")
@@ -169,13 +181,13 @@ class Decoding:
 
     def _record(self, room: Room, width: int, given: Pass) -> Any:
         """The ordinary pass, and then the same recorded."""
-        self.held_up = True
+        self._say_held_up()
         outputs = given.plain()
-        if other := {name for name, each in outputs.items() if each is not None} - {"logits", CACHE}:
-            self.refused.add(reason := f"the model returns {', '.join(sorted(other))}")
-            self.graphs.eager[reason] += 1
+        returned = set(outputs) if isinstance(outputs, ModelOutput) else {"a tuple"}
+        if returned != {"logits", CACHE}:
+            self.other = ", ".join(sorted(returned - {"logits", CACHE}))
             return outputs
-        size = min(room.capacity, visible(given.stop + PASSES))
+        size = min(room.capacity, visible(given.stop + max(PASSES, min(self._to_come(given.stop), AHEAD))))
         try:
             room.fill(width, given)
             with self.graphs.lock, marked():
@@ -205,6 +217,10 @@ class Decoding:
                 layer.apart = apart
         return logits
 
+    def _say_held_up(self) -> None:
+        if self.pace is not None:
+            self.pace.held_up = True
+
     def _to_come(self, stop: int) -> int:
         return max(0, self.limit - stop) if self.limit else UNKNOWN
 
@@ -215,21 +231,26 @@ class Decoding:
             self.graphs.eager[reason] += 1
         return plain()
 
-    def _unfit(self, cache: Any) -> str:
-        """Why a pass over this cache is not recorded."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.model.device.type):
+    def _unfit(self) -> str:
+        """Why no pass is recorded now."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.recorder.device.type):
             return "gradients or autocast are on"
-        if type(cache) is not DynamicCache or cache.offloading:
-            return f"a {type(cache).__name__} is not one of ours, or offloads itself"
-        for layer in cache.layers:
-            if type(layer) is not InPlaceLayer:
-                return f"a layer of the cache is a {type(layer).__name__}"
-            placed = layer.placed()
-            if placed is None or len(placed[0]) != cache.get_seq_length():
-                return "a layer of the cache holds other tokens than the first"
-            if any(type(each.buffer) is not Tensor or each.buffer.requires_grad for each in placed):
-                return "a layer of the cache holds no plain tensor"
-        return next((each for each in self.refused if each.startswith("the model returns")), "")
+        return f"the model returns {self.other}" if self.other else ""
+
+
+def unfit(cache: Any) -> str:
+    """Why passes over this cache are not recorded."""
+    if cache.offloading:
+        return "the cache offloads itself"
+    for layer in cache.layers:
+        if type(layer) is not InPlaceLayer:
+            return f"a layer of the cache is a {type(layer).__name__}"
+        placed = layer.placed()
+        if placed is None or len(placed[0]) != cache.get_seq_length():
+            return "a layer of the cache holds other tokens than the first"
+        if any(type(each.buffer) is not Tensor or each.buffer.requires_grad for each in placed):
+            return "a layer of the cache holds no plain tensor"
+    return ""
 
 
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -24,7 +24,8 @@ from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
-from hf_accel_patch.passes.graphs import takes_places
+from hf_accel_patch.passes.graphs import GRAPHS, takes_places
+from hf_accel_patch.passes.replaying import WIDTHS
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -219,11 +220,12 @@ class Speculating:
 
     def drafter(self, model: PreTrainedModel) -> Drafter:
         """For one call."""
+        most = min(self.options.most, WIDTHS[-1] - 1) if GRAPHS in vars(model) else self.options.most
         if self.options.method == "ngram":
-            return NGramDrafter(self.options.most, self.history)
+            return NGramDrafter(most, self.history)
         if self.options.method == "model":
-            return ModelDrafter(self.options.most, self.history, OtherModel(find_model(self.options.draft)))
-        return ModelDrafter(self.options.most, self.history, OwnCopy(self.renew(model)))
+            return ModelDrafter(most, self.history, OtherModel(find_model(self.options.draft)))
+        return ModelDrafter(most, self.history, OwnCopy(self.renew(model)))
 
     def renew(self, model: PreTrainedModel) -> Any:
         """The copy, made anew if the weights are others since."""
