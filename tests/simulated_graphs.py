@@ -57,6 +57,7 @@ class SimulatedRecorder:
                 stack.enter_context(patch.object(Tensor, name, _refusing(name)))
             with Watching(CPU):
                 function()
+            stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))
             with Capturing() as capture:
                 output = function()
         capture.end(output)

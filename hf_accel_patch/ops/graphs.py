@@ -95,12 +95,19 @@ def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torc
     if packet in WAITS and any(each.device.type == device.type for each in tensors):
         why = "waits for its numbers"
     elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-        if any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]):
+        indices = [each for each in args[1] if each is not None]
+        if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
             why = "with a mask waits for its numbers"
+        elif any(each.device != args[0].device for each in indices):
+            why = "with indices elsewhere copies them"
     elif packet is aten.repeat_interleave and func is not aten.repeat_interleave.self_int:
         if kwargs.get("output_size") is None:
             why = "waits for its numbers"
-    elif packet is aten.lift_fresh and tensors[0].ndim and tensors[0].device.type == device.type:
+    elif (
+        packet is aten.lift_fresh
+        and tensors[0].device.type == device.type
+        and (tensors[0].ndim or device.type != "cpu")
+    ):
         why = "of a new constant copies from the host's memory"
     elif packet in (aten._to_copy, aten.copy_):
         if _from_elsewhere(packet, args, kwargs):

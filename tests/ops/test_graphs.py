@@ -1,4 +1,4 @@
-"""What may be recorded; that the simulation that stands for CUDA graphs in other tests is as strict as they are."""
+"""What may be recorded, and whether the simulation that stands for CUDA graphs in other tests is as strict."""
 
 import pytest
 import torch

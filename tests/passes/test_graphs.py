@@ -1,5 +1,6 @@
 """Recorded steps give the tokens of the ordinary ones: with a simulated CUDA graph, which replays operators only."""
 
+import argparse
 import copy
 import gc
 import logging
@@ -11,7 +12,8 @@ from fingerprint import changes, fingerprint
 from simulated_graphs import SimulatedRecorder
 from transformers import CompileConfig, DynamicCache
 
-from hf_accel_patch import KVCache, Quantize, UnsupportedModel, patch, report, unpatch
+from benchmarks import graphs as benchmark
+from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
 from hf_accel_patch.kernels import cpu, cpu_decode
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes import drafting, graphs, replaying, rooms
@@ -66,7 +68,13 @@ def said(model):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "gpt2", *(pytest.param(n, marks=SLOW) for n in ("qwen3", "phi3", "gpt_neox", "opt"))]
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "gpt2",
+        *(pytest.param(n, marks=SLOW) for n in ("qwen3", "gpt_neox", "opt", "gpt_bigcode", "deepseek_v3", "mixtral")),
+    ],
 )
 def test_tokens_are_those_of_stock(family, made):
     """Alone and left-padded, past several of the lengths that steps see."""
@@ -414,3 +422,27 @@ def test_what_is_not_a_number_beyond_the_text_is_not_seen(made):
     recorded = said(model)["graphs_recorded"]
     assert torch.equal(generate(model, prompt(9), 20), truth) and said(model)["graphs_recorded"] <= recorded + 2
     assert vars(model)[GRAPHS].rooms == [room]
+
+
+# Beside other passes, and measured
+
+
+def test_prefixes_and_a_copy_that_drafts(made):
+    """Prompts that begin alike, and drafts that a copy of the model writes into the cache."""
+    model, first = small(), prompt(40)
+    second = torch.cat([first[:, :32], prompt(8, seed=4)], 1)
+    truths = [generate(model, each, 30) for each in (first, second)]
+    patch(model, cache=KVCache(graphs=True, prefixes="1MiB"), speculative=Speculative("self", scheme="int4"))
+    for each, truth in zip((first, second), truths, strict=True):
+        assert torch.equal(generate(model, each, 30), truth)
+    assert replays(made) > 10 and vars(model)[GRAPHS].off == ""
+
+
+def test_what_the_benchmark_measures(made, monkeypatch):
+    monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
+    monkeypatch.setattr(replaying, "PASSES", 4)
+    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2}
+    with torch.no_grad():
+        rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))
+    assert [row["width"] for row in rows] == list(replaying.WIDTHS)
+    assert all(row["replays"] == 2 and row["difference"] < 1e-3 and "reason" not in row for row in rows)
