@@ -99,7 +99,8 @@ class Capturing(TorchDispatchMode):
     def end(self, output: Tensor) -> None:
         """Only the output is left, and nothing of it is computed."""
         gc.collect()
-        left = [each for ref in self.alive if (each := ref()) is not None and each is not output]
+        alive = [each for ref in self.alive if (each := ref()) is not None]
+        left = [each for each in alive if _address(each) != _address(output)]
         if left:
             raise Refused(f"tensors of shapes {[tuple(each.shape) for each in left]} are kept outside of the capture")
         with torch.no_grad(), torch.inference_mode(output.is_inference()):

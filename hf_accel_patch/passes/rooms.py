@@ -176,7 +176,7 @@ class Room:
 
 
 def visible(length: int) -> int:
-    """How many entries a step sees that has to see so many: at most a fourth more, or a few hundred."""
+    """How many entries a step sees that has to see so many: at most an eighth more, or a few hundred."""
     grain = max(LEAST_VISIBLE, 1 << max(0, length.bit_length() - 4))
     return -(-length // grain) * grain
 
