@@ -36,12 +36,13 @@ class Growing:
         return held
 
     @classmethod
-    def within(cls, buffer: Tensor, content: Tensor, slack: float, least: int) -> Growing:
-        """A copy of the content at the front of a buffer that is nobody else's, which becomes zero behind it."""
-        held, length = cls(buffer, slack, least), content.shape[2]
-        held.shared, held.stop = False, length
+    def within(cls, buffer: Tensor, content: Tensor, start: int, slack: float, least: int) -> Growing:
+        """A copy of the content in a buffer that is nobody else's, from `start` on; the rest of it becomes zero."""
+        held, stop = cls(buffer, slack, least), start + content.shape[2]
+        held.shared, held.start, held.stop = False, start, stop
         held.view().copy_(content)
-        buffer.narrow(2, length, buffer.shape[2] - length).zero_()
+        buffer.narrow(2, 0, start).zero_()
+        buffer.narrow(2, stop, buffer.shape[2] - stop).zero_()
         return held
 
     def __copy__(self) -> Growing:
@@ -97,9 +98,9 @@ class Growing:
         self.buffer[rows, :, places] = new.transpose(1, 2)
         return self.buffer.narrow(2, 0, stop)
 
-    def settle(self, length: int) -> None:
-        """There are so many entries, whoever has written them."""
-        self.stop = self.start + length
+    def settle(self, start: int, stop: int) -> None:
+        """These are the entries, whoever has written them."""
+        self.start, self.stop = start, stop
 
     def writable(self) -> Tensor:
         """The content, to be changed in place."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View
@@ -25,6 +25,7 @@ from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.replaying import Decoding, Graphs
 
 GRAPHS = "_hf_accel_graphs"  # on a model
+KINDS = {"full_attention", "sliding_attention"}  # of layers, as configurations call them
 
 
 def never(view: View) -> str:
@@ -37,10 +38,14 @@ def never(view: View) -> str:
         )
     if not takes_places(view):
         return "its forward takes no positions and no mask of its own for each token"
-    kinds = {
-        type(layer).__name__ for layer in DynamicCache(config=view.config).layers if type(layer) is not DynamicLayer
-    }
-    return f"a layer of its cache is a {sorted(kinds)[0]}" if kinds else ""
+    layers, known = DynamicCache(config=view.config).layers, (DynamicLayer, DynamicSlidingWindowLayer)
+    if other := sorted({type(layer).__name__ for layer in layers if type(layer) not in known}):
+        return f"a layer of its cache is a {other[0]}"
+    windows = {layer.sliding_window for layer in layers if layer.is_sliding}
+    kinds = set(getattr(view.config, "layer_types", None) or ())
+    if len(windows) > 1 or not kinds <= KINDS or (windows and getattr(view.config, "attention_chunk_size", None)):
+        return "its layers see tokens in other ways than all, or those of one window"
+    return ""
 
 
 def takes_places(view: View) -> bool:

@@ -18,7 +18,7 @@ from hf_accel_patch.families import dtype_of
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.layers import InPlaceLayer, Places
+from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
 from hf_accel_patch.passes.rooms import SPARE, Pass, Room, Step, visible
 
 logger = get_logger(__name__)
@@ -51,7 +51,7 @@ class Graphs:
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         return Graphs(self.never)
 
-    def room_for(self, layers: list[InPlaceLayer], need: int) -> Room | None:
+    def room_for(self, layers: list[_InPlace], need: int) -> Room | None:
         """The room that these layers are in or could move into, with `need` entries."""
         with self.lock:
             mine = next((room for room in self.rooms if room.knows(layers[0])), None)
@@ -61,7 +61,7 @@ class Graphs:
                 self.rooms.remove(mine)
             return next((room for room in self.rooms if self._vacant(room, layers, need)), None)
 
-    def enter(self, room: Room | None, layers: list[InPlaceLayer], need: int, most: int) -> Room:
+    def enter(self, room: Room | None, layers: list[_InPlace], need: int, most: int) -> Room:
         """Let layers move into this room, or a new one for `most` entries. Others that nobody uses are given up."""
         with self.lock:
             if room is not None and room.holds(layers):
@@ -75,7 +75,7 @@ class Graphs:
             room.take(layers)
             return room
 
-    def _vacant(self, room: Room, layers: list[InPlaceLayer], need: int) -> bool:
+    def _vacant(self, room: Room, layers: list[_InPlace], need: int) -> bool:
         return room in self.rooms and room.capacity >= need and room.free() and room.suits(layers)
 
     def stop(self, reason: str) -> None:
@@ -202,11 +202,8 @@ class Decoding:
     def _forward(self, room: Room, width: int, size: int, cache: Any) -> Tensor:
         """What is recorded: the model over tokens that see the first `size` entries, as far as they lie before them."""
         given, model = room.inputs(width), self.model
-        mask = (room.columns[:size] <= given.places[:, :, None]) & room.seen[:, None, :size]
-        if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
-            added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-            mask = added.masked_fill(~mask, torch.finfo(model.dtype).min)
-        inputs = {"input_ids": given.tokens, "attention_mask": mask[:, None], "position_ids": given.positions}
+        mask = masks(model, room, given.places, size, cache)
+        inputs = {"input_ids": given.tokens, "attention_mask": mask, "position_ids": given.positions}
         before = [layer.apart for layer in cache.layers]
         try:
             for layer in cache.layers:
@@ -238,15 +235,31 @@ class Decoding:
         return f"the model returns {self.other}" if self.other else ""
 
 
+def masks(model: PreTrainedModel, room: Room, places: Tensor, size: int, cache: Any) -> Any:
+    """What tokens at `places` [B, T] see of the first `size` entries, [B, 1, T, S], as the model takes it: by the kind
+    of layer where there are two."""
+    columns, seen = room.columns[:size], room.seen[:, None, :size]
+    mask, found = (columns <= places[:, :, None]) & seen, {}
+    for layer in cache.layers:
+        kind = "sliding_attention" if layer.is_sliding else "full_attention"
+        if kind not in found:
+            part = mask & (columns > places[:, :, None] - layer.sliding_window) if layer.is_sliding else mask
+            if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
+                added = torch.zeros(part.shape, dtype=model.dtype, device=part.device)
+                part = added.masked_fill(~part, torch.finfo(model.dtype).min)
+            found[kind] = part[:, None]
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
 def unfit(cache: Any) -> str:
     """Why passes over this cache are not recorded."""
     if cache.offloading:
         return "the cache offloads itself"
     for layer in cache.layers:
-        if type(layer) is not InPlaceLayer:
+        if type(layer) not in (InPlaceLayer, InPlaceSlidingWindowLayer):
             return f"a layer of the cache is a {type(layer).__name__}"
         placed = layer.placed()
-        if placed is None or len(placed[0]) != cache.get_seq_length():
+        if placed is None or layer.first() + len(placed[0]) != cache.get_seq_length():
             return "a layer of the cache holds other tokens than the first"
         if any(type(each.buffer) is not Tensor or each.buffer.requires_grad for each in placed):
             return "a layer of the cache holds no plain tensor"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_accel_patch.ops.graphs import Recorded
 from hf_accel_patch.ops.growing import Growing
-from hf_accel_patch.passes.layers import InPlaceLayer
+from hf_accel_patch.passes.layers import _InPlace
 
 SPARE = 16  # entries behind the last one, for tokens that fill up a pass
 LEAST_VISIBLE = 256  # entries; recorded steps see a few lengths only
@@ -61,11 +61,11 @@ class Step:
 class Room:
     """Buffers [B, K, C, D] for the keys and the values of each layer, and the steps recorded over them."""
 
-    def __init__(self, layers: Sequence[InPlaceLayer], capacity: int) -> None:
+    def __init__(self, layers: Sequence[_InPlace], capacity: int) -> None:
         self.capacity = capacity
         self.steps: dict[tuple[int, int, bool], Step] = {}  # by tokens, visible entries, whether in inference mode
         self._held: list[tuple[Growing, Growing]] = []
-        self._holders: list[weakref.ref[InPlaceLayer]] = []
+        self._holders: list[weakref.ref[_InPlace]] = []
         self._inputs: dict[int, Inputs] = {}
         self._told: object = None  # which mask `seen` is of; None: nothing is hidden
         with torch.inference_mode(False), torch.no_grad():
@@ -76,7 +76,7 @@ class Room:
             self.columns = torch.arange(capacity, device=first.device)
             self.rows = torch.arange(len(first), device=first.device)[:, None]
 
-    def holds(self, layers: Sequence[InPlaceLayer]) -> bool:
+    def holds(self, layers: Sequence[_InPlace]) -> bool:
         """Whether these layers are in this room."""
         if len(layers) != len(self._held):
             return False
@@ -84,11 +84,11 @@ class Room:
             return False
         for layer, pair, buffers in zip(layers, self._held, self._buffers, strict=True):
             for now, held, buffer in zip(_placed(layer), pair, buffers, strict=True):
-                if now is not held or held.buffer is not buffer or held.shared or held.start:
+                if now is not held or held.buffer is not buffer or held.shared or held.start != layer.first():
                     return False
         return True
 
-    def knows(self, layer: InPlaceLayer) -> bool:
+    def knows(self, layer: _InPlace) -> bool:
         """Whether this layer has moved in, whatever has become of it."""
         return bool(self._holders) and self._holders[0]() is layer
 
@@ -100,7 +100,7 @@ class Room:
         """Whether, besides, nobody can have kept a view of it."""
         return self.left() and not any(each.shared or each.lent for pair in self._held for each in pair)
 
-    def suits(self, layers: Sequence[InPlaceLayer]) -> bool:
+    def suits(self, layers: Sequence[_InPlace]) -> bool:
         """Whether these layers could move in, if they are not too long."""
         if len(layers) != len(self._buffers):
             return False
@@ -112,16 +112,16 @@ class Room:
                     return False
         return True
 
-    def take(self, layers: Sequence[InPlaceLayer]) -> None:
+    def take(self, layers: Sequence[_InPlace]) -> None:
         """Let these layers move in, with what they hold."""
         self._held, self._holders = [], [weakref.ref(layer) for layer in layers]
         with torch.no_grad():
             for layer, buffers in zip(layers, self._buffers, strict=True):
                 keys, values = (
-                    Growing.within(buffer, held.view(), held.slack, held.least)
+                    Growing.within(buffer, held.view(), layer.first(), held.slack, held.least)
                     for held, buffer in zip(_placed(layer), buffers, strict=True)
                 )
-                layer.move(keys, values)
+                layer.relocate(keys, values)
                 self._held.append((keys, values))
             self.seen.fill_(True)
         self._told = None
@@ -181,7 +181,7 @@ def visible(length: int) -> int:
     return -(-length // grain) * grain
 
 
-def _placed(layer: InPlaceLayer) -> tuple[Growing, Growing]:
+def _placed(layer: _InPlace) -> tuple[Growing, Growing]:
     held = layer.placed()
     assert held is not None
     return held

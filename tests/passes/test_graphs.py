@@ -67,15 +67,10 @@ def said(model):
 # Tokens
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama",
-        "qwen2",
-        "gpt2",
-        *(pytest.param(n, marks=SLOW) for n in ("qwen3", "gpt_neox", "opt", "gpt_bigcode", "deepseek_v3", "mixtral")),
-    ],
-)
+EVERY = ("qwen3", "gpt_neox", "opt", "gpt_bigcode", "deepseek_v3", "mixtral", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", *(pytest.param(n, marks=SLOW) for n in EVERY)])
 def test_tokens_are_those_of_stock(family, made):
     """Alone and left-padded, past several of the lengths that steps see."""
     model = tiny(family)
@@ -227,6 +222,27 @@ def test_sequences_apart_are_recorded(made, monkeypatch):
         unpatch(model)
 
 
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gemma2", marks=SLOW)])
+def test_windows_go_on_after_drafts_and_ordinary_calls(family, made, monkeypatch):
+    """Tokens are taken back beyond the window, and what a layer holds afterwards is what it would hold without."""
+    monkeypatch.setattr(Pace, "choose", as_many_as(3))
+    model, inputs = tiny(family), torch.cat([prompt(7)] * 3, 1)
+    patch(model, speculative="ngram")
+    plain, found = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    truth = generate(model, inputs, 30, past_key_values=plain)
+    unpatch(model)
+    patch(model, cache=RECORDED, speculative="ngram")
+    assert torch.equal(generate(model, inputs, 30, past_key_values=found), truth) and replays(made) > 5
+    for mine, theirs in zip(found.layers, plain.layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape and mine.get_seq_length() == theirs.get_seq_length()
+        assert torch.allclose(mine.keys, theirs.keys, atol=1e-4) and torch.allclose(
+            mine.values, theirs.values, atol=1e-4
+        )
+    with torch.no_grad():
+        after = [model(truth[:, -1:], past_key_values=cache).logits for cache in (found, plain)]
+    assert torch.allclose(*after, atol=1e-4)
+
+
 def test_passes_that_record_are_no_measure(made, monkeypatch):
     timed, inner = [], Pace.timed
     monkeypatch.setattr(Pace, "choose", as_many_as(3))
@@ -245,11 +261,11 @@ def tried(model):
 
 
 @pytest.mark.parametrize(
-    "family, why",
-    [("mistral", "DynamicSlidingWindowLayer"), ("gemma2", "DynamicSlidingWindowLayer"), ("bloom", "forward")],
+    "model_type, why",
+    [("bloom", "forward takes no positions"), ("bamba", "LinearAttention"), ("llama4_text", "other ways")],
 )
-def test_a_model_that_does_not_fit_says_why(family, why, made):
-    model = tiny(family)
+def test_a_model_that_does_not_fit_says_why(model_type, why, made):
+    model = build(model_type)
     truth = generate(model)
     patch(model, cache=RECORDED)
     assert torch.equal(generate(model), truth) and not replays(made)
