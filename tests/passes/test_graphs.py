@@ -9,14 +9,18 @@ import pytest
 import torch
 from cases import build, entry, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
+from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import SimulatedRecorder
 from transformers import CompileConfig, DynamicCache
 
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
 from hf_accel_patch.kernels import cpu, cpu_decode
+from hf_accel_patch.ops import backends
+from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes import drafting, graphs, replaying, rooms
+from hf_accel_patch.passes.attention import attention_forward
 from hf_accel_patch.passes.graphs import GRAPHS, decoding_call
 
 RECORDED = KVCache(graphs=True)
@@ -462,3 +466,28 @@ def test_what_the_benchmark_measures(made, monkeypatch):
         rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))
     assert [row["width"] for row in rows] == list(replaying.WIDTHS)
     assert all(row["replays"] == 2 and row["difference"] < 1e-3 and "reason" not in row for row in rows)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted on the CPU")
+@pytest.mark.parametrize(
+    "family, T, splits", [("llama", 1, True), ("gpt_oss", 4, True), ("llama", 16, True), ("mpt", 2, False)]
+)
+def test_a_recorded_step_takes_the_kernel_that_splits_the_keys(family, T, splits, monkeypatch):
+    """Under a mask over all that is visible. What it does not take, PyTorch does."""
+    prefill, kernels, calls = load("triton_prefill"), load("triton_decode"), []
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(1) or attend(*args))
+    monkeypatch.setattr(backends, "_triton", lambda: prefill)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, n, 16, generator=draw) for heads, n in ((4, T), (2, 40), (2, 40)))
+    mask = torch.rand(2, 1, T, 40, generator=draw) < 0.5
+    mask[..., 0] = True
+    module, options = tiny(family), {"s_aux": torch.randn(4, generator=draw)} if family == "gpt_oss" else {}
+    if family == "mpt":
+        options["position_bias"] = torch.randn(1, 4, 1, 40, generator=draw)
+    with torch.no_grad(), interpreted():
+        plain, _ = attention_forward(module, query, key, value, mask, **options)
+        assert not calls
+        with marked():
+            found, _ = attention_forward(module, query, key, value, mask, **options)
+    assert torch.allclose(found, plain, atol=1e-5) and bool(calls) == splits
