@@ -26,12 +26,11 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
-from hf_accel_patch.passes.graphs import GRAPHS, decides, decoding_call, never
+from hf_accel_patch.passes.graphs import asked, counted, install
 from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
-from hf_accel_patch.passes.replaying import Graphs
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -105,9 +104,8 @@ class KVCache:
         found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
             self._check_prefixes(view)
-        facts = {"exact": self.kind == "exact", **self._facts(view)}
-        graphs = Graphs(never(view)) if self.graphs else None
-        facts |= {} if graphs is None else graphs.facts()
+        graphs = asked(view) if self.graphs else None
+        facts = {"exact": self.kind == "exact", **self._facts(view), **(graphs.facts() if graphs else {})}
         return Step(self, facts, (view, module, found, context_tokens(view.config), graphs), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
@@ -129,14 +127,11 @@ class KVCache:
             prefill = PrefillWithPrefixes(prefixes, converting, _bound(model, "_prefill"))
             journal.bind_method(model, "_prefill", prefill)
         if graphs is not None:
-            journal.set_attribute(model, GRAPHS, graphs)
-            journal.bind_method(model, "_valid_auto_compile_criteria", decides)
-            journal.bind_method(model, "get_compiled_call", decoding_call)
+            install(graphs, model, journal)
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """What was recorded and replayed so far, if that was asked for."""
-        graphs = vars(model).get(GRAPHS)
-        return graphs.facts() if isinstance(graphs, Graphs) else {}
+        return counted(model)
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""
@@ -245,10 +240,9 @@ class KVCache:
 
     @property
     def _asked(self) -> str:
-        options = [repr(self.kind)] if self.kind != "exact" or self.offload is not None else []
-        options += [] if self.offload is None else [f"offload={self.offload}"]
-        options += ["graphs=True"] if self.graphs else []
-        return options[0] if options == [repr(self.kind)] else f"KVCache({', '.join(options)})"
+        more = "" if self.offload is None else f", offload={self.offload}"
+        more += ", graphs=True" if self.graphs else ""
+        return f"KVCache({self.kind!r}{more})" if more else repr(self.kind)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View
 from hf_accel_patch.families.handwritten import handwritten_modules
+from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.graphs import recorder_for
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.handwritten import KEY
@@ -28,14 +29,32 @@ GRAPHS = "_hf_accel_graphs"  # on a model
 KINDS = {"full_attention", "sliding_attention"}  # of layers, as configurations call them
 
 
-def never(view: View) -> str:
-    """Why no step of this model is ever recorded. Raises UnsupportedModel where there are no graphs at all."""
+def asked(view: View) -> Graphs:
+    """What a model is to carry. Raises UnsupportedModel where there are no graphs at all."""
     device = view.model.device
     if device.type != "meta" and recorder_for(device) is None:
         raise UnsupportedModel(
             f"cache: graphs=True: the model is on {device.type}, and CUDA graphs are for NVIDIA GPUs",
             "move the model to a GPU before it is patched, or leave graphs out",
         )
+    return Graphs(never(view))
+
+
+def install(graphs: Graphs, model: PreTrainedModel, journal: Journal) -> None:
+    """From here on `generate` comes to what is recorded."""
+    journal.set_attribute(model, GRAPHS, graphs)
+    journal.bind_method(model, "_valid_auto_compile_criteria", decides)
+    journal.bind_method(model, "get_compiled_call", decoding_call)
+
+
+def counted(model: PreTrainedModel) -> dict[str, Any]:
+    """What was recorded and replayed so far, for the report."""
+    graphs = vars(model).get(GRAPHS)
+    return graphs.facts() if isinstance(graphs, Graphs) else {}
+
+
+def never(view: View) -> str:
+    """Why no step of this model is ever recorded."""
     if not takes_places(view):
         return "its forward takes no positions and no mask of its own for each token"
     layers, known = DynamicCache(config=view.config).layers, (DynamicLayer, DynamicSlidingWindowLayer)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import gc
 import logging
+import pickle
 
 import pytest
 import torch
@@ -354,6 +355,7 @@ def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     generate(model)
     twin = copy.deepcopy(model)
     assert vars(twin)[GRAPHS] is not vars(model)[GRAPHS] and not vars(twin)[GRAPHS].rooms
+    assert not pickle.loads(pickle.dumps(vars(model)[GRAPHS])).rooms
     assert (
         vars(twin)["get_compiled_call"].__func__ is decoding_call and vars(twin)["get_compiled_call"].__self__ is twin
     )
