@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,13 +20,13 @@ from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
-from hf_accel_patch.passes.rooms import SPARE, Pass, Room, Step, visible
+from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, visible
 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 PASSES = 8  # that are to come at least, for a recording to pay: it costs three or four ordinary ones
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
-RESERVE = 4096  # tokens to come that a room has space for at most; then the cache moves again
+RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
 UNKNOWN = 1024  # the same where nothing says how many are to come
 LEAST_TOLERANCE = 1e-2  # of the spread of the logits
 KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict"}
@@ -148,7 +149,7 @@ class Decoding:
         if step is None and to_come < PASSES * max(1, width // 2):
             return given.plain()
         if room is None or room is not self.room:
-            most = given.stop + min(to_come, RESERVE) + SPARE
+            most = given.stop + min(to_come, reserve(layers)) + SPARE
             try:
                 self.room = room = self.graphs.enter(room, layers, given.stop + SPARE, most)
             except torch.OutOfMemoryError:
@@ -233,6 +234,13 @@ class Decoding:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self.recorder.device.type):
             return "gradients or autocast are on"
         return f"the model returns {self.other}" if self.other else ""
+
+
+def reserve(layers: Sequence[_InPlace]) -> int:
+    """For how many tokens to come a room has space: as many as the cache holds, or of a gigabyte, if that is more."""
+    held = [each for layer in layers for each in layer.placed() or ()]
+    token_bytes = sum(each.buffer[:, :, :1].nbytes for each in held)
+    return max(LEAST_VISIBLE, min(RESERVE, max(RESERVE_BYTES // token_bytes, layers[0].get_seq_length())))
 
 
 def masks(model: PreTrainedModel, room: Room, places: Tensor, size: int, cache: Any) -> Any:
