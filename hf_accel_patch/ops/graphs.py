@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -165,7 +165,8 @@ class CudaRecorder:
                     output = function()
             except BaseException:
                 generator = torch.cuda.default_generators[self.device.index]
-                generator.graphsafe_set_state(generator.clone_state())  # it would wait for the end of the capture
+                with suppress(RuntimeError):  # it would go on waiting for the end of the capture
+                    generator.graphsafe_set_state(generator.clone_state())
                 raise
             finally:
                 if collects:

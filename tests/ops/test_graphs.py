@@ -1,5 +1,8 @@
 """What may be recorded, and whether the simulation that stands for CUDA graphs in other tests is as strict."""
 
+import gc
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from simulated_graphs import SimulatedRecorder
@@ -133,3 +136,92 @@ def test_a_tensor_that_is_kept_is_an_error():
 
     with pytest.raises(Refused, match="kept outside"):
         SimulatedRecorder()(function)
+
+
+# The real recorder, with a CUDA that notes what it is told
+
+
+class Told:
+    """Streams and graphs that write down their calls."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def __getattr__(self, call):
+        return lambda *args: self.log.append((self.name, call, *(getattr(each, "name", each) for each in args)))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What `torch.cuda` was asked for, in order; `current` says on which stream."""
+    log, current, made = [], [Told([], "default")], []
+
+    @contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    @contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        log.append(("capture", pool, stream.name, capture_error_mode, gc.isenabled()))
+        with on(stream):
+            yield
+        log.append(("captured",))
+
+    def graph():
+        made.append(Told(log, f"graph {len(made)}"))
+        return made[-1]
+
+    default = current[0]
+    default.log = log
+    replaced = {
+        "current_device": lambda: 0, "graph_pool_handle": lambda: "pool", "Stream": lambda device: Told(log, "side"),
+        "current_stream": lambda device=None: current[0], "stream": on, "device": lambda device: nullcontext(),
+        "CUDAGraph": graph, "graph": capture, "default_generators": [torch.Generator()],
+    }  # fmt: skip
+    for name, fake in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log, current
+
+
+def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
+    log, current = cuda
+    recorder = recorder_for(torch.device("cuda"))
+    assert recorder.device == torch.device("cuda", 0)
+    runs = []
+    recorded = recorder(lambda: (runs.append((current[0].name, recording())), X * 2)[1])
+    assert [name for name, _ in runs] == ["side", "side"] and torch.equal(recorded.output, X * 2)
+    assert (
+        log
+        == [
+            ("side", "wait_stream", "default"),
+            ("default", "wait_stream", "side"),
+            ("capture", "pool", "side", "thread_local", False),
+            ("captured",),
+        ]
+        and gc.isenabled()
+    )
+    log.clear()
+    recorded.replay(), recorded.replay()
+    assert log == [("graph 0", "replay")] * 2
+    first, current[0] = current[0], Told(log, "other")
+    recorder(lambda: X * 3).replay()
+    assert log[-2:] == [("other", "wait_stream", first.name), ("graph 1", "replay")]
+
+
+def test_a_capture_that_fails_leaves_things_as_they_were(cuda):
+    log, _ = cuda
+    recorder, runs = recorder_for(torch.device("cuda", 0)), []
+
+    def function():
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return X * 2
+
+    generator = torch.cuda.default_generators[0]
+    before = generator.get_state()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder(function)
+    assert gc.isenabled() and torch.equal(generator.get_state(), before) and ("captured",) not in log
