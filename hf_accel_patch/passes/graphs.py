@@ -122,7 +122,9 @@ def why_not(model: PreTrainedModel, config: GenerationConfig) -> str:
         return "the model is in training mode"
     if config.compile_config is not None or config.disable_compile:
         return "the call says itself how the model is compiled"
-    if config.output_attentions or config.output_hidden_states or text.output_attentions or text.output_hidden_states:
+    if any(
+        getattr(each, name, False) for each in (config, text) for name in ("output_attentions", "output_hidden_states")
+    ):
         return "attentions or hidden states are asked for"
     if not config.use_cache:
         return "it is without a cache"

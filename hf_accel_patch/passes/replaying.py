@@ -125,7 +125,7 @@ class Decoding:
         other = {name for name, each in inputs.items() if each is not None and each is not False} - KNOWN
         if other:
             return self._refuse(f"the model is given {', '.join(sorted(other))}", plain)
-        if mask is not None and mask.shape != (B, length + t):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (B, length + t)):
             return self._refuse("the mask is not one of padding", plain)
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != t):
             return self._refuse("positions have more than two dimensions", plain)
