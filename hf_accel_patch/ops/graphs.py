@@ -24,7 +24,7 @@ WAITS = frozenset(  # what gives the host a number, or a size that follows from 
     {
         aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.masked_select, aten.equal, aten.bincount,
         aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive,
-        aten.allclose, aten._assert_async,
+        aten.allclose,
     }
 )  # fmt: skip
 STATE = threading.local()
