@@ -348,6 +348,26 @@ def test_other_weights_are_recorded_anew(made):
     assert torch.equal(generate(model), generate(other)) and said(model)["graphs_recorded"] > recorded
 
 
+def test_adapters_that_are_switched_are_recorded_anew(made):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(small(), config).eval()
+    on = generate(model, new=14)
+    with model.disable_adapter():
+        off = generate(model, new=14)
+    assert not torch.equal(on, off)
+    patch(model, cache=RECORDED)
+    assert torch.equal(generate(model, new=14), on) and replays(made) > 8
+    with model.disable_adapter():
+        assert torch.equal(generate(model, new=14), off)
+    for layer in model.modules():
+        if isinstance(getattr(layer, "scaling", None), dict):
+            layer.scaling["default"] = 0.0  # in place, in a dictionary
+    count = replays(made)
+    assert torch.equal(generate(model, new=14), off) and replays(made) > count
+
+
 def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     model = small()
     truth, before = generate(model), fingerprint(model)
