@@ -33,6 +33,7 @@ def _operators_only(monkeypatch):
     """What compiled kernels do, no dispatcher sees."""
     for module in (cpu, cpu_decode):
         monkeypatch.setattr(module, "library", lambda width=None: None)
+    monkeypatch.setattr(backends, "_triton", lambda: None)
     monkeypatch.setattr(rooms, "LEAST_VISIBLE", 16)  # so that short texts pass several of the lengths that steps see
     monkeypatch.setattr(replaying, "AHEAD", 8)
 
@@ -54,7 +55,7 @@ def small():
     return build("llama", num_hidden_layers=2)
 
 
-def generate(model, inputs=None, new=24, seed=0, **kwargs):
+def generate(model, inputs=None, new=22, seed=0, **kwargs):
     inputs = prompt(20) if inputs is None else inputs
     inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
     torch.manual_seed(seed)
@@ -85,7 +86,7 @@ def test_tokens_are_those_of_stock(family, made):
         before = replays(made)
         assert torch.equal(generate(model, inputs), truth)
         found = said(model)
-        assert found["graphs"] == "on" and found["graphs_recorded"] >= 2 and found["graphs_replayed"] >= 18
+        assert found["graphs"] == "on" and found["graphs_recorded"] >= 2 and found["graphs_replayed"] >= 16
         assert replays(made) - before == found["graphs_replayed"] and "graphs_not_used" not in found
         unpatch(model)
 
@@ -96,7 +97,7 @@ def test_transformers_attention_takes_recorded_steps(implementation, made):
     model.set_attn_implementation(implementation)
     truth = generate(model, inputs)
     patch(model, cache=RECORDED, attention=False)
-    assert torch.equal(generate(model, inputs), truth) and replays(made) >= 18
+    assert torch.equal(generate(model, inputs), truth) and replays(made) >= 16
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -106,7 +107,7 @@ def test_quantized_weights_are_recorded(scheme, made):
     truth = generate(model)
     unpatch(model)
     patch(model, quantize=scheme, cache=RECORDED)
-    assert torch.equal(generate(model), truth) and replays(made) >= 18
+    assert torch.equal(generate(model), truth) and replays(made) >= 16
 
 
 def test_sampled_tokens_are_those_of_stock(made):
@@ -116,7 +117,7 @@ def test_sampled_tokens_are_those_of_stock(made):
     patch(model, cache=RECORDED)
     for seed, truth in enumerate(truths):
         assert torch.equal(generate(model, seed=seed, **options), truth)
-    assert replays(made) >= 40
+    assert replays(made) >= 32
 
 
 def test_the_next_call_replays_what_was_recorded(made):
@@ -186,7 +187,7 @@ def test_inference_mode_and_ordinary_calls_share_a_model(made):
     assert torch.equal(generate(model), truth)
     with torch.inference_mode():
         assert torch.equal(generate(model), truth)
-    assert replays(made) > 50
+    assert replays(made) > 45
 
 
 # Speculative decoding
@@ -201,9 +202,9 @@ def test_drafts_are_verified_by_recorded_passes(drafted, made, monkeypatch):
     monkeypatch.setattr(Pace, "choose", as_many_as(drafted))
     monkeypatch.setattr(replaying, "PASSES", 3)
     model, inputs = small(), torch.cat([prompt(10)] * 3, 1)
-    truth = generate(model, inputs, 60)
+    truth = generate(model, inputs, 44)
     patch(model, cache=RECORDED, speculative="ngram")
-    assert torch.equal(generate(model, inputs, 60), truth)
+    assert torch.equal(generate(model, inputs, 44), truth)
     room = next(iter(vars(model)[GRAPHS].rooms))
     width = next(each for each in replaying.WIDTHS if each > drafted)
     assert sum(step.recorded.replays for (tokens, *_), step in room.steps.items() if tokens == width) > 2
@@ -215,15 +216,15 @@ def test_sequences_apart_are_recorded(made, monkeypatch):
     monkeypatch.setattr(Pace, "choose", as_many_as(3))
     model = small()
     for inputs in (torch.cat([torch.cat([prompt(10, seed=s)] * 3, 1) for s in range(2)]), left_padded(24, 11)):
-        truth = generate(model, inputs, 48)
+        truth = generate(model, inputs, 32)
         patch(model, cache=RECORDED, speculative="ngram")
         calls, inner = [], drafting.decode_apart
         with monkeypatch.context() as here:
             here.setattr(
                 drafting, "decode_apart", lambda *args, calls=calls, inner=inner: (calls.append(1), inner(*args))
             )
-            assert torch.equal(generate(model, inputs, 48), truth)
-        assert calls and said(model)["graphs_replayed"] > 20
+            assert torch.equal(generate(model, inputs, 32), truth)
+        assert calls and said(model)["graphs_replayed"] > 10
         unpatch(model)
 
 
