@@ -46,7 +46,7 @@ compile() { # compile NAME COMMAND...: beside what follows; no row of it counts
     compiling+=($!)
 }
 
-part machine 30 "$python" -c '
+part machine 20 "$python" -c '
 import sys, torch, transformers, hf_accel_patch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, gpu)
@@ -61,25 +61,28 @@ compile attention "$python" -m benchmarks.attention_kernels --backends triton --
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8 --dist worksteal)
 signal=INT # so that pytest still says what failed
-part tests 140 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
+part tests 130 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
     tests/kernels/test_models_on_a_gpu.py tests/kernels/test_triton_linear.py tests/kernels/test_triton_prefill.py \
-    tests/kernels/test_triton_decode.py
+    tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
 signal=TERM
 wait "${compiling[@]}"
 for each in "$scratch"/*.log; do
     echo "== compiled beside the tests: $(basename "$each" .log)"
     cat "$each"
 done >>"$log"
-decode decode 80 --shape "$shape" --systems stock exact int8 int4 --rounds 5 --limit 40
-decode decode-large 70 --shape "$large" --systems stock exact --rounds 5 --tokens 17 --limit 45
-decode padded 50 --shape "$shape" --systems stock exact --batch 8 --prompt "$long" --padded --tokens 5 --rounds 5 --limit 25
-decode long 40 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 25
-part attention 30 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
+decode decode 90 --shape "$shape" --systems stock exact graphs int8 int8-graphs int4 int4-graphs --rounds 4 --limit 40
+decode decode-large 75 --shape "$large" --systems stock exact graphs --rounds 4 --limit 60
+part graphs 30 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" --rounds 20
+part graphs-large 35 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$large" \
+    --prompt "$long" --rounds 10
+decode padded 45 --shape "$shape" --systems stock exact graphs --batch 8 --prompt "$long" --padded --tokens 17 --rounds 4 --limit 40
+decode long 30 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
+part attention 25 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
     --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20
-part kvcache 70 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
-    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 5 --load-limit 40 --limit 20 --run-limit 10
-part speculative 70 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
-    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 55
+part kvcache 55 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/gpu.jsonl" --parts decode --shape "$shape" \
+    --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 4 --load-limit 35 --limit 20 --run-limit 8
+part speculative 60 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" \
+    --parts acceptance costs held --tasks continuation --prompts 4 --rounds 3 --held-prompts 2 --new 64 --limit 45
 
 echo "== summary (rows in gpu.jsonl, all output in gpu.log)" | tee -a "$log"
 printf '%s\n' "${summary[@]}" | tee -a "$log"

@@ -1,4 +1,4 @@
-"""`patch(model)` and `patch(model, quantize=...)`: the same model object, patched in place; calibrated with texts."""
+"""`patch(model)` with options: the same model object, patched in place; calibrated, or replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ distributions: tuple[str, ...] = ()
 
 
 def available(variant: str, device: str) -> str | None:
+    if variant.endswith("graphs") and not device.startswith("cuda"):
+        return "CUDA graphs need an NVIDIA GPU"
     return missing("hf_accel_patch")
 
 
 def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
-    from hf_accel_patch import Quantize, patch, report
+    from hf_accel_patch import KVCache, Quantize, patch, report
 
     if variant == "exact":
         return hugging_face(patch(model))
+    if variant.endswith("graphs"):
+        scheme = variant.rpartition("-")[0] or None
+        return hugging_face(patch(model, quantize=scheme, cache=KVCache(graphs=True)))
     scheme, _, calibrated = variant.partition("-")
     if calibrated and not texts:
         raise ValueError("it needs texts to calibrate with")

@@ -19,6 +19,7 @@ class Growing:
     """
 
     shared: bool  # others may hold the buffer
+    lent = False  # whether somebody was given a view of it, and may have it still
 
     def __init__(self, content: Tensor, slack: float, least: int) -> None:
         self.slack, self.least = slack, least
@@ -32,6 +33,16 @@ class Growing:
         held = cls(buffer, slack, least)
         held.shared, held.stop = False, length
         held.view().copy_(content)
+        return held
+
+    @classmethod
+    def within(cls, buffer: Tensor, content: Tensor, start: int, slack: float, least: int) -> Growing:
+        """A copy of the content in a buffer that is nobody else's, from `start` on; the rest of it becomes zero."""
+        held, stop = cls(buffer, slack, least), start + content.shape[2]
+        held.shared, held.start, held.stop = False, start, stop
+        held.view().copy_(content)
+        buffer.narrow(2, 0, start).zero_()
+        buffer.narrow(2, stop, buffer.shape[2] - stop).zero_()
         return held
 
     def __copy__(self) -> Growing:
@@ -80,6 +91,16 @@ class Growing:
         rows = torch.arange(len(new), device=new.device)[:, None]
         self.view()[rows, :, places] = new.transpose(1, 2)
         return self.view()
+
+    def put(self, new: Tensor, rows: Tensor, places: Tensor, stop: int) -> Tensor:
+        """The first `stop` entries of the buffer, with `new` [B, K, m, ...] at `places` [B, m] of its `rows` [B, 1].
+        How many entries there are stays what it was: nothing depends on it, nor on where the places are."""
+        self.buffer[rows, :, places] = new.transpose(1, 2)
+        return self.buffer.narrow(2, 0, stop)
+
+    def settle(self, start: int, stop: int) -> None:
+        """These are the entries, whoever has written them."""
+        self.start, self.stop = start, stop
 
     def writable(self) -> Tensor:
         """The content, to be changed in place."""

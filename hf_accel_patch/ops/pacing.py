@@ -33,6 +33,7 @@ class Pace:
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
     hopeless: set[int] = field(default_factory=set)  # kinds that would not pay if they were always right
+    held_up: bool = False  # whether the pass that is timed next has done more than passes of its kind do
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
@@ -89,7 +90,10 @@ class Pace:
 
     def timed(self, tokens: int, seconds: float) -> None:
         """A pass of so many tokens per sequence took so long. One that was held up counts little, one that was not at
-        once: the first of all is often held up."""
+        once: the first of all is often held up. One that was `held_up` for a known reason does not count."""
+        if self.held_up:
+            self.held_up = False
+            return
         known = self.costs.get(tokens, seconds)
         share = 0.5 if seconds < known else FORGET
         self.costs[tokens] = known + share * (min(seconds, 2 * known) - known)

@@ -133,8 +133,15 @@ def rows_int4(codes: Tensor, scales: Tensor, table: Tensor | None, index: Tensor
     q = bytes_.bitwise_right_shift((lane // half * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
     q, s = q.view(len(index), len(scales), -1), scales[:, index].transpose(0, 1).unsqueeze(2)
     if table is not None:
-        return (table.to(codes.device)[q.int()] * s).view(len(index), -1).bfloat16()
+        return (_on(table, codes.device)[q.int()] * s).view(len(index), -1).bfloat16()
     return ((q.float() - 8) * s[..., 0] + s[..., 1]).view(len(index), -1).bfloat16()
+
+
+@cache
+def _on(table: Tensor, device: torch.device) -> Tensor:
+    """Copied once: a GPU would wait for each copy, and no CUDA graph records one."""
+    with torch.inference_mode(False):
+        return table.to(device)
 
 
 def on_cpu(measure: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.passes.choosing import Chooser, Draft, Drafter, Tally
 from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.layers import InPlaceLayer, Places
+from hf_accel_patch.passes.replaying import Decoding
+from hf_accel_patch.passes.rooms import Pass
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
 ENOUGH = 4  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
@@ -96,11 +99,12 @@ def decode_apart(
     drafter: Drafter,
     pace: Pace,
     tally: Tally,
+    decoding: Decoding | None = None,
 ) -> None:
     """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
     sequences."""
     cache, B, T = returned_cache(outputs), *chooser.input_ids.shape
-    rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs)
+    rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs, decoding)
     fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
     for row in rows:
         row.before = row.length
@@ -167,8 +171,15 @@ def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> li
 class Reading:
     """Runs the model over the next tokens of every sequence, each behind its own last entry."""
 
-    def __init__(self, model: PreTrainedModel, chooser: Chooser, cache: Cache, model_kwargs: dict[str, Any]) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chooser: Chooser,
+        cache: Cache,
+        model_kwargs: dict[str, Any],
+        decoding: Decoding | None,
+    ) -> None:
+        self.model, self.cache, self.decoding = model, cache, decoding
         ids, mask = chooser.input_ids, model_kwargs.get("attention_mask")
         self.prompt = ids.shape[1]
         self.seen = None if mask is None or bool(mask.all()) else mask.bool()
@@ -187,8 +198,16 @@ class Reading:
         starts = torch.tensor([[row.length if row.live else live[0]] for row in rows], device=device)
         places = starts + torch.arange(width, device=device)
         positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
-        together = min(live) == max(live)
-        mask = self._together(live[0], width) if together else self._apart(places, max(live) + width)
+        plain = partial(self._plain, tokens, places, positions, min(live), max(live))
+        if self.decoding is None:
+            return plain()
+        return self.decoding.run(
+            Pass(self.cache, tokens, places, positions, max(live) + width, self.seen, plain, changing=False)
+        )
+
+    def _plain(self, tokens: Tensor, places: Tensor, positions: Tensor, first: int, last: int) -> Any:
+        width = tokens.shape[1]
+        mask = self._together(first, width) if first == last else self._apart(places, last + width)
         inputs = self.model.prepare_inputs_for_generation(
             tokens, next_sequence_length=width, attention_mask=mask, position_ids=positions, **self.kwargs
         )

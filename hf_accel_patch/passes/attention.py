@@ -19,10 +19,11 @@ from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import attend, scored
-from hf_accel_patch.ops.backends import BACKENDS, Asked, Backend, attend_by
+from hf_accel_patch.ops.backends import BACKENDS, DECODED_ROWS, Asked, Backend, attend_by, missing
 from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.fused import fused_attention
+from hf_accel_patch.ops.graphs import recording
 from hf_accel_patch.ops.latent import Latent, attend_latents
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 from hf_accel_patch.ops.stored import Stored
@@ -185,6 +186,10 @@ def attention_forward(
     if stored is not None:
         return attend_stored(query, stored, mask_of(attention_mask, T, S, causal, query.device), variant), None
     asked = asked_by(module)
+    if recording() and T <= MOST_TOKENS and not answer and attention_mask is not None:
+        if (output := _split(asked, query, key, value, attention_mask, variant)) is not None:
+            return output, None
+        asked = Asked("torch")  # others wait for the device, to learn what a mask says
     elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
     if elsewhere and not answer and not _traced():
         mask = mask_of(attention_mask, T, S, causal, query.device)
@@ -305,6 +310,16 @@ def _direct(
         return attend(query, key, value, Dense(mask), Variant(scale, dropout)).transpose(1, 2).contiguous()
     output = fused_attention(query, key, value, mask, dropout, scale, causal=causal)
     return output.transpose(1, 2).contiguous()
+
+
+def _split(asked: Asked, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, variant: Variant) -> Tensor | None:
+    """Of a step that is recorded, with a mask over more keys than there are tokens: by the Triton kernel that splits
+    the keys, if it is there and takes the case, for PyTorch's kernels leave most of a GPU idle at few queries."""
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    suits = mask.dtype == torch.bool and rows <= DECODED_ROWS and variant.bias is None
+    if asked.backend not in ("auto", "triton") or not suits or missing("triton") is not None:
+        return None
+    return attend_by(Asked("triton"), query, key, value, Dense(mask), variant)
 
 
 def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_accel_patch.errors import UnsupportedModel
@@ -26,6 +26,7 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
+from hf_accel_patch.passes.graphs import asked, counted, install
 from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
@@ -54,6 +55,10 @@ class KVCache:
     `offload`: of long texts only so many of the latest tokens stay where the model is; the older ones go to the host's
     memory, as they are or in 8 or 4 bits. Every step reads them over the bus: for GPUs whose memory is short.
 
+    `graphs`: on an NVIDIA GPU, steps of `generate` over an exact cache are recorded and replayed as CUDA graphs, which
+    the host launches as one. Buffers then have room for all tokens to come, and stay where they are. What does not fit
+    runs as before; `report` says why. It is off by default because it has not been measured on a GPU.
+
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
 
@@ -66,6 +71,7 @@ class KVCache:
     sinks: int = 4  # tokens
     offload: int | None = None  # tokens that stay on the model's device, at least a block of 64; None: all
     prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
+    graphs: bool = False  # steps are replayed as CUDA graphs
 
     name = "cache"
 
@@ -86,23 +92,26 @@ class KVCache:
             raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")
         if isinstance(self.prefixes, int | str):
             size_in_bytes(self.prefixes)
+        if self.graphs and (self.kind != "exact" or self.offload is not None):
+            raise ValueError(f"cache: graphs with {self._asked}; allowed: the exact cache, where the model is")
 
     def inspect(self, view: View) -> Step | Skip:
         reason = self._why_not(view)
         module = first_cached_module(view)
         if reason or module is None:
             reason = reason or "no layer of it takes a cache"
-            if self.kind != "exact" or self.offload is not None:
+            if self.kind != "exact" or self.offload is not None or self.graphs:
                 raise UnsupportedModel(f"cache={self._asked}: {reason}", "leave the keyword out")
             return Skip(self, reason)
         found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
             self._check_prefixes(view)
-        facts = {"exact": self.kind == "exact", **self._facts(view)}
-        return Step(self, facts, (view, module, found, context_tokens(view.config)), of_weights=False)
+        graphs = asked(view) if self.graphs else None
+        facts = {"exact": self.kind == "exact", **self._facts(view), **(graphs.facts() if graphs else {})}
+        return Step(self, facts, (view, module, found, context_tokens(view.config), graphs), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        view, module, found, context = step.work
+        view, module, found, context, graphs = step.work
         model = view.model
         stream = None
         if self.window is not None:
@@ -119,6 +128,12 @@ class KVCache:
             prefixes.open(view)
             prefill = PrefillWithPrefixes(prefixes, converting, _bound(model, "_prefill"))
             journal.bind_method(model, "_prefill", prefill)
+        if graphs is not None:
+            install(graphs, model, journal)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What was recorded and replayed so far, if that was asked for."""
+        return counted(model)
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""
@@ -227,7 +242,9 @@ class KVCache:
 
     @property
     def _asked(self) -> str:
-        return repr(self.kind) if self.offload is None else f"KVCache({self.kind!r}, offload={self.offload})"
+        more = "" if self.offload is None else f", offload={self.offload}"
+        more += ", graphs=True" if self.graphs else ""
+        return f"KVCache({self.kind!r}{more})" if more else repr(self.kind)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from hf_accel_patch.compat import CACHE, record_past, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
+from hf_accel_patch.passes.graphs import begin
+from hf_accel_patch.passes.replaying import Decoding
 
 WHOLE = 512  # tokens: a longer prompt may be read in chunks, of which only the last gives logits
 
@@ -50,13 +52,15 @@ def decode(
     if "_prefill" in vars(model):  # a pass that reads a part of a prompt has to know how many logits are needed
         whole = whole and "logits_to_keep" in model_kwargs and prompt.shape[1] < WHOLE
     draft = drafter.first(room) if fresh and whole and room > 0 else None
+    decoding = begin(model, generation_config, pace)
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
     cache = returned_cache(outputs)
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():
         if apart and not why_together(model, chooser, cache, model_kwargs):
-            decode_apart(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally)
+            decode_apart(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding)
         else:
-            model_kwargs = _decode_together(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally)
+            what = model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding
+            model_kwargs = _decode_together(*what)
     drafter.finish()
     if chooser.streamer is not None:
         chooser.streamer.end()
@@ -79,6 +83,7 @@ def _decode_together(
     drafter: Drafter,
     pace: Pace,
     tally: Tally,
+    decoding: Decoding | None,
 ) -> dict[str, Any]:
     """`outputs`: of the prompt and this draft. Returns what the next call of the model would get."""
     cache: Cache = returned_cache(outputs)
@@ -113,7 +118,7 @@ def _decode_together(
             ends = zip(draft.tokens, live, strict=True)
             draft.tokens = [row if on else [int(chooser.pad)] * len(row) for row, on in ends]
         started = time.perf_counter()
-        outputs = _pass(model, chooser.input_ids, model_kwargs, draft)
+        outputs = _pass(model, chooser.input_ids, model_kwargs, draft, decoding)
     for layer in cache.layers:
         if getattr(layer, "record_past", False):
             layer.record_past = False
@@ -145,7 +150,13 @@ def _prefill(
     return outputs
 
 
-def _pass(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], draft: Draft | None) -> Any:
+def _pass(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    draft: Draft | None,
+    decoding: Decoding | None,
+) -> Any:
     """One run of the model over the last token and the draft."""
     width = 0
     if draft is not None:
@@ -156,7 +167,7 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any
     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1 + width, **model_kwargs)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = 1 + width
-    return model(**inputs, return_dict=True)
+    return (decoding or model)(**inputs, return_dict=True)
 
 
 def _count(

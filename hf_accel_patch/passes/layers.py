@@ -18,11 +18,24 @@ from hf_accel_patch.compat import (
     DynamicIndexedLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    to_remove,
 )
 from hf_accel_patch.ops.growing import Growing
 
 SLACK, LEAST = 1 / 8, 64  # at most an eighth of a buffer, or 64 tokens, is empty; a token is copied about eight times
 WINDOW_SLACK, WINDOW_LEAST = 1 / 32, 16  # of a window; in order, not as a ring: masks and biases are in order
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each sequence of a batch goes on, for one pass: entries [B, T], and the number of entries with them.
+
+    With `rows` [B, 1], as in a step that is recorded: the buffer has room for them, and how many entries a layer counts
+    stays what it was."""
+
+    entries: Tensor
+    stop: int
+    rows: Tensor | None = None
 
 
 class _InPlace(DynamicLayer):
@@ -33,12 +46,16 @@ class _InPlace(DynamicLayer):
     _slack, _least = SLACK, LEAST
     _keys: Growing | None = None
     _values: Growing | None = None
+    apart: Places | None = None  # where to write instead of behind the last entry
 
     def _get(self, name: str) -> Tensor | None:
         held: Growing | None = getattr(self, name)
         if held is None and self.is_initialized:
             return torch.tensor([], dtype=self.dtype, device=self.device)
-        return None if held is None else held.view()
+        if held is None:
+            return None
+        held.lent = True
+        return held.view()
 
     def _set(self, name: str, content: Tensor | None) -> None:
         held: Growing | None = getattr(self, name)
@@ -61,7 +78,8 @@ class _InPlace(DynamicLayer):
 
     def state(self) -> dict[str, Tensor]:
         """All that it holds, as tensors of their own."""
-        return {name: getattr(self, name).contiguous().clone() for name in ("keys", "values")}
+        held = {"keys": self._keys, "values": self._values}
+        return {name: each.view().contiguous().clone() for name, each in held.items() if each is not None}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Hold what `state` said. Its tensors are read, and never written."""
@@ -97,30 +115,53 @@ class _InPlace(DynamicLayer):
         vars(other).update(vars(self), _keys=copy.copy(self._keys), _values=copy.copy(self._values))
         return other
 
+    def placed(self) -> tuple[Growing, Growing] | None:
+        """Where its keys and values are."""
+        return None if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def first(self) -> int:
+        """The place of the first token that it holds."""
+        return 0
+
+    def relocate(self, keys: Growing, values: Growing) -> None:
+        """Be there from now on: `keys` and `values` hold the same entries."""
+        self._keys, self._values = keys, values
+
+    def settle(self, length: int) -> None:
+        """So many tokens were seen, the latest of which a replay has written, each to its place in the buffer."""
+        for each in (self._keys, self._values):
+            if each is not None:
+                each.settle(0, length)
+
+    def _put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.apart is not None and self.apart.rows is not None
+        assert self._keys is not None and self._values is not None
+        entries, stop, rows = self.apart.entries, self.apart.stop, self.apart.rows
+        return self._keys.put(keys, rows, entries, stop), self._values.put(values, rows, entries, stop)
+
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
             self._keys, self._values = (Growing(x[:, :, :0], self._slack, self._least) for x in (keys, values))
         return self._keys.append(keys), self._values.append(values)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where each sequence of a batch goes on, for one pass: entries [B, T], and the number of entries with them."""
-
-    entries: Tensor
-    stop: int
-
-
 class InPlaceLayer(_InPlace):
     """Full attention."""
-
-    apart: Places | None = None  # while the sequences of a batch go on at their own pace
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.apart is None or self._keys is None or self._values is None:
             return super().update(key_states, value_states, *args, **kwargs)
+        if self.apart.rows is not None:
+            return self._put(key_states, value_states)
         entries, stop = self.apart.entries, self.apart.stop
         return self._keys.write(key_states, entries, stop), self._values.write(value_states, entries, stop)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers'."""
+        removed = to_remove(tokens_to_remove, self.get_seq_length())
+        for each in (self._keys, self._values):
+            if each is not None and removed:
+                each.drop(back=removed)
 
 
 class Windowed(DynamicSlidingWindowLayer):
@@ -149,7 +190,26 @@ class InPlaceSlidingWindowLayer(Windowed, _InPlace, DynamicSlidingWindowLayer):
 
     _slack, _least = WINDOW_SLACK, WINDOW_LEAST
 
+    def first(self) -> int:
+        return self.cumulative_length - (0 if self._keys is None else len(self._keys))
+
+    def settle(self, length: int) -> None:
+        self.cumulative_length, kept = length, self.sliding_window - 1
+        for each in (self._keys, self._values):
+            if each is not None:
+                each.settle(each.start if self.record_past else max(each.start, length - kept), length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers', which keeps none of the views that it takes."""
+        held = [each for each in (self._keys, self._values) if each is not None]
+        lent = [each.lent for each in held]
+        super().crop(tokens_to_remove)
+        for each, before in zip(held, lent, strict=True):
+            each.lent = before
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.apart is not None:
+            return self._put(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, kept = key_states.shape[2], self.sliding_window - 1

@@ -16,8 +16,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
-from hf_accel_patch.families import WIDENS_MASKS, View, find_model, first_cached_module, layer_list, weight_bytes
-from hf_accel_patch.families.handwritten import handwritten_modules
+from hf_accel_patch.families import View, find_model, first_cached_module, layer_list, weight_bytes
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
@@ -25,6 +24,8 @@ from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
+from hf_accel_patch.passes.graphs import GRAPHS, takes_places
+from hf_accel_patch.passes.replaying import WIDTHS
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -93,7 +94,7 @@ class Speculative:
             raise UnsupportedModel(f"speculative={self.method!r}: {reason}", "leave the keyword out")
         size = view.weight_bytes()
         facts = {"exact": True, "bytes_before": size, "bytes_after": size, "method": self.method}
-        return Step(self, facts, (view, _takes_places(view)), of_weights=False)
+        return Step(self, facts, (view, takes_places(view)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
         view, apart = step.work
@@ -133,13 +134,6 @@ class Speculative:
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
             return f"its cache cannot be taken back: {', '.join(sorted(other))}"
         return ""
-
-
-def _takes_places(view: View) -> bool:
-    """Whether a forward can be told where each token stands and what it sees: positions, and a mask [B, 1, T, S]."""
-    parameters = inspect.signature(type(view.model).forward).parameters
-    takes = {"position_ids", "attention_mask"} <= parameters.keys() and view.config.model_type not in WIDENS_MASKS
-    return takes and not handwritten_modules(view)
 
 
 def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
@@ -228,11 +222,12 @@ class Speculating:
 
     def drafter(self, model: PreTrainedModel) -> Drafter:
         """For one call."""
+        most = min(self.options.most, WIDTHS[-1] - 1) if GRAPHS in vars(model) else self.options.most
         if self.options.method == "ngram":
-            return NGramDrafter(self.options.most, self.history)
+            return NGramDrafter(most, self.history)
         if self.options.method == "model":
-            return ModelDrafter(self.options.most, self.history, OtherModel(find_model(self.options.draft)))
-        return ModelDrafter(self.options.most, self.history, OwnCopy(self.renew(model)))
+            return ModelDrafter(most, self.history, OtherModel(find_model(self.options.draft)))
+        return ModelDrafter(most, self.history, OwnCopy(self.renew(model)))
 
     def renew(self, model: PreTrainedModel) -> Any:
         """The copy, made anew if the weights are others since."""

@@ -171,3 +171,21 @@ def test_other_dtypes_are_promoted_as_by_concatenation_and_other_shapes_refused(
     assert held.append(tokens(1).double()).dtype == torch.float64
     with pytest.raises(RuntimeError, match="Sizes"):
         held.append(tokens(1, batch=3).double())
+
+
+def test_entries_are_put_where_others_count_them():
+    """`put` reads places from a tensor, and `settle` says what has become of it."""
+    content, buffer = tokens(3), torch.full((*SHAPE[:2], 12, SHAPE[2]), torch.nan)
+    held = Growing.within(buffer, content, 2, 1 / 8, 4)
+    assert torch.equal(held.view(), content) and len(held) == 3 and held.start == 2
+    assert not buffer[:, :, :2].any() and not buffer[:, :, 5:].any() and held.buffer is buffer
+    new, rows, places = tokens(2), torch.arange(2)[:, None], torch.tensor([[5, 6], [7, 5]])
+    assert held.put(new, rows, places, 8).shape[2] == 8 and len(held) == 3
+    expected = torch.zeros_like(buffer)
+    expected[:, :, 2:5] = content
+    for row in range(2):
+        expected[row, :, places[row]] = new[row]
+    assert torch.equal(buffer, expected)
+    held.settle(3, 8)
+    assert torch.equal(held.view(), buffer[:, :, 3:8])
+    assert torch.equal(held.append(tokens(1)), buffer[:, :, 3:9]), "and the next is written behind"

@@ -1,0 +1,174 @@
+"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one.
+
+A replay does to the same memory what the recorded function did, and runs nothing of Python. So the function has to read
+what changes between its calls from tensors that stay where they are, and must neither wait for the device nor keep a
+tensor beyond its end.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+WAITS = frozenset(  # what gives the host a number, or a size that follows from numbers
+    {
+        aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.masked_select, aten.equal, aten.bincount,
+        aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive,
+        aten.allclose,
+    }
+)  # fmt: skip
+STATE = threading.local()
+
+
+class Refused(Exception):
+    """Why a function cannot be recorded."""
+
+
+class Recorded(Protocol):
+    """A function that was recorded."""
+
+    output: Tensor  # what it returned: always the same memory, filled anew by each replay
+
+    def replay(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """Records a function: runs it, more than once, and returns what replays it. Raises Refused, or whatever the
+    function raises; the function may have run by then."""
+
+    device: torch.device
+
+    def __call__(self, function: Callable[[], Tensor]) -> Recorded: ...
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records on this device; None where nothing does."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return CudaRecorder(device)
+
+
+def recording() -> bool:
+    """Whether this thread runs a function to record it."""
+    return getattr(STATE, "on", False)
+
+
+@contextmanager
+def marked() -> Iterator[None]:
+    """Inside, `recording` says so."""
+    STATE.on = True
+    try:
+        yield
+    finally:
+        STATE.on = False
+
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises Refused where a function would wait for the device, or copy from other memory, which a capture forbids: an
+    error before the capture leaves CUDA as it was, one within it need not."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        check(func, args, kwargs, self.device)
+        return func(*args, **kwargs)
+
+
+def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
+    """Raise Refused for an operator that no capture on this device takes."""
+    packet = func.overloadpacket
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    why = ""
+    if packet in WAITS and any(each.device.type == device.type for each in tensors):
+        why = "waits for its numbers"
+    elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        indices = [each for each in args[1] if each is not None]
+        if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
+            why = "with a mask waits for its numbers"
+        elif any(each.device != args[0].device for each in indices):
+            why = "with indices elsewhere copies them"
+    elif packet is aten.repeat_interleave and func is not aten.repeat_interleave.self_int:
+        if kwargs.get("output_size") is None:
+            why = "waits for its numbers"
+    elif (
+        packet is aten.lift_fresh
+        and tensors[0].device.type == device.type
+        and (tensors[0].ndim or device.type != "cpu")
+    ):
+        why = "of a new constant copies from the host's memory"
+    elif packet in (aten._to_copy, aten.copy_):
+        if _from_elsewhere(packet, args, kwargs):
+            why = "copies from or to other memory"
+    if why:
+        raise Refused(f"{packet} {why}")
+
+
+def _from_elsewhere(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    source = args[1] if packet is aten.copy_ else args[0]
+    target = args[0].device if packet is aten.copy_ else kwargs.get("device")
+    return target is not None and torch.device(target).type != source.device.type
+
+
+@dataclass
+class CudaRecorded:
+    """A CUDA graph."""
+
+    output: Tensor
+    graph: torch.cuda.CUDAGraph
+    by: CudaRecorder
+
+    def replay(self) -> None:
+        """On the current stream, after the last replay of any graph that shares this one's memory."""
+        stream = torch.cuda.current_stream(self.by.device)
+        with self.by.lock:
+            if self.by.last is not None and self.by.last != stream:
+                stream.wait_stream(self.by.last)
+            self.graph.replay()
+            self.by.last = stream
+
+
+class CudaRecorder:
+    """Makes CUDA graphs that share the memory of what they compute in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.last: torch.cuda.Stream | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, function: Callable[[], Tensor]) -> CudaRecorded:
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream), Watching(self.device):
+                function()  # libraries load and take their workspaces, kernels are compiled
+            current.wait_stream(self.stream)
+            graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+            gc.disable()  # what it might free of another graph, no capture survives
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    output = function()
+            except BaseException:
+                generator = torch.cuda.default_generators[self.device.index]
+                with suppress(RuntimeError):  # it would go on waiting for the end of the capture
+                    generator.graphsafe_set_state(generator.clone_state())
+                raise
+            finally:
+                if collects:
+                    gc.enable()
+        return CudaRecorded(output, graph, self)

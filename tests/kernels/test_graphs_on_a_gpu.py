@@ -1,0 +1,86 @@
+"""CUDA graphs where there is a GPU: what tests/passes/test_graphs.py simulates."""
+
+import pytest
+import torch
+from cases import entry, left_padded, prompt, tiny
+
+from hf_accel_patch import KVCache, patch, report, unpatch
+from hf_accel_patch.passes import replaying
+from hf_accel_patch.passes.graphs import GRAPHS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+GRAPHED = KVCache(graphs=True)
+
+
+def generate(model, inputs, new=60, **kwargs):
+    torch.manual_seed(0)
+    inputs = {name: each.to("cuda") for name, each in inputs.items()}
+    return model.generate(**inputs, **({"do_sample": False, "max_new_tokens": new} | kwargs))
+
+
+def said(model):
+    return entry(report(model).to_dict(), "cache")
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}, {"speculative": "ngram"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_replayed_tokens_are_those_of_ordinary_steps(family, options):
+    """Alone, padded, sampled, and a second time, when everything is recorded."""
+    runs = [({"input_ids": torch.cat([prompt(12)] * 3, 1)}, {}), (left_padded(20, 11), {}), (left_padded(20, 11), {})]
+    runs.append((left_padded(24, 7), {"do_sample": True, "top_k": 0}))
+    model = tiny(family).to("cuda")
+    patch(model, **options)
+    truths = [generate(model, inputs, **more) for inputs, more in runs]
+    model = tiny(family).to("cuda")
+    patch(model, cache=GRAPHED, **options)
+    for (inputs, more), truth in zip(runs, truths, strict=True):
+        assert torch.equal(generate(model, inputs, **more), truth)
+    assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] > 50
+
+
+def test_memory_comes_back():
+    model = tiny("llama").to("cuda")
+    generate(model, left_padded(20, 11))
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        patch(model, cache=GRAPHED)
+        generate(model, left_padded(20, 11))
+        assert vars(model)[GRAPHS].counts["replayed"]
+        unpatch(model)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 1 << 25
+
+
+@pytest.mark.parametrize("fault", ["waits", "within"])
+def test_a_capture_that_fails_costs_nothing(fault, monkeypatch):
+    """One that is foreseen, and one that CUDA itself refuses: it goes on generating, sampling included."""
+    model = tiny("llama").to("cuda")
+    truth, sampled = (generate(model, left_padded(20, 11), do_sample=draws) for draws in (False, True))
+    inner = type(model.model.norm).forward
+
+    def forward(self, x):
+        if fault == "waits":
+            x[0, 0, 0].item()
+        elif torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return inner(self, x)
+
+    monkeypatch.setattr(type(model.model.norm), "forward", forward)
+    patch(model, cache=GRAPHED, linear=False)
+    assert torch.equal(generate(model, left_padded(20, 11)), truth)
+    assert said(model)["graphs"].startswith("off: ") and "graphs_replayed" not in said(model)
+    assert torch.equal(generate(model, left_padded(20, 11), do_sample=True), sampled)
+    assert torch.rand(3, device="cuda").isfinite().all()
+
+
+def test_every_width_agrees(monkeypatch):
+    """Replays of all widths, each against the model's own logits, in 16 bits."""
+    disagreed = []
+    agree = replaying.agree
+    monkeypatch.setattr(replaying, "agree", lambda *args: agree(*args) or bool(disagreed.append(args[0].shape)))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = tiny("llama").to("cuda", dtype)
+        patch(model, cache=GRAPHED, speculative="ngram")
+        for times in (2, 4):
+            generate(model, {"input_ids": torch.cat([prompt(6)] * times, 1)}, 120)
+        assert not disagreed and said(model)["graphs"] == "on", (dtype, said(model))

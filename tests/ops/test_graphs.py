@@ -1,0 +1,227 @@
+"""What may be recorded, and whether the simulation that stands for CUDA graphs in other tests is as strict."""
+
+import gc
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from simulated_graphs import SimulatedRecorder
+
+from hf_accel_patch.ops.graphs import Refused, Watching, marked, recorder_for, recording
+
+CPU = torch.device("cpu")
+X = torch.arange(6.0)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: X.sum().item(),
+        lambda: bool((X > 2).any()),
+        lambda: float(X[2]),
+        lambda: int(X.argmax()),
+        lambda: X.nonzero(),
+        lambda: X[X > 2],
+        lambda: X.clone().index_put_((X > 2,), torch.zeros(())),
+        lambda: X.masked_select(X > 2),
+        lambda: X.unique(),
+        lambda: torch.equal(X, X),
+        lambda: torch.repeat_interleave(X, torch.ones(6, dtype=torch.long)),
+        lambda: torch.tensor([1.0, 2.0]) + 1,
+        lambda: X.to("meta"),
+        lambda: torch.empty(6, device="meta").copy_(X),
+    ],
+)
+def test_what_waits_is_refused(function):
+    with Watching(CPU), pytest.raises(Refused):
+        function()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: X[X.long()],
+        lambda: X.masked_fill(X > 2, 0.0),
+        lambda: torch.where(X > 2, X, 0.0),
+        lambda: X.to(torch.float64),
+        lambda: X.repeat_interleave(2),
+        lambda: X.clone().copy_(X + 1),
+        lambda: X.clone().index_put_((X.long(),), X),
+    ],
+)
+def test_what_does_not_wait_is_taken(function):
+    with Watching(CPU):
+        assert isinstance(function(), torch.Tensor)
+
+
+def test_nothing_records_on_a_cpu():
+    assert recorder_for(CPU) is None and recorder_for(torch.device("meta")) is None
+
+
+def test_whether_a_function_is_being_recorded():
+    assert not recording()
+    with pytest.raises(ZeroDivisionError), marked():
+        assert recording()
+        raise ZeroDivisionError
+    assert not recording()
+
+
+# The simulation
+
+
+def test_a_replay_reads_memory_and_no_numbers_of_python():
+    given, length = torch.zeros(3), [1.0]
+    recorded = SimulatedRecorder()(lambda: given * 2 + length[0])
+    length[0] = 5.0
+    for values in ((1.0, 2.0, 3.0), (4.0, 0.0, -1.0)):
+        given.copy_(torch.tensor(values))
+        recorded.replay()
+        assert torch.equal(recorded.output, given * 2 + 1)
+
+
+def test_a_capture_computes_nothing():
+    held, given = torch.zeros(3), torch.ones(3)
+    runs = []
+
+    def function():
+        runs.append(1)
+        held.add_(given)
+        return held.view(3, 1).sum(1) * 1
+
+    recorded = SimulatedRecorder()(function)
+    assert len(runs) == 2 and torch.equal(held, torch.ones(3)), "the first run counts, the capture does not"
+    assert recorded.output.isnan().all()
+    recorded.replay()
+    assert torch.equal(held, torch.full((3,), 2.0)) and torch.equal(recorded.output, held) and len(runs) == 2
+
+
+def test_writes_through_views_are_replayed():
+    buffer, places = torch.zeros(2, 3, 8, 4), torch.tensor([[1, 2], [4, 5]])
+    new, rows = torch.rand(2, 3, 2, 4), torch.arange(2)[:, None]
+
+    def function():
+        buffer[rows, :, places] = new.transpose(1, 2)
+        return buffer.narrow(2, 0, 6).sum(-1)
+
+    recorded = SimulatedRecorder()(function)
+    buffer.zero_()
+    places.copy_(torch.tensor([[0, 1], [3, 2]]))
+    recorded.replay()
+    expected = torch.zeros(2, 3, 8, 4)
+    for row in range(2):
+        for at, place in enumerate(places[row].tolist()):
+            expected[row, :, place] = new[row, :, at]
+    assert torch.equal(buffer, expected) and torch.equal(recorded.output, expected[:, :, :6].sum(-1))
+
+
+@pytest.mark.parametrize("name", ["tolist", "numpy", "cpu"])
+def test_what_only_a_gpu_would_notice_is_refused(name):
+    with pytest.raises(Refused, match=name):
+        SimulatedRecorder()(lambda: X * len(getattr(X, name)()))
+    assert getattr(X, name)() is not None
+
+
+def test_a_tensor_that_is_kept_is_an_error():
+    kept = []
+
+    def function():
+        kept[:] = [X * 2]
+        return kept[0] + 1
+
+    with pytest.raises(Refused, match="kept outside"):
+        SimulatedRecorder()(function)
+
+
+# The real recorder, with a CUDA that notes what it is told
+
+
+class Told:
+    """Streams and graphs that write down their calls."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def __getattr__(self, call):
+        return lambda *args: self.log.append((self.name, call, *(getattr(each, "name", each) for each in args)))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What `torch.cuda` was asked for, in order; `current` says on which stream."""
+    log, current, made = [], [Told([], "default")], []
+
+    @contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    @contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        log.append(("capture", pool, stream.name, capture_error_mode, gc.isenabled()))
+        with on(stream):
+            yield
+        log.append(("captured",))
+
+    def graph():
+        made.append(Told(log, f"graph {len(made)}"))
+        return made[-1]
+
+    default = current[0]
+    default.log = log
+    replaced = {
+        "current_device": lambda: 0, "graph_pool_handle": lambda: "pool", "Stream": lambda device: Told(log, "side"),
+        "current_stream": lambda device=None: current[0], "stream": on, "device": lambda device: nullcontext(),
+        "CUDAGraph": graph, "graph": capture, "default_generators": [torch.Generator()],
+    }  # fmt: skip
+    for name, fake in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log, current
+
+
+def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
+    log, current = cuda
+    recorder = recorder_for(torch.device("cuda"))
+    assert recorder.device == torch.device("cuda", 0)
+    runs = []
+    recorded = recorder(lambda: (runs.append((current[0].name, recording())), X * 2)[1])
+    assert [name for name, _ in runs] == ["side", "side"] and torch.equal(recorded.output, X * 2)
+    assert (
+        log
+        == [
+            ("side", "wait_stream", "default"),
+            ("default", "wait_stream", "side"),
+            ("capture", "pool", "side", "thread_local", False),
+            ("captured",),
+        ]
+        and gc.isenabled()
+    )
+    log.clear()
+    recorded.replay(), recorded.replay()
+    assert log == [("graph 0", "replay")] * 2
+    first, current[0] = current[0], Told(log, "other")
+    recorder(lambda: X * 3).replay()
+    assert log[-2:] == [("other", "wait_stream", first.name), ("graph 1", "replay")]
+
+
+def test_a_capture_that_fails_leaves_things_as_they_were(cuda):
+    log, _ = cuda
+    recorder, runs = recorder_for(torch.device("cuda", 0)), []
+
+    def function():
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return X * 2
+
+    generator = torch.cuda.default_generators[0]
+    before = generator.get_state()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder(function)
+    assert gc.isenabled() and torch.equal(generator.get_state(), before) and ("captured",) not in log
