@@ -28,8 +28,9 @@ from benchmarks.decode import RESULTS, record, start
 from benchmarks.measure import synchronize
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.ops.backends import BACKENDS, Asked, missing
-from hf_accel_patch.passes.attention import attention_forward, describe_mask
+from hf_accel_patch.passes.attention import attention_forward
 from hf_accel_patch.passes.attention_backend import BACKEND
+from hf_accel_patch.passes.described import describe_mask
 
 KINDS = ("plain", "window", "padded", "alibi", "softcap", "sinks")
 WINDOW = 8  # times which a window fits into the prompt

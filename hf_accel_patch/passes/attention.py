@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
@@ -20,21 +20,21 @@ from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MA
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.attention import attend, scored
 from hf_accel_patch.ops.backends import BACKENDS, DECODED_ROWS, Asked, Backend, attend_by, missing
-from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask, Variant
+from hf_accel_patch.ops.case import Dense, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.fused import fused_attention
 from hf_accel_patch.ops.graphs import recording
 from hf_accel_patch.ops.latent import Latent, attend_latents
-from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
+from hf_accel_patch.ops.mask import DescribedMask
 from hf_accel_patch.ops.stored import Stored
 from hf_accel_patch.ops.unattended import unattended, unattended_biased, unattended_parts
 from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
+from hf_accel_patch.passes.described import describe_mask, mask_of, traced
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
 
-DENSE_ELEMENTS = 1 << 18  # masks up to this size, or of few queries, are stored: to describe them saves little
 SCORE_ELEMENTS = 1 << 18  # plain attention that no fused kernel takes (unequal head sizes) goes in blocks above this:
 GPU_SCORE_ELEMENTS = 1 << 24  # on a CPU they are up to three times as fast as PyTorch's kernel that stores all scores
 SELECTED = "_attn_implementation_internal"  # where a transformers configuration keeps the name
@@ -191,7 +191,7 @@ def attention_forward(
             return output, None
         asked = Asked("torch")  # others wait for the device, to learn what a mask says
     elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
-    if elsewhere and not answer and not _traced():
+    if elsewhere and not answer and not traced():
         mask = mask_of(attention_mask, T, S, causal, query.device)
         if (output := attend_by(asked, query, key, value, mask, variant)) is not None:
             return output, None
@@ -209,89 +209,6 @@ def attention_forward(
         output, weights = scored(query, key, value, mask.block(0, T, 0, S), position_bias, variant)
         return output.transpose(1, 2).contiguous(), weights
     return attend(query, key, value, mask, variant).transpose(1, 2).contiguous(), None
-
-
-def describe_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask function behind our key: what stock's `sdpa` gets, or a description of it where that would be large.
-
-    None stands for plain causal attention, as it does under `sdpa`. A model that does something with its mask first
-    gets it wrapped.
-    """
-    if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
-        return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
-    dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
-    small = q_length <= MOST_TOKENS or batch_size * q_length * kv_length <= DENSE_ELEMENTS
-    if small or _traced() or isinstance(q_offset, Tensor):
-        options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
-        return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
-    windowed = local_size is not None and kv_length >= local_size
-    square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
-    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if square and (attention_mask is None or bool(attention_mask.all())):
-        return None
-
-    aligned = square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)
-
-    def build(start: int, stop: int, first: int, last: int) -> Tensor:
-        return dense(
-            q_length=stop - start,
-            kv_length=last - first,
-            q_offset=q_offset + start,
-            kv_offset=kv_offset + first,
-            allow_is_causal_skip=False,
-        )
-
-    def runs() -> list[tuple[int, int]] | None:
-        return contiguous_runs(attention_mask) if aligned and attention_mask is not None else None
-
-    return DescribedMask(
-        (batch_size, 1, q_length, kv_length),
-        torch.device(device),
-        build,
-        offset=q_offset - kv_offset,
-        causal=allow_is_causal_skip,
-        window=local_size if windowed else None,
-        runs=runs,
-        square=aligned,
-        padding=attention_mask if aligned else None,
-    )
-
-
-def _carried(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    attention_mask: Tensor | None,
-    device: torch.device | str,
-    **kwargs: Any,
-) -> Tensor:
-    """The mask of a model that converts it (MPT) or adds ALiBi to it (Falcon) before its attention gets it: a tensor
-    [B, T, S], which both leave alone."""
-    traced = _traced()
-    skip = not isinstance(q_offset, Tensor) and not traced
-    rest = {name: value for name, value in kwargs.items() if name != "config"}
-    sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-    content = describe_mask(*sizes, attention_mask, allow_is_causal_skip=skip, device=device, **rest)
-    if traced and content is not None:
-        return content[:, 0]
-    return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _direct(
@@ -320,15 +237,6 @@ def _split(asked: Asked, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     if asked.backend not in ("auto", "triton") or not suits or missing("triton") is not None:
         return None
     return attend_by(Asked("triton"), query, key, value, Dense(mask), variant)
-
-
-def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
-    """What an attention function was given, as our own functions take it."""
-    if isinstance(mask, DescribedMask):
-        return mask
-    if mask is not None:
-        return Dense(mask)
-    return Causal(S, device) if causal else Everything(S)
 
 
 def _mask_for_generate(self: PreTrainedModel, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

@@ -23,7 +23,8 @@ from hf_accel_patch.ops.case import Variant
 from hf_accel_patch.ops.grouped import Grouping, Keys, attend_grouped, scored_grouped
 from hf_accel_patch.ops.lazy import Lazy
 from hf_accel_patch.ops.rope import Lengths
-from hf_accel_patch.passes.attention import attention_forward, describe_mask, mask_of
+from hf_accel_patch.passes.attention import attention_forward
+from hf_accel_patch.passes.described import describe_mask, mask_of
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY
 from hf_accel_patch.passes.layers import InPlaceLayer
 from hf_accel_patch.passes.placed import PlacedLayer, Places, Rotated, fresh

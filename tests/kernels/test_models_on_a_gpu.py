@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hf_accel_patch import Attention, KVCache, patch, report, unpatch
 from hf_accel_patch.ops.modules import HasWeight
-from hf_accel_patch.passes import attention
+from hf_accel_patch.passes import described as described_masks
 
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "bloom", "mpt", "deepseek_v3", "gpt2", "falcon_mqa")
 FEW = FAMILIES[:4] if INTERPRETED else FAMILIES
@@ -30,7 +30,7 @@ def moved(inputs):
 def masks(request, monkeypatch):
     """As small as they are, masks are stored; described ones go to the kernels for prompts."""
     if request.param:
-        monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)
+        monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -63,7 +63,7 @@ def test_in_16_bits(name, dtype, masks):
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @pytest.mark.parametrize("name", ("mistral", "gemma2", "gpt_oss", "bloom", "deepseek_v3"))
 def test_prompts_take_the_kernel(name, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
     model = patch(here(name))
     logits(model, **moved(left_padded()))
     row = next(each for each in report(model).to_dict()["passes"] if each["pass"] == "attention")
@@ -73,7 +73,7 @@ def test_prompts_take_the_kernel(name, monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @pytest.mark.parametrize("name", ("mistral", "gemma2", "gpt_oss"))
 def test_training_with_the_kernels(name, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
     ids, gradients = prompt().to(DEVICE), []
     for model in (here(name), patch(here(name), attention=Attention("triton"))):
         model.train()

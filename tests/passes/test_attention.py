@@ -9,6 +9,7 @@ from hf_accel_patch import patch, report, unpatch
 from hf_accel_patch.ops import attention as ops
 from hf_accel_patch.ops.mask import DescribedMask
 from hf_accel_patch.passes import attention
+from hf_accel_patch.passes import described as described_masks
 
 TOLERANCE = 1e-4  # of the logits' standard deviation; float32 rounding gives about 5e-6
 TYPES = ("llama", "mistral", "gemma2", "gpt_oss", "qwen3", "gpt2", "deepseek_v3")
@@ -17,17 +18,17 @@ TYPES = ("llama", "mistral", "gemma2", "gpt_oss", "qwen3", "gpt2", "deepseek_v3"
 @pytest.fixture
 def described(monkeypatch):
     """Describe every mask, however small, and attend in small blocks; returns the sizes of the dense blocks built."""
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
     monkeypatch.setattr(attention, "SCORE_ELEMENTS", 0)
     monkeypatch.setattr(ops, "MAX_ROWS", 7)
-    sizes, real = [], attention.sdpa_mask
+    sizes, real = [], described_masks.sdpa_mask
 
     def counted(**kwargs):
         mask = real(**kwargs)
         sizes.append(0 if mask is None else mask.shape[-1] * mask.shape[-2])
         return mask
 
-    monkeypatch.setattr(attention, "sdpa_mask", counted)
+    monkeypatch.setattr(described_masks, "sdpa_mask", counted)
     return sizes
 
 
@@ -156,13 +157,13 @@ def test_beams_and_sampling():
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_few_tokens_get_the_mask_itself_however_long_their_cache(tokens):
     """It is small beside the keys that it is for, every layer wants it, and kernels for few tokens take it."""
-    S = attention.DENSE_ELEMENTS
+    S = described_masks.DENSE_ELEMENTS
     options = {"batch_size": 2, "q_length": tokens, "kv_length": S, "q_offset": S - tokens}
     padding = torch.ones(2, S, dtype=torch.bool)
-    assert tokens > 1 or attention.describe_mask(**options, attention_mask=padding) is None
+    assert tokens > 1 or described_masks.describe_mask(**options, attention_mask=padding) is None
     padding[1, :5] = False
-    mask = attention.describe_mask(**options, attention_mask=padding)
+    mask = described_masks.describe_mask(**options, attention_mask=padding)
     assert type(mask) is torch.Tensor and mask.shape == (2, 1, tokens, S)
     assert not mask[1, 0, 0, :5].any() and mask[0, 0, -1].all()
     options |= {"q_length": 17, "q_offset": S - 17}
-    assert type(attention.describe_mask(**options, attention_mask=padding)) is DescribedMask
+    assert type(described_masks.describe_mask(**options, attention_mask=padding)) is DescribedMask

@@ -9,7 +9,7 @@ from interpreter import INTERPRETED, interpreted, load
 
 from hf_accel_patch import Attention, UnsupportedModel, patch, plan, report, unpatch
 from hf_accel_patch.ops import backends
-from hf_accel_patch.passes import attention
+from hf_accel_patch.passes import described as described_masks
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="these models are on the CPU, where kernels are interpreted")
@@ -33,7 +33,7 @@ def row(model):
 
 @pytest.mark.parametrize("name", ("gemma2", "gpt_oss", "deepseek_v3", "bloom", "mpt"))
 def test_triton_agrees_with_stock(name, triton, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)  # masks are described
+    monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)  # masks are described
     model, padded = tiny(name), left_padded(20, 13)
     stock = logits(model, **padded)
     patch(model, attention=Attention("triton"))

@@ -15,6 +15,7 @@ from hf_accel_patch.compat import RECORDS_PAST
 from hf_accel_patch.families.handwritten import CLASSES, bloom_slopes, mpt_slopes
 from hf_accel_patch.ops import attention as ops
 from hf_accel_patch.passes import attention, handwritten
+from hf_accel_patch.passes import described as described_masks
 
 TOLERANCE = 1e-4  # of the logits' standard deviation; float32 rounding gives about 5e-6, of BLOOM's positions 3e-5
 FALCON = {"alibi": False}
@@ -55,17 +56,17 @@ def tiny(name, **overrides):
 @pytest.fixture
 def described(monkeypatch):
     """Describe every mask, however small, and attend in small blocks; returns the sizes of the dense blocks built."""
-    monkeypatch.setattr(attention, "DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
     monkeypatch.setattr(attention, "SCORE_ELEMENTS", 0)
     monkeypatch.setattr(ops, "MAX_ROWS", 7)
-    sizes, real = [], attention.sdpa_mask
+    sizes, real = [], described_masks.sdpa_mask
 
     def counted(**kwargs):
         mask = real(**kwargs)
         sizes.append(0 if mask is None else mask.shape[-1] * mask.shape[-2])
         return mask
 
-    monkeypatch.setattr(attention, "sdpa_mask", counted)
+    monkeypatch.setattr(described_masks, "sdpa_mask", counted)
     return sizes
 
 

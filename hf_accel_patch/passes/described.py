@@ -1,0 +1,110 @@
+"""Masks for the package's attention: described where they would be large, and as stock stores them where not."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from hf_accel_patch.families.handwritten import CHANGES_MASKS
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask
+from hf_accel_patch.ops.decode import MOST_TOKENS
+from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
+
+DENSE_ELEMENTS = 1 << 18  # masks up to this size, or of few queries, are stored: to describe them saves little
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function behind our key: what stock's `sdpa` gets, or a description of it where that would be large.
+
+    None stands for plain causal attention, as it does under `sdpa`. A model that does something with its mask first
+    gets it wrapped.
+    """
+    if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
+        return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
+    dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
+    small = q_length <= MOST_TOKENS or batch_size * q_length * kv_length <= DENSE_ELEMENTS
+    if small or traced() or isinstance(q_offset, Tensor):
+        options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
+        return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
+    windowed = local_size is not None and kv_length >= local_size
+    square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    if square and (attention_mask is None or bool(attention_mask.all())):
+        return None
+
+    aligned = square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)
+
+    def build(start: int, stop: int, first: int, last: int) -> Tensor:
+        return dense(
+            q_length=stop - start,
+            kv_length=last - first,
+            q_offset=q_offset + start,
+            kv_offset=kv_offset + first,
+            allow_is_causal_skip=False,
+        )
+
+    def runs() -> list[tuple[int, int]] | None:
+        return contiguous_runs(attention_mask) if aligned and attention_mask is not None else None
+
+    return DescribedMask(
+        (batch_size, 1, q_length, kv_length),
+        torch.device(device),
+        build,
+        offset=q_offset - kv_offset,
+        causal=allow_is_causal_skip,
+        window=local_size if windowed else None,
+        runs=runs,
+        square=aligned,
+        padding=attention_mask if aligned else None,
+    )
+
+
+def _carried(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    **kwargs: Any,
+) -> Tensor:
+    """The mask of a model that converts it (MPT) or adds ALiBi to it (Falcon) before its attention gets it: a tensor
+    [B, T, S], which both leave alone."""
+    recorded = traced()
+    skip = not isinstance(q_offset, Tensor) and not recorded
+    rest = {name: value for name, value in kwargs.items() if name != "config"}
+    sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+    content = describe_mask(*sizes, attention_mask, allow_is_causal_skip=skip, device=device, **rest)
+    if recorded and content is not None:
+        return content[:, 0]
+    return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
+
+
+def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
+    """What an attention function was given, as our own functions take it."""
+    if isinstance(mask, DescribedMask):
+        return mask
+    if mask is not None:
+        return Dense(mask)
+    return Causal(S, device) if causal else Everything(S)
+
+
+def traced() -> bool:
+    """Whether operators are recorded instead of run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
