@@ -8,114 +8,166 @@ from dataclasses import dataclass, field
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
+FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
+STAKE = 0.01  # of all time, that such tries may lose
 
 
-@dataclass(frozen=True)
+@dataclass
 class Guess:
     """A draft that is to be had for one sequence: how it was found, how often such tokens are right before that is
-    known, at most how many tokens there are, and what a token of this sequence counts."""
+    known, at most how many tokens there are, what a token of this sequence counts, whether what drafts of its kind are
+    worth becomes known without a try, and how many times as often as elsewhere they were right in this text."""
 
     kind: int
     prior: float
     most: int
     weight: float = 1.0
+    rehearsed: bool = False
+    trust: float = 1.0
+
+
+@dataclass
+class Chance:
+    """That the first token of a draft is right, and that a further one is, given that those before it were: where a
+    text repeats itself it goes on doing so, so the second is mostly larger. And how often either was seen."""
+
+    first: float
+    more: float
+    seen: int = 0
+    seen_more: int = 0
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """`accepted` of the tokens drafted were right."""
+        self.seen += 1
+        share = max(FORGET, 1 / (self.seen + 2))
+        self.first += share * ((accepted > 0) - self.first)
+        for _ in range(accepted - 1):
+            self._learn_more(1)
+        if 0 < accepted < drafted:
+            self._learn_more(0)
+
+    def _learn_more(self, right: int) -> None:
+        self.seen_more += 1
+        self.more += max(FORGET, 1 / (self.seen_more + 2)) * (right - self.more)
 
 
 @dataclass
 class Pace:
-    """What one model does on this machine. Costs are seconds, by the tokens of a pass; chances that a drafted token is
-    right, given that those before it were, by how the draft was found."""
+    """What one model does on this machine. `plain`: seconds of a pass over one token per sequence, all that a step does
+    beside it included; `ratios`: of passes over more, to that; `chances`: by how a draft was found."""
 
-    costs: dict[int, float] = field(default_factory=dict)
-    chances: dict[int, float] = field(default_factory=dict)
+    plain: float | None = None
+    ratios: dict[int, float] = field(default_factory=dict)
+    chances: dict[int, Chance] = field(default_factory=dict)
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
-    hopeless: set[int] = field(default_factory=set)  # kinds that would not pay if they were always right
+    spent: float = 0.0  # seconds
+    staked: float = 0.0  # seconds of these that tries were expected to lose
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
         verify; 0 where a plain pass is the better choice."""
-        plain, most = self.cost(1), max(guess.most for guess in guesses)
-        if plain is None or not most:
+        most, weights = max(guess.most for guess in guesses), sum(guess.weight for guess in guesses)
+        if self.plain is None or not most or not weights:
             return 0
-        chances = [self.chances.get(guess.kind, guess.prior) for guess in guesses]
-        weights = sum(guess.weight for guess in guesses)
-        best, choice, right = GAIN * weights / plain, 0, 0.0
-        for width in WIDTHS:
-            if width > most:
-                break
-            cost = self.cost(1 + width)
-            if cost is None:  # the first time
-                return min(most, 4)
-            cost += width * draft_cost
-            tokens = certain = 0.0
-            for guess, chance in zip(guesses, chances, strict=True):
-                tokens += guess.weight * expected(chance, min(width, guess.most))
-                certain += guess.weight * expected(1, min(width, guess.most))
-            right = max(right, certain / cost)
-            if tokens / cost > best:
-                best, choice = tokens / cost, width
-        kind = max(zip(chances, guesses, strict=True), key=lambda pair: (pair[1].most > 0, pair[0]))[1].kind
+        terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
+        best, choice, tokens, draft_ratio = GAIN, 0, 1.0, draft_cost / self.plain
+        for width in range(1, most + 1):
+            for term in terms:
+                if width <= term[2]:
+                    tokens += term[0]
+                    term[0] *= term[1]
+            if width not in WIDTHS:
+                continue
+            ratio = self.ratio(1 + width)
+            if ratio is None:  # the first time
+                if width < min(most, FIRST_WIDTH):
+                    continue
+                return width if tokens > FIRST_GAIN * (1 + width * draft_ratio) else 0
+            worth = tokens / (ratio + width * draft_ratio)
+            if worth > best:
+                best, choice = worth, width
+        kind, rehearsed = self._leading(guesses)
         if choice:
             self.skipped[kind] = 0
-            self.hopeless.discard(kind)
             return choice
-        (self.hopeless.discard if right > best else self.hopeless.add)(kind)
-        self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        wait = self.waits.setdefault(kind, LEAST_WAIT)
-        if self.skipped[kind] >= wait:
-            self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
-            return 1
-        return 0
+        if rehearsed and tokens < FIRST_GAIN:
+            return 0
+        return int(self._tries(kind, draft_ratio))
 
     def learn(self, kind: int, prior: float, drafted: int, accepted: int) -> None:
-        """After a pass: `accepted` of the tokens drafted were right."""
-        chance = self.chances.get(kind, prior)
-        for _ in range(accepted):
-            chance += FORGET * (1 - chance)
-        if accepted < drafted:
-            chance -= FORGET * chance
-        if accepted and kind not in self.hopeless:
+        """`accepted` of the tokens drafted were right."""
+        self.chance(kind, prior).learn(drafted, accepted)
+        if accepted and self.skipped.get(kind) == 0:  # this try, or no try at all
             self.waits[kind] = LEAST_WAIT
-        self.chances[kind] = chance
+
+    def chance(self, kind: int, prior: float) -> Chance:
+        """Of the tokens of drafts of this kind."""
+        found = self.chances.get(kind)
+        if found is None:
+            found = self.chances[kind] = Chance(prior, prior)
+        return found
 
     def drafted(self, tokens: int, seconds: float) -> None:
         """A model drafted so many tokens in so long."""
-        each = seconds / tokens
-        known = self.draft_cost or each
-        self.draft_cost = known + (0.5 if each < known else FORGET) * (min(each, 2 * known) - known)
+        self.draft_cost = _nearer(self.draft_cost or None, seconds / tokens)
 
     def timed(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens per sequence took so long. One that was held up counts little, one that was not at
-        once: the first of all is often held up."""
-        known = self.costs.get(tokens, seconds)
-        share = 0.5 if seconds < known else FORGET
-        self.costs[tokens] = known + share * (min(seconds, 2 * known) - known)
+        """A pass of so many tokens per sequence took so long."""
+        if tokens == 1:
+            self.plain = _nearer(self.plain, seconds)
+        elif self.plain is not None:
+            self.ratios[tokens] = _nearer(self.ratios.get(tokens), seconds / self.plain)
+        self.spent += seconds if self.plain is None else min(seconds, 2 * self.plain)
 
-    def cost(self, tokens: int) -> float | None:
-        """Seconds of a pass, between those that were timed; beyond them in proportion to the tokens, at most."""
-        if tokens in self.costs:
-            return self.costs[tokens]
-        timed = tuple(self.costs)  # other threads may add to it
-        below = max((known for known in timed if known < tokens), default=None)
-        above = min((known for known in timed if known > tokens), default=None)
-        if below is not None and above is not None:
-            share = (tokens - below) / (above - below)
-            return self.costs[below] + share * (self.costs[above] - self.costs[below])
-        if below is not None:
-            return self._beyond(tokens, below)
-        return None if above is None else self.costs[above]
-
-    def _beyond(self, tokens: int, below: int) -> float | None:
-        if below == 1:
+    def ratio(self, tokens: int) -> float | None:
+        """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
+        tokens, at most."""
+        if tokens in self.ratios:
+            return self.ratios[tokens]
+        timed = tuple(self.ratios)  # other threads may add to it
+        if not timed:
             return None
-        least = min(tuple(self.costs))
-        slope = max(0.0, (self.costs[below] - self.costs[least]) / (below - least)) if below > least else 0.0
-        return self.costs[below] + slope * (tokens - below)
+        below = max((known for known in timed if known < tokens), default=1)
+        above = min((known for known in timed if known > tokens), default=None)
+        start = self.ratios.get(below, 1.0)
+        if above is None:
+            return start + max(0.0, (start - 1) / (below - 1)) * (tokens - below)
+        return start + (tokens - below) / (above - below) * (self.ratios[above] - start)
+
+    def _term(self, guess: Guess, weights: float) -> list[float]:
+        """What the first token of a draft is worth; of what it is worth, each further one; and how many there are."""
+        chance = self.chances.get(guess.kind)
+        first, more = (guess.prior, guess.prior) if chance is None else (chance.first, chance.more)
+        return [min(1.0, first * guess.trust) * guess.weight / weights, more, guess.most]
+
+    def _leading(self, guesses: Sequence[Guess]) -> tuple[int, bool]:
+        """How the most promising draft was found, and whether that is rehearsed."""
+        leading = max(guesses, key=lambda guess: self._term(guess, 1)[0] if guess.most else -1.0)
+        return leading.kind, leading.rehearsed
+
+    def _tries(self, kind: int, draft_ratio: float) -> bool:
+        """Whether it is time for a try, as short as can be: ever more seldom, and never for more than the stake."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        wait, plain = self.waits.setdefault(kind, LEAST_WAIT), self.plain or 0.0
+        loss = plain * max(0.0, (self.ratio(2) or 2.0) + draft_ratio - 1)
+        if self.skipped[kind] < wait or self.staked + loss > STAKE * self.spent:
+            return False
+        self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
+        self.staked += loss
+        return True
 
 
 def expected(chance: float, width: int) -> float:
     """Tokens of a pass over a draft of `width` tokens (arXiv 2211.17192, equation 1)."""
     return width + 1.0 if chance >= 1 else (1 - chance ** (width + 1)) / (1 - chance)
+
+
+def _nearer(known: float | None, seen: float) -> float:
+    """An average in which what was held up counts little, and what was not, at once: the first of all is often held
+    up."""
+    if known is None:
+        return seen
+    return known + (0.5 if seen < known else FORGET) * (min(seen, 2 * known) - known)

@@ -9,6 +9,7 @@ it has read, and is believed to go on with the likeliest token until the others 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,8 @@ from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.layers import InPlaceLayer, Places
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
-ENOUGH = 4  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
+HORIZON = 48  # tokens to come, by which the sequences are compared: the slowest says when all are done
+UNSURE = 4.0  # passes: a sequence that needs so many fewer than the slowest counts exp(-1) of it
 KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
@@ -98,46 +100,57 @@ def decode_apart(
     tally: Tally,
 ) -> None:
     """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
-    sequences."""
+    sequences.
+
+    While nothing is ahead and nothing is drafted, this is the plain loop."""
     cache, B, T = returned_cache(outputs), *chooser.input_ids.shape
     rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs)
     fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
     for row in rows:
         row.before = row.length
         row.guess = None if draft is None else Guess(draft.kind, draft.prior, len(draft.tokens[0]))
-    drafting = started = 0.0
+    plain, since = draft is None, 0.0
     try:
         while True:
-            width = max(map(len, fed))
-            logits = outputs.logits[:, -width:]
-            for row, tokens, rated, best in zip(rows, fed, logits, logits.argmax(-1).tolist(), strict=True):
-                if tokens:
-                    row.read(tokens, rated, best)
+            if plain:
+                chooser.step(outputs.logits[:, -1])
+                chosen, width = [chooser.chosen], 1
+                for row in rows:
+                    row.length += 1
+            else:
+                width = max(map(len, fed))
+                logits = outputs.logits[:, -width:]
+                for row, tokens, rated, best in zip(rows, fed, logits, logits.argmax(-1).tolist(), strict=True):
+                    if tokens:
+                        row.read(tokens, rated, best)
+                chosen = _choose(chooser, rows, logits[:, 0])
+                for row in rows:
+                    row.settle()
+                del logits
             del outputs
-            chosen = _choose(chooser, rows, logits[:, 0])
-            for row in rows:
-                row.settle()
-            seconds = started - drafting, time.perf_counter() - started
-            _count(tally, pace, rows, len(chosen), width, seconds, prompt=not started)
+            now = time.perf_counter()
+            _count(tally, pace, rows, len(chosen), width, now - since if since else None)
+            since = now
             if chooser.finished:
                 return
-            drafter.add(torch.stack(chosen, dim=1).tolist())
-            drafting = time.perf_counter()
+            for row, live in zip(rows, chooser.live, strict=True):
+                row.live = live
+            drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
             fed = _feed(chooser, rows, drafter, pace)
-            started = time.perf_counter()
-            outputs = reading(rows, fed)
+            plain = max(map(len, fed)) == 1 and not any(row.logits for row in rows if row.live)
+            outputs = reading(rows, fed, plain=plain)
     finally:
         for layer in cache.layers:
             layer.apart = None
 
 
-def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[Tensor]:
+def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[list[int]]:
     """The tokens of all places for which every sequence has logits."""
-    chosen: list[Tensor] = []
+    chosen: list[list[int]] = []
     while not chooser.finished and all(row.logits for row in rows if row.live):
-        step = torch.stack([row.logits[0] if row.live else each for row, each in zip(rows, like, strict=True)])
-        chosen.append(chooser.step(step))
-        for row, token, live in zip(rows, chosen[-1].tolist(), chooser.live(), strict=True):
+        chooser.step(torch.stack([row.logits[0] if row.live else each for row, each in zip(rows, like, strict=True)]))
+        chosen.append(chooser.chosen)
+        for row, token, live in zip(rows, chooser.chosen, chooser.live, strict=True):
             if row.live:
                 row.choose(token)
             row.live = live
@@ -147,19 +160,30 @@ def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[Tensor]:
 def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> list[list[int]]:
     """What each sequence reads next: its last token and a draft, of the same number of tokens for all; nothing where it
     has ended or is far ahead."""
-    room, last = chooser.room(), chooser.input_ids[:, -1].tolist()
+    room, last = chooser.room(), chooser.chosen
     drafts: list[list[int] | None] = []
+    guesses: list[Guess] = []
+    passes: list[float] = []
     for index, row in enumerate(rows):
-        row.guess, row.before = None, row.length
-        lead = len(row.logits)
+        row.guess, row.before, lead = None, row.length, len(row.logits)
         ahead = [*row.ahead, row.best[-1]] if lead else []
-        if not row.live or lead >= LEAD or (lead and lead > room) or not chooser.ends.isdisjoint(ahead):
+        if not row.live or lead >= LEAD or (lead and (lead > room or not chooser.ends.isdisjoint(ahead))):
             drafts.append(None)
             continue
-        found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead)) if room > lead else ([], None)
-        row.guess = guess and Guess(guess.kind, guess.prior, len(found), max(0.0, 1 - lead / ENOUGH))
-        drafts.append([*(ahead[-1:] or last[index : index + 1]), *found])
-    guesses = [row.guess for row in rows if row.guess is not None]
+        token = ahead[-1] if lead else last[index]
+        if room <= lead:
+            drafts.append([token])
+            continue
+        found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead))
+        rate = drafter.rate(index)
+        passes.append((min(room, HORIZON) - lead) / rate)
+        guess.weight = 1 / rate
+        row.guess = guess
+        guesses.append(guess)
+        drafts.append([token, *found])
+    slowest = max(passes, default=0.0)
+    for guess, needed in zip(guesses, passes, strict=True):
+        guess.weight *= math.exp((needed - slowest) / UNSURE)
     width = pace.choose(guesses) if guesses else 0
     return [[] if each is None else (each + each[-1:] * width)[: 1 + width] for each in drafts]
 
@@ -168,7 +192,7 @@ class Reading:
     """Runs the model over the next tokens of every sequence, each behind its own last entry."""
 
     def __init__(self, model: PreTrainedModel, chooser: Chooser, cache: Cache, model_kwargs: dict[str, Any]) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.chooser = model, cache, chooser
         ids, mask = chooser.input_ids, model_kwargs.get("attention_mask")
         self.prompt = ids.shape[1]
         self.seen = None if mask is None or bool(mask.all()) else mask.bool()
@@ -180,15 +204,20 @@ class Reading:
         }
         self.kwargs[CACHE] = cache
         self.adds = model.config._attn_implementation == "eager"
+        self.parted = False  # whether the layers of the cache are told where to write
 
-    def __call__(self, rows: list[Row], fed: list[list[int]]) -> Any:
+    def __call__(self, rows: list[Row], fed: list[list[int]], *, plain: bool) -> Any:
+        """`plain`: what is read is the last chosen token of each."""
         width, device, live = max(map(len, fed)), self.shift.device, [row.length for row in rows if row.live]
-        tokens = torch.tensor([each or [0] * width for each in fed], device=device)
-        starts = torch.tensor([[row.length if row.live else live[0]] for row in rows], device=device)
-        places = starts + torch.arange(width, device=device)
-        positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
-        together = min(live) == max(live)
-        mask = self._together(live[0], width) if together else self._apart(places, max(live) + width)
+        first, last = min(live), max(live)
+        if plain:
+            tokens, positions = self.chooser.input_ids[:, -1:], self.shift + first
+        else:
+            tokens = torch.tensor([each or [0] * width for each in fed], device=device)
+            starts = torch.tensor([[row.length if row.live else first] for row in rows], device=device)
+            places = starts + torch.arange(width, device=device)
+            positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
+        mask = self._together(first, width) if first == last else self._apart(places, last + width)
         inputs = self.model.prepare_inputs_for_generation(
             tokens, next_sequence_length=width, attention_mask=mask, position_ids=positions, **self.kwargs
         )
@@ -198,17 +227,21 @@ class Reading:
 
     def _together(self, length: int, width: int) -> Tensor | None:
         """All go on at the same place, so nothing is new to the model: it gets the padding."""
-        for layer in self.cache.layers:
-            layer.apart = None
-            take_back(layer, layer.get_seq_length() - length)
+        if self.parted:
+            self.parted = False
+            for layer in self.cache.layers:
+                layer.apart = None
+        if held := self.cache.get_seq_length() - length:
+            take_back(self.cache, held)
         if self.seen is None:
             return None
         return torch.nn.functional.pad(self.seen, (0, length + width - self.prompt), value=True)
 
     def _apart(self, places: Tensor, stop: int) -> Tensor:
         """What each token sees, [B, 1, T, S]."""
+        self.parted, reached = True, Places(places, stop)
         for layer in self.cache.layers:
-            layer.apart = Places(places, stop)
+            layer.apart = reached
         mask = torch.arange(stop, device=places.device) <= places[:, :, None]
         if self.seen is not None:
             mask[:, :, : self.prompt] &= self.seen[:, None]
@@ -219,20 +252,20 @@ class Reading:
         return added.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
 
 
-def _count(
-    tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: tuple[float, float], *, prompt: bool
-) -> None:
-    """`seconds`: of the draft and of the pass."""
+def _count(tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: float | None) -> None:
+    """`seconds`: of the step, None of the prompt's."""
     drafted = accepted = 0
-    for row in rows:
-        if row.guess is not None and row.guess.most and width > 1:
-            tried = min(width - 1, row.guess.most)
-            right = min(max(row.length - row.before - 1, 0), tried)
-            pace.learn(row.guess.kind, row.guess.prior, tried, right)
-            drafted, accepted = drafted + tried, accepted + right
-    plain = pace.costs.get(1)
-    paid = width > 1 and plain is not None
-    saved_s = (new - prompt) * (plain or 0.0) - (0.0 if prompt else sum(seconds)) if paid else 0.0
-    tally.count(new, drafted, accepted, saved_s, prompt=prompt)
-    if not prompt:
-        pace.timed(width, seconds[1])
+    if width > 1:
+        for row in rows:
+            if row.guess is not None and row.guess.most:
+                tried = min(width - 1, row.guess.most)
+                right = min(max(row.length - row.before - 1, 0), tried)
+                if not row.guess.rehearsed:
+                    pace.learn(row.guess.kind, row.guess.prior, tried, right)
+                drafted, accepted = drafted + tried, accepted + right
+    if seconds is None:
+        tally.count(new, drafted, accepted, (new - 1) * (pace.plain or 0.0), prompt=True)
+        return
+    saved_s = new * pace.plain - seconds if width > 1 and pace.plain is not None else 0.0
+    tally.count(new, drafted, accepted, saved_s)
+    pace.timed(width, seconds)
