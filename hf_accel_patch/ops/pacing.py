@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafted tokens that are considered
+WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
 FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
-STAKE = 0.01  # of all time, that such tries may lose
+STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
+LENT, MOST_KEPT = 2.0, 8.0  # plain steps: what they may lose at first, and of what they have won
 
 
 @dataclass
@@ -54,23 +55,28 @@ class Chance:
 
 @dataclass
 class Pace:
-    """What one model does on this machine. `plain`: seconds of a pass over one token per sequence, all that a step does
-    beside it included; `ratios`: of passes over more, to that; `chances`: by how a draft was found."""
+    """What one model does on this machine. `plain` and `usual`: seconds of a step over one token per sequence, all that
+    it does beside the pass included, where nothing holds it up and on average; `ratios`: of steps over more, to that, 1
+    meaning one token of sequences that are not at the same place; `chances`: by how a draft was found.
+
+    All that drafts lose comes out of `purse`, and all that they win goes there; where it is empty nothing is drafted.
+    So whatever is expected of them, they cannot cost more than a share of the time."""
 
     plain: float | None = None
+    usual: float = 0.0
+    steps: int = 0  # plain ones
     ratios: dict[int, float] = field(default_factory=dict)
     chances: dict[int, Chance] = field(default_factory=dict)
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
-    spent: float = 0.0  # seconds
-    staked: float = 0.0  # seconds of these that tries were expected to lose
+    purse: float = 0.0  # seconds
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
         verify; 0 where a plain pass is the better choice."""
         most, weights = max(guess.most for guess in guesses), sum(guess.weight for guess in guesses)
-        if self.plain is None or not most or not weights:
+        if self.plain is None or not most or not weights or self.purse <= 0:
             return 0
         terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
         best, choice, tokens, draft_ratio = GAIN, 0, 1.0, draft_cost / self.plain
@@ -114,13 +120,22 @@ class Pace:
         """A model drafted so many tokens in so long."""
         self.draft_cost = _nearer(self.draft_cost or None, seconds / tokens)
 
-    def timed(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens per sequence took so long."""
-        if tokens == 1:
-            self.plain = _nearer(self.plain, seconds)
-        elif self.plain is not None:
-            self.ratios[tokens] = _nearer(self.ratios.get(tokens), seconds / self.plain)
-        self.spent += seconds if self.plain is None else min(seconds, 2 * self.plain)
+    def timed(self, seconds: float) -> None:
+        """A plain step took so long."""
+        if self.plain is None:
+            self.usual, self.purse = seconds, LENT * seconds
+        self.plain, self.steps = _nearer(self.plain, seconds), self.steps + 1
+        self.usual += max(FORGET, 1 / self.steps) * (min(seconds, 2 * self.usual) - self.usual)
+        self.purse = min(self.purse + STAKE * self.usual, MOST_KEPT * self.usual)
+
+    def passed(self, tokens: int, new: int, seconds: float, drafting: float = 0.0) -> None:
+        """Another step, over so many tokens per sequence, gave each `new` ones and took so long, `drafting` of it to
+        draft them."""
+        if self.plain is None:
+            return
+        self.ratios[tokens] = _nearer(self.ratios.get(tokens), (seconds - drafting) / self.plain)
+        lost = min(seconds, drafting + 2 * self.usual * self.ratios[tokens]) - new * self.usual
+        self.purse = min(self.purse - lost, MOST_KEPT * self.usual)
 
     def ratio(self, tokens: int) -> float | None:
         """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
@@ -134,7 +149,7 @@ class Pace:
         above = min((known for known in timed if known > tokens), default=None)
         start = self.ratios.get(below, 1.0)
         if above is None:
-            return start + max(0.0, (start - 1) / (below - 1)) * (tokens - below)
+            return None if below == 1 else start + max(0.0, (start - 1) / (below - 1)) * (tokens - below)
         return start + (tokens - below) / (above - below) * (self.ratios[above] - start)
 
     def _term(self, guess: Guess, weights: float) -> list[float]:
@@ -149,14 +164,12 @@ class Pace:
         return leading.kind, leading.rehearsed
 
     def _tries(self, kind: int, draft_ratio: float) -> bool:
-        """Whether it is time for a try, as short as can be: ever more seldom, and never for more than the stake."""
+        """Whether it is time for a try, as short as can be: ever more seldom, and never for more than there is."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        wait, plain = self.waits.setdefault(kind, LEAST_WAIT), self.plain or 0.0
-        loss = plain * max(0.0, (self.ratio(2) or 2.0) + draft_ratio - 1)
-        if self.skipped[kind] < wait or self.staked + loss > STAKE * self.spent:
+        wait, loss = self.waits.setdefault(kind, LEAST_WAIT), (self.ratio(2) or 2.0) + draft_ratio - 1
+        if self.skipped[kind] < wait or loss * self.usual > self.purse:
             return False
         self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
-        self.staked += loss
         return True
 
 

@@ -65,6 +65,10 @@ class Row:
         self._forget(len(self.ahead) - next(wrong, len(self.ahead)))
         self.logits = [each.clone() if each.untyped_storage().nbytes() > each.nbytes else each for each in self.logits]
 
+    def fall_back(self, length: int) -> None:
+        """Forget all that is ahead; what is left in the cache are so many entries."""
+        self.length, self.ahead, self.logits, self.best = length, [], [], []
+
     def _forget(self, count: int) -> None:
         if count:
             self.length -= count
@@ -129,7 +133,7 @@ def decode_apart(
                 del logits
             del outputs
             now = time.perf_counter()
-            _count(tally, pace, rows, len(chosen), width, now - since if since else None)
+            _count(tally, pace, rows, len(chosen), width, now - since if since else None, plain=plain)
             since = now
             if chooser.finished:
                 return
@@ -162,30 +166,51 @@ def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> li
     has ended or is far ahead."""
     room, last = chooser.room(), chooser.chosen
     drafts: list[list[int] | None] = []
-    guesses: list[Guess] = []
-    passes: list[float] = []
     for index, row in enumerate(rows):
         row.guess, row.before, lead = None, row.length, len(row.logits)
         ahead = [*row.ahead, row.best[-1]] if lead else []
         if not row.live or lead >= LEAD or (lead and (lead > room or not chooser.ends.isdisjoint(ahead))):
             drafts.append(None)
             continue
-        token = ahead[-1] if lead else last[index]
-        if room <= lead:
-            drafts.append([token])
-            continue
-        found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead))
-        rate = drafter.rate(index)
-        passes.append((min(room, HORIZON) - lead) / rate)
-        guess.weight = 1 / rate
-        row.guess = guess
-        guesses.append(guess)
-        drafts.append([token, *found])
-    slowest = max(passes, default=0.0)
-    for guess, needed in zip(guesses, passes, strict=True):
-        guess.weight *= math.exp((needed - slowest) / UNSURE)
+        found: list[int] = []
+        if room > lead:
+            found, row.guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead))
+        drafts.append([ahead[-1] if lead else last[index], *found])
+    guesses = [row.guess for row in rows if row.guess is not None]
+    rates = [drafter.rate(index) for index in range(len(rows))]
+    _weigh(rows, rates, min(room, HORIZON))
     width = pace.choose(guesses) if guesses else 0
+    if not width and _falls_back(rows, rates, min(room, HORIZON), pace):
+        for row in rows:
+            row.fall_back(chooser.input_ids.shape[1] - 1)
+        return [[token] if row.live else [] for row, token in zip(rows, last, strict=True)]
     return [[] if each is None else (each + each[-1:] * width)[: 1 + width] for each in drafts]
+
+
+def _weigh(rows: list[Row], rates: list[float], horizon: int) -> None:
+    """Say what a token of each draft counts: the batch is done when its slowest sequence is, so those that are likely
+    to be that count for all."""
+    passes = [(horizon - len(row.logits)) / rate for row, rate in zip(rows, rates, strict=True)]
+    slowest = max(some for row, some in zip(rows, passes, strict=True) if row.live)
+    for row, some, rate in zip(rows, passes, rates, strict=True):
+        if row.guess is not None:
+            row.guess.weight = math.exp((some - slowest) / UNSURE) / rate
+
+
+def _falls_back(rows: list[Row], rates: list[float], horizon: int, pace: Pace) -> bool:
+    """Whether what some sequences are ahead is worth less than passes cost in which these are not at the same place."""
+    lead, apart = max(len(row.logits) for row in rows), pace.ratios.get(1)
+    if not lead or apart is None:
+        return False
+    live = [(rate, len(row.logits)) for row, rate in zip(rows, rates, strict=True) if row.live]
+    saved = _passes([horizon / rate for rate, _ in live]) - _passes([(horizon - ahead) / rate for rate, ahead in live])
+    return saved < lead * (apart - 1)
+
+
+def _passes(needed: list[float]) -> float:
+    """About how many passes a batch needs of which the sequences need so many, give or take a few."""
+    most = max(needed)
+    return most + UNSURE * math.log(sum(math.exp((each - most) / UNSURE) for each in needed))
 
 
 class Reading:
@@ -252,20 +277,22 @@ class Reading:
         return added.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
 
 
-def _count(tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: float | None) -> None:
+def _count(
+    tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: float | None, *, plain: bool
+) -> None:
     """`seconds`: of the step, None of the prompt's."""
     drafted = accepted = 0
-    if width > 1:
-        for row in rows:
-            if row.guess is not None and row.guess.most:
-                tried = min(width - 1, row.guess.most)
-                right = min(max(row.length - row.before - 1, 0), tried)
-                if not row.guess.rehearsed:
-                    pace.learn(row.guess.kind, row.guess.prior, tried, right)
-                drafted, accepted = drafted + tried, accepted + right
-    if seconds is None:
-        tally.count(new, drafted, accepted, (new - 1) * (pace.plain or 0.0), prompt=True)
-        return
-    saved_s = new * pace.plain - seconds if width > 1 and pace.plain is not None else 0.0
-    tally.count(new, drafted, accepted, saved_s)
-    pace.timed(width, seconds)
+    for row in rows if width > 1 else ():
+        if row.guess is not None and row.guess.most:
+            tried = min(width - 1, row.guess.most)
+            right = min(max(row.length - row.before - 1, 0), tried)
+            if not row.guess.rehearsed:
+                pace.learn(row.guess.kind, row.guess.prior, tried, right)
+            drafted, accepted = drafted + tried, accepted + right
+    usual = 0.0 if plain or pace.plain is None else pace.plain
+    prompt = seconds is None
+    tally.count(new, drafted, accepted, usual and (new - prompt) * usual - (seconds or 0.0), prompt=prompt)
+    if seconds is not None and plain:
+        pace.timed(seconds)
+    elif seconds is not None:
+        pace.passed(width, new, seconds)

@@ -171,5 +171,7 @@ def _count(
             pace.learn(draft.kind, draft.prior, drafted, accepted)
         saved_s = 0.0 if pace.plain is None else (new - (seconds is None)) * pace.plain - (seconds or 0.0)
     tally.count(new, drafted, accepted, saved_s, prompt=seconds is None)
-    if seconds is not None:
-        pace.timed(1 + drafted, seconds - drafting_s)
+    if seconds is not None and drafted:
+        pace.passed(1 + drafted, new, seconds, drafting_s)
+    elif seconds is not None:
+        pace.timed(seconds)
