@@ -177,10 +177,12 @@ def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> li
             found, row.guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead))
         drafts.append([ahead[-1] if lead else last[index], *found])
     guesses = [row.guess for row in rows if row.guess is not None]
-    rates = [drafter.rate(index) for index in range(len(rows))]
-    _weigh(rows, rates, min(room, HORIZON))
+    if not any(guess.most for guess in guesses) and not any(row.logits for row in rows):
+        return [[token] if row.live else [] for row, token in zip(rows, last, strict=True)]
+    rates, horizon = [drafter.rate(index) for index in range(len(rows))], min(room, HORIZON)
+    _weigh(rows, rates, horizon)
     width = pace.choose(guesses) if guesses else 0
-    if not width and _falls_back(rows, rates, min(room, HORIZON), pace):
+    if not width and _falls_back(rows, rates, horizon, pace):
         for row in rows:
             row.fall_back(chooser.input_ids.shape[1] - 1)
         return [[token] if row.live else [] for row, token in zip(rows, last, strict=True)]
