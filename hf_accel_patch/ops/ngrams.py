@@ -22,22 +22,25 @@ class NGrams:
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
+        """Add to the end."""
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
         """Add to the end. The place after an n-gram is entered when its next token comes, so a lookup of the end finds
         an earlier one."""
-        text, single, pair, before = self.tokens, self._single, self._pair, self._before
+        text = self.tokens
         place = len(text)
-        first, last = (-1, *text[-2:])[-2:] if text else (-1, -1)
-        for token in tokens:
-            if place > 1:
-                both = (first, last)
-                before.append(pair.get(both, -1))
-                pair[both] = place
-            else:
-                before.append(-1)
+        if place > 1:
+            last = text[-1]
+            both = (text[-2], last)
+            self._before.append(self._pair.get(both, -1))
+            self._pair[both] = self._single[last] = place
+        else:
+            self._before.append(-1)
             if place:
-                single[last] = place
-            text.append(token)
-            first, last, place = last, token, place + 1
+                self._single[text[-1]] = place
+        text.append(token)
 
     def draft(self, end: Sequence[int], most: int) -> tuple[list[int], int]:
         """At most `most` tokens that followed the longest n-gram with which `end` ends, where it occurred last, and the

@@ -11,7 +11,7 @@ GAIN = 1.03  # expected at least, or nothing is drafted
 FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
 STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
-LENT, MOST_KEPT = 2.0, 8.0  # plain steps: what they may lose at first, and of what they have won
+LENT, MOST_KEPT = 2.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
 
 
 @dataclass
@@ -133,9 +133,11 @@ class Pace:
         draft them."""
         if self.plain is None:
             return
+        first = tokens not in self.ratios  # which much can hold up, once
         self.ratios[tokens] = _nearer(self.ratios.get(tokens), (seconds - drafting) / self.plain)
         lost = min(seconds, drafting + 2 * self.usual * self.ratios[tokens]) - new * self.usual
-        self.purse = min(self.purse - lost, MOST_KEPT * self.usual)
+        self.purse = self.purse - (min(lost, self.usual) if first else lost)
+        self.purse = min(max(self.purse, -LENT * self.usual), MOST_KEPT * self.usual)
 
     def ratio(self, tokens: int) -> float | None:
         """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the

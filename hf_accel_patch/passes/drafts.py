@@ -53,7 +53,7 @@ class NGramDrafter:
                 continue
             for token in new:
                 over = rehearsal.hear(token)
-                text.extend((token,))
+                text.add(token)
                 if over:
                     if rehearsal.length:
                         self._learn(rehearsal, pace)
