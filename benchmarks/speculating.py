@@ -222,7 +222,7 @@ class Generating:
         cache, read = DynamicCache(config=self.model.config), 0
         for known in range(ids.shape[1] + 1, ids.shape[1] + self.tokens + 1):  # as before a pass over the last token
             earlier = NGrams(text[0, :known].tolist())
-            if earlier.draft(earlier.tokens[-LONGEST :], 1)[1] >= ModelDrafter.least:
+            if earlier.draft(earlier.tokens[-LONGEST:], 1)[1] >= ModelDrafter.least:
                 continue
             self.model(text[:, read : known - 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             read = known - 1

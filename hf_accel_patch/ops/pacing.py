@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
-FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+FIRST_WIDTH, FIRST_GAIN = 4, 1.8  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
+TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
 STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
-LENT, MOST_KEPT = 2.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
+SHOWN = 0.05  # of a plain step, for a rehearsed draft that is twice as fast: what goes into an empty purse
+LENT, MOST_KEPT = 3.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Pace:
     meaning one token of sequences that are not at the same place; `chances`: by how a draft was found.
 
     All that drafts lose comes out of `purse`, and all that they win goes there; where it is empty nothing is drafted.
-    So whatever is expected of them, they cannot cost more than a share of the time."""
+    So whatever is expected of them, they cannot cost more than a share of the time. A text in which rehearsals show
+    that drafts would be much faster fills it again."""
 
     plain: float | None = None
     usual: float = 0.0
@@ -70,13 +74,13 @@ class Pace:
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
-    purse: float = 0.0  # seconds
+    purse: float = 0.0  # plain steps
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
         verify; 0 where a plain pass is the better choice."""
         most, weights = max(guess.most for guess in guesses), sum(guess.weight for guess in guesses)
-        if self.plain is None or not most or not weights or self.purse <= 0:
+        if self.plain is None or not most or not weights:
             return 0
         terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
         best, choice, tokens, draft_ratio = GAIN, 0, 1.0, draft_cost / self.plain
@@ -91,17 +95,23 @@ class Pace:
             if ratio is None:  # the first time
                 if width < min(most, FIRST_WIDTH):
                     continue
-                return width if tokens > FIRST_GAIN * (1 + width * draft_ratio) else 0
+                best = tokens / (1 + width * draft_ratio)
+                choice = width if best > FIRST_GAIN else 0
+                break
             worth = tokens / (ratio + width * draft_ratio)
             if worth > best:
                 best, choice = worth, width
         kind, rehearsed = self._leading(guesses)
-        if choice:
-            self.skipped[kind] = 0
-            return choice
-        if rehearsed and tokens < FIRST_GAIN:
+        if self.purse <= 0:
+            self.purse += SHOWN * (best - 1) ** 2 if choice and rehearsed else 0.0
             return 0
-        return int(self._tries(kind, draft_ratio))
+        about = COST if rehearsed else kind
+        if choice:
+            self.skipped[about] = 0
+            return choice
+        if rehearsed and (tokens < TRIED_GAIN or not self.ratios):
+            return 0
+        return int(self._tries(about, draft_ratio))
 
     def learn(self, kind: int, prior: float, drafted: int, accepted: int) -> None:
         """`accepted` of the tokens drafted were right."""
@@ -123,10 +133,10 @@ class Pace:
     def timed(self, seconds: float) -> None:
         """A plain step took so long."""
         if self.plain is None:
-            self.usual, self.purse = seconds, LENT * seconds
+            self.usual, self.purse = seconds, LENT
         self.plain, self.steps = _nearer(self.plain, seconds), self.steps + 1
         self.usual += max(FORGET, 1 / self.steps) * (min(seconds, 2 * self.usual) - self.usual)
-        self.purse = min(self.purse + STAKE * self.usual, MOST_KEPT * self.usual)
+        self.purse = min(self.purse + STAKE, MOST_KEPT)
 
     def passed(self, tokens: int, new: int, seconds: float, drafting: float = 0.0) -> None:
         """Another step, over so many tokens per sequence, gave each `new` ones and took so long, `drafting` of it to
@@ -134,10 +144,12 @@ class Pace:
         if self.plain is None:
             return
         first = tokens not in self.ratios  # which much can hold up, once
-        self.ratios[tokens] = _nearer(self.ratios.get(tokens), (seconds - drafting) / self.plain)
-        lost = min(seconds, drafting + 2 * self.usual * self.ratios[tokens]) - new * self.usual
-        self.purse = self.purse - (min(lost, self.usual) if first else lost)
-        self.purse = min(max(self.purse, -LENT * self.usual), MOST_KEPT * self.usual)
+        ratio = (seconds - drafting) / self.plain
+        self.ratios[tokens] = min(ratio, tokens) if first else _nearer(self.ratios[tokens], ratio)
+        lost = min(seconds / self.usual, drafting / self.usual + 2 * self.ratios[tokens]) - new
+        self.purse = min(max(self.purse - (min(lost, 1.0) if first else lost), -LENT), MOST_KEPT)
+        if lost < 0:
+            self.waits[COST] = LEAST_WAIT
 
     def ratio(self, tokens: int) -> float | None:
         """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
@@ -169,7 +181,7 @@ class Pace:
         """Whether it is time for a try, as short as can be: ever more seldom, and never for more than there is."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
         wait, loss = self.waits.setdefault(kind, LEAST_WAIT), (self.ratio(2) or 2.0) + draft_ratio - 1
-        if self.skipped[kind] < wait or loss * self.usual > self.purse:
+        if self.skipped[kind] < wait or loss > self.purse:
             return False
         self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
         return True

@@ -178,7 +178,22 @@ def test_what_was_won_is_not_staked_for_long():
     simulate(pace, 0.95, 0.05, passes=500)
     assert pace.purse == pytest.approx(MOST_KEPT, rel=0.1)
     tokens, spent, _ = simulate(pace, 0.95, 0.05, passes=1000, held=1.0)
-    assert spent - tokens <= MOST_KEPT + STAKE * tokens + 2
+    assert spent - tokens <= MOST_KEPT + STAKE * tokens + LENT
+
+
+def test_an_empty_purse_is_filled_by_what_rehearsals_show():
+    """Soon where they show that much is to be won, slowly where little, and never for drafts that are not rehearsed."""
+
+    def steps(chance, *, rehearsed):
+        pace = ready(0.1)
+        pace.purse = -1.0
+        for step in range(400):
+            if pace.choose([Guess(1, chance, 9, rehearsed=rehearsed)]):
+                return step
+        return None
+
+    assert steps(0.9, rehearsed=True) < 20 < 80 < steps(0.4, rehearsed=True)
+    assert steps(0.9, rehearsed=False) is None
 
 
 def test_rehearsed_drafts_are_not_tried_but_where_their_cost_may_have_been_misjudged():
@@ -208,7 +223,8 @@ def test_costs_are_compared_with_plain_steps_of_their_time():
     before = pace.ratio(9)
     for _ in range(100):
         pace.timed(3.0)
-    pace.passed(9, 9, 3 * seconds(9, 0.1))
+    for _ in range(3):
+        pace.passed(9, 9, 3 * seconds(9, 0.1))
     assert pace.ratio(9) == pytest.approx(before, rel=0.1)
 
 
