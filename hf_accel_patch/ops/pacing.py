@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
-FIRST_WIDTH, FIRST_GAIN = 4, 1.8  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
 COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
 TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
 STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
 SHOWN = 0.05  # of a plain step, for a rehearsed draft that is twice as fast: what goes into an empty purse
-LENT, MOST_KEPT = 3.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
+LENT, MOST_KEPT = 4.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
 
 
 @dataclass

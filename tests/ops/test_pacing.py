@@ -74,7 +74,7 @@ def test_where_a_token_costs_a_pass_little_is_lost(chance, slope):
     pace = Pace()
     simulate(pace, chance, slope, passes=50)
     tokens, spent, widths = simulate(pace, chance, slope, passes=1000)
-    assert tokens / spent > 0.97 and sum(width > 0 for width in widths[50:]) < 950 / MOST_WAIT * 4
+    assert tokens / spent > 0.97 and sum(width > 0 for width in widths[50:]) < 950 / LEAST_WAIT
     assert max(widths[50:]) == 1
 
 
