@@ -142,6 +142,8 @@ class Pace:
         """Another step, over so many tokens per sequence, gave each `new` ones and took so long, `drafting` of it to
         draft them."""
         if self.plain is None:
+            if tokens == 1:  # the nearest to a plain step that there has been
+                self.timed(seconds)
             return
         first = tokens not in self.ratios  # which much can hold up, once
         ratio = (seconds - drafting) / self.plain

@@ -182,10 +182,12 @@ def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> li
     rates, horizon = [drafter.rate(index) for index in range(len(rows))], min(room, HORIZON)
     _weigh(rows, rates, horizon)
     width = pace.choose(guesses) if guesses else 0
-    if not width and _falls_back(rows, rates, horizon, pace):
-        for row in rows:
-            row.fall_back(chooser.input_ids.shape[1] - 1)
-        return [[token] if row.live else [] for row, token in zip(rows, last, strict=True)]
+    if not width:
+        if _falls_back(rows, rates, horizon, pace):
+            for row in rows:
+                row.fall_back(chooser.input_ids.shape[1] - 1)
+        waits = [not row.live or bool(row.logits) for row in rows]  # for the others, until all go on together
+        return [[] if wait else [token] for wait, token in zip(waits, last, strict=True)]
     return [[] if each is None else (each + each[-1:] * width)[: 1 + width] for each in drafts]
 
 
