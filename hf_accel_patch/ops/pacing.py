@@ -70,6 +70,7 @@ class Pace:
     usual: float = 0.0
     steps: int = 0  # plain ones
     ratios: dict[int, float] = field(default_factory=dict)
+    times: dict[int, int] = field(default_factory=dict)  # that each was seen
     chances: dict[int, Chance] = field(default_factory=dict)
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
@@ -147,7 +148,8 @@ class Pace:
             return
         first = tokens not in self.ratios  # which much can hold up, once
         ratio = (seconds - drafting) / self.plain
-        self.ratios[tokens] = min(ratio, tokens) if first else _nearer(self.ratios[tokens], ratio)
+        times = self.times[tokens] = self.times.get(tokens, 0) + 1
+        self.ratios[tokens] = min(ratio, 2.0) if first else _nearer(self.ratios[tokens], ratio, 1 / times)
         lost = min(seconds / self.usual, drafting / self.usual + 2 * self.ratios[tokens]) - new
         self.purse = min(max(self.purse - (min(lost, 1.0) if first else lost), -LENT), MOST_KEPT)
         if lost < 0:
@@ -194,9 +196,10 @@ def expected(chance: float, width: int) -> float:
     return width + 1.0 if chance >= 1 else (1 - chance ** (width + 1)) / (1 - chance)
 
 
-def _nearer(known: float | None, seen: float) -> float:
+def _nearer(known: float | None, seen: float, least: float = FORGET) -> float:
     """An average in which what was held up counts little, and what was not, at once: the first of all is often held
     up."""
     if known is None:
         return seen
-    return known + (0.5 if seen < known else FORGET) * (min(seen, 2 * known) - known)
+    share = 0.5 if seen < known else max(FORGET, least)
+    return known + share * (min(seen, 2 * known) - known)
