@@ -104,9 +104,7 @@ def decode_apart(
     tally: Tally,
 ) -> None:
     """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
-    sequences.
-
-    While nothing is ahead and nothing is drafted, this is the plain loop."""
+    sequences. While nothing is ahead and nothing is drafted, this is the plain loop."""
     cache, B, T = returned_cache(outputs), *chooser.input_ids.shape
     rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs)
     fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
@@ -293,8 +291,7 @@ def _count(
             if not row.guess.rehearsed:
                 pace.learn(row.guess.kind, row.guess.prior, tried, right)
             drafted, accepted = drafted + tried, accepted + right
-    usual = 0.0 if plain or pace.plain is None else pace.plain
-    prompt = seconds is None
+    usual, prompt = 0.0 if plain or pace.plain is None else pace.plain, seconds is None
     tally.count(new, drafted, accepted, usual and (new - prompt) * usual - (seconds or 0.0), prompt=prompt)
     if seconds is not None and plain:
         pace.timed(seconds)
