@@ -209,7 +209,7 @@ class Generating:
         continuation of a batch of one where `speculative="self"` would let it: where the text does not repeat itself.
         `counts[sure][right]`: drafts of which, from their beginning, so many tokens are what the model says too, and of
         which it would have drafted `sure`. `places`: tokens of the continuation."""
-        from hf_accel_patch.ops.ngrams import LENGTHS, NGrams
+        from hf_accel_patch.ops.ngrams import LONGEST, NGrams
         from hf_accel_patch.passes.drafts import DOUBT, ModelDrafter
 
         if self.copy is None:
@@ -222,7 +222,7 @@ class Generating:
         cache, read = DynamicCache(config=self.model.config), 0
         for known in range(ids.shape[1] + 1, ids.shape[1] + self.tokens + 1):  # as before a pass over the last token
             earlier = NGrams(text[0, :known].tolist())
-            if earlier.draft(earlier.tokens[-LENGTHS[0] :], 1)[1] >= ModelDrafter.least:
+            if earlier.draft(earlier.tokens[-LONGEST:], 1)[1] >= ModelDrafter.least:
                 continue
             self.model(text[:, read : known - 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             read = known - 1

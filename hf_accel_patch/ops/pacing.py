@@ -5,121 +5,208 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafted tokens that are considered
+WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
+FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
+TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
+STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
+SHOWN = 0.05  # of a plain step, for a rehearsed draft that is twice as fast: what goes into an empty purse
+LENT, MOST_KEPT = 4.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
 
 
-@dataclass(frozen=True)
+@dataclass
 class Guess:
     """A draft that is to be had for one sequence: how it was found, how often such tokens are right before that is
-    known, at most how many tokens there are, and what a token of this sequence counts."""
+    known, at most how many tokens there are, what a token of this sequence counts, whether what drafts of its kind are
+    worth becomes known without a try, and how many times as often as elsewhere they were right in this text."""
 
     kind: int
     prior: float
     most: int
     weight: float = 1.0
+    rehearsed: bool = False
+    trust: float = 1.0
+
+
+@dataclass
+class Chance:
+    """That the first token of a draft is right, and that a further one is, given that those before it were: where a
+    text repeats itself it goes on doing so, so the second is mostly larger. And how often either was seen."""
+
+    first: float
+    more: float
+    seen: int = 0
+    seen_more: int = 0
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """`accepted` of the tokens drafted were right."""
+        self.seen += 1
+        share = max(FORGET, 1 / (self.seen + 2))
+        self.first += share * ((accepted > 0) - self.first)
+        for _ in range(accepted - 1):
+            self._learn_more(1)
+        if 0 < accepted < drafted:
+            self._learn_more(0)
+
+    def _learn_more(self, right: int) -> None:
+        self.seen_more += 1
+        self.more += max(FORGET, 1 / (self.seen_more + 2)) * (right - self.more)
 
 
 @dataclass
 class Pace:
-    """What one model does on this machine. Costs are seconds, by the tokens of a pass; chances that a drafted token is
-    right, given that those before it were, by how the draft was found."""
+    """What one model does on this machine. `plain` and `usual`: seconds of a step over one token per sequence, all that
+    it does beside the pass included, where nothing holds it up and on average; `ratios`: of steps over more, to that, 1
+    meaning one token of sequences that are not at the same place; `chances`: by how a draft was found.
 
-    costs: dict[int, float] = field(default_factory=dict)
-    chances: dict[int, float] = field(default_factory=dict)
+    All that drafts lose comes out of `purse`, and all that they win goes there; where it is empty nothing is drafted.
+    So whatever is expected of them, they cannot cost more than a share of the time. A text in which rehearsals show
+    that drafts would be much faster fills it again."""
+
+    plain: float | None = None
+    usual: float = 0.0
+    steps: int = 0  # plain ones
+    ratios: dict[int, float] = field(default_factory=dict)
+    times: dict[int, int] = field(default_factory=dict)  # that each was seen
+    chances: dict[int, Chance] = field(default_factory=dict)
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
-    hopeless: set[int] = field(default_factory=set)  # kinds that would not pay if they were always right
-    held_up: bool = False  # whether the pass that is timed next has done more than passes of its kind do
+    purse: float = 0.0  # plain steps
+    held_up: bool = False  # whether the step that is timed next has done more than steps of its kind do
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
         verify; 0 where a plain pass is the better choice."""
-        plain, most = self.cost(1), max(guess.most for guess in guesses)
-        if plain is None or not most:
+        most, weights = max(guess.most for guess in guesses), sum(guess.weight for guess in guesses)
+        if self.plain is None or not most or not weights:
             return 0
-        chances = [self.chances.get(guess.kind, guess.prior) for guess in guesses]
-        weights = sum(guess.weight for guess in guesses)
-        best, choice, right = GAIN * weights / plain, 0, 0.0
-        for width in WIDTHS:
-            if width > most:
+        terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
+        best, choice, tokens, draft_ratio = GAIN, 0, 1.0, draft_cost / self.plain
+        for width in range(1, most + 1):
+            for term in terms:
+                if width <= term[2]:
+                    tokens += term[0]
+                    term[0] *= term[1]
+            if width not in WIDTHS:
+                continue
+            ratio = self.ratio(1 + width)
+            if ratio is None:  # the first time
+                if width < min(most, FIRST_WIDTH):
+                    continue
+                best = tokens / (1 + width * draft_ratio)
+                choice = width if best > FIRST_GAIN else 0
                 break
-            cost = self.cost(1 + width)
-            if cost is None:  # the first time
-                return min(most, 4)
-            cost += width * draft_cost
-            tokens = certain = 0.0
-            for guess, chance in zip(guesses, chances, strict=True):
-                tokens += guess.weight * expected(chance, min(width, guess.most))
-                certain += guess.weight * expected(1, min(width, guess.most))
-            right = max(right, certain / cost)
-            if tokens / cost > best:
-                best, choice = tokens / cost, width
-        kind = max(zip(chances, guesses, strict=True), key=lambda pair: (pair[1].most > 0, pair[0]))[1].kind
+            worth = tokens / (ratio + width * draft_ratio)
+            if worth > best:
+                best, choice = worth, width
+        kind, rehearsed = self._leading(guesses)
+        if self.purse <= 0:
+            self.purse += SHOWN * (best - 1) ** 2 if choice and rehearsed else 0.0
+            return 0
+        about = COST if rehearsed else kind
         if choice:
-            self.skipped[kind] = 0
-            self.hopeless.discard(kind)
+            self.skipped[about] = 0
             return choice
-        (self.hopeless.discard if right > best else self.hopeless.add)(kind)
-        self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        wait = self.waits.setdefault(kind, LEAST_WAIT)
-        if self.skipped[kind] >= wait:
-            self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
-            return 1
-        return 0
+        if rehearsed and (tokens < TRIED_GAIN or not self.ratios):
+            return 0
+        return int(self._tries(about, draft_ratio))
 
     def learn(self, kind: int, prior: float, drafted: int, accepted: int) -> None:
-        """After a pass: `accepted` of the tokens drafted were right."""
-        chance = self.chances.get(kind, prior)
-        for _ in range(accepted):
-            chance += FORGET * (1 - chance)
-        if accepted < drafted:
-            chance -= FORGET * chance
-        if accepted and kind not in self.hopeless:
+        """`accepted` of the tokens drafted were right."""
+        self.chance(kind, prior).learn(drafted, accepted)
+        if accepted and self.skipped.get(kind) == 0:  # this try, or no try at all
             self.waits[kind] = LEAST_WAIT
-        self.chances[kind] = chance
+
+    def chance(self, kind: int, prior: float) -> Chance:
+        """Of the tokens of drafts of this kind."""
+        found = self.chances.get(kind)
+        if found is None:
+            found = self.chances[kind] = Chance(prior, prior)
+        return found
 
     def drafted(self, tokens: int, seconds: float) -> None:
         """A model drafted so many tokens in so long."""
-        each = seconds / tokens
-        known = self.draft_cost or each
-        self.draft_cost = known + (0.5 if each < known else FORGET) * (min(each, 2 * known) - known)
+        self.draft_cost = _nearer(self.draft_cost or None, seconds / tokens)
 
-    def timed(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens per sequence took so long. One that was held up counts little, one that was not at
-        once: the first of all is often held up. One that was `held_up` for a known reason does not count."""
+    def timed(self, seconds: float) -> None:
+        """A plain step took so long. One that was `held_up` for a known reason does not count."""
         if self.held_up:
             self.held_up = False
             return
-        known = self.costs.get(tokens, seconds)
-        share = 0.5 if seconds < known else FORGET
-        self.costs[tokens] = known + share * (min(seconds, 2 * known) - known)
+        if self.plain is None:
+            self.usual, self.purse = seconds, LENT
+        self.plain, self.steps = _nearer(self.plain, seconds), self.steps + 1
+        self.usual += max(FORGET, 1 / self.steps) * (min(seconds, 2 * self.usual) - self.usual)
+        self.purse = min(self.purse + STAKE, MOST_KEPT)
 
-    def cost(self, tokens: int) -> float | None:
-        """Seconds of a pass, between those that were timed; beyond them in proportion to the tokens, at most."""
-        if tokens in self.costs:
-            return self.costs[tokens]
-        timed = tuple(self.costs)  # other threads may add to it
-        below = max((known for known in timed if known < tokens), default=None)
-        above = min((known for known in timed if known > tokens), default=None)
-        if below is not None and above is not None:
-            share = (tokens - below) / (above - below)
-            return self.costs[below] + share * (self.costs[above] - self.costs[below])
-        if below is not None:
-            return self._beyond(tokens, below)
-        return None if above is None else self.costs[above]
+    def passed(self, tokens: int, new: int, seconds: float, drafting: float = 0.0) -> None:
+        """Another step, over so many tokens per sequence, gave each `new` ones and took so long, `drafting` of it to
+        draft them. One that was `held_up` for a known reason does not count."""
+        if self.held_up:
+            self.held_up = False
+            return
+        if self.plain is None:
+            if tokens == 1:  # the nearest to a plain step that there has been
+                self.timed(seconds)
+            return
+        first, alone = tokens not in self.ratios, not self.ratios.keys() - {1}  # the very first is held up by much
+        ratio = (seconds - drafting) / self.plain
+        times = self.times[tokens] = self.times.get(tokens, 0) + 1
+        self.ratios[tokens] = min(ratio, 2.0) if first else _nearer(self.ratios[tokens], ratio, 1 / times)
+        lost = min(seconds / self.usual, drafting / self.usual + 2 * self.ratios[tokens]) - new
+        self.purse = min(max(self.purse - (min(lost, 1.0) if alone else lost), -LENT), MOST_KEPT)
+        if lost < 0:
+            self.waits[COST] = LEAST_WAIT
 
-    def _beyond(self, tokens: int, below: int) -> float | None:
-        if below == 1:
+    def ratio(self, tokens: int) -> float | None:
+        """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
+        tokens, at most."""
+        if tokens in self.ratios:
+            return self.ratios[tokens]
+        timed = tuple(self.ratios)  # other threads may add to it
+        if not timed:
             return None
-        least = min(tuple(self.costs))
-        slope = max(0.0, (self.costs[below] - self.costs[least]) / (below - least)) if below > least else 0.0
-        return self.costs[below] + slope * (tokens - below)
+        below = max((known for known in timed if known < tokens), default=1)
+        above = min((known for known in timed if known > tokens), default=None)
+        start = self.ratios.get(below, 1.0)
+        if above is None:
+            return None if below == 1 else start + max(0.0, (start - 1) / (below - 1)) * (tokens - below)
+        return start + (tokens - below) / (above - below) * (self.ratios[above] - start)
+
+    def _term(self, guess: Guess, weights: float) -> list[float]:
+        """What the first token of a draft is worth; of what it is worth, each further one; and how many there are."""
+        chance = self.chances.get(guess.kind)
+        first, more = (guess.prior, guess.prior) if chance is None else (chance.first, chance.more)
+        return [min(1.0, first * guess.trust) * guess.weight / weights, more, guess.most]
+
+    def _leading(self, guesses: Sequence[Guess]) -> tuple[int, bool]:
+        """How the most promising draft was found, and whether that is rehearsed."""
+        leading = max(guesses, key=lambda guess: self._term(guess, 1)[0] if guess.most else -1.0)
+        return leading.kind, leading.rehearsed
+
+    def _tries(self, kind: int, draft_ratio: float) -> bool:
+        """Whether it is time for a try, as short as can be: ever more seldom, and never for more than there is."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        wait, loss = self.waits.setdefault(kind, LEAST_WAIT), (self.ratio(2) or 2.0) + draft_ratio - 1
+        if self.skipped[kind] < wait or loss > self.purse:
+            return False
+        self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)
+        return True
 
 
 def expected(chance: float, width: int) -> float:
     """Tokens of a pass over a draft of `width` tokens (arXiv 2211.17192, equation 1)."""
     return width + 1.0 if chance >= 1 else (1 - chance ** (width + 1)) / (1 - chance)
+
+
+def _nearer(known: float | None, seen: float, least: float = FORGET) -> float:
+    """An average in which what was held up counts little, and what was not, at once: the first of all is often held
+    up."""
+    if known is None:
+        return seen
+    share = 0.5 if seen < known else max(FORGET, least)
+    return known + share * (min(seen, 2 * known) - known)

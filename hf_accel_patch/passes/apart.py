@@ -9,9 +9,9 @@ it has read, and is believed to go on with the likeliest token until the others 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_accel_patch.compat import CACHE, returned_cache, take_back
+from hf_accel_patch.compat import CACHE, returned_cache
 from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.passes.choosing import Chooser, Draft, Drafter, Tally
+from hf_accel_patch.passes.feeding import Reading
 from hf_accel_patch.passes.handwritten import KEY
-from hf_accel_patch.passes.layers import InPlaceLayer, Places
+from hf_accel_patch.passes.layers import InPlaceLayer
 from hf_accel_patch.passes.replaying import Decoding
-from hf_accel_patch.passes.rooms import Pass
 
 LEAD = 64  # tokens that a sequence may be ahead of the slowest: as many rows of logits are kept
-ENOUGH = 4  # tokens ahead, from which on more are worth nothing: the slowest says when all are done
+HORIZON = 48  # tokens to come, by which the sequences are compared: the slowest says when all are done
+UNSURE = 4.0  # passes: a sequence that needs so many fewer than the slowest counts exp(-1) of it
 KNOWN = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
@@ -66,6 +67,10 @@ class Row:
         self._forget(len(self.ahead) - next(wrong, len(self.ahead)))
         self.logits = [each.clone() if each.untyped_storage().nbytes() > each.nbytes else each for each in self.logits]
 
+    def fall_back(self, length: int) -> None:
+        """Forget all that is ahead; what is left in the cache are so many entries."""
+        self.length, self.ahead, self.logits, self.best = length, [], [], []
+
     def _forget(self, count: int) -> None:
         if count:
             self.length -= count
@@ -102,46 +107,55 @@ def decode_apart(
     decoding: Decoding | None = None,
 ) -> None:
     """Choose tokens to the end. `outputs`: of the prompt and this draft. The cache is left with gaps behind the shorter
-    sequences."""
+    sequences. While nothing is ahead and nothing is drafted, this is the plain loop."""
     cache, B, T = returned_cache(outputs), *chooser.input_ids.shape
     rows, reading = [Row(T - 1) for _ in range(B)], Reading(model, chooser, cache, model_kwargs, decoding)
     fed = [[0, *(draft.tokens[row] if draft else ())] for row in range(B)]
     for row in rows:
         row.before = row.length
         row.guess = None if draft is None else Guess(draft.kind, draft.prior, len(draft.tokens[0]))
-    drafting = started = 0.0
+    plain, since = draft is None, 0.0
     try:
         while True:
-            width = max(map(len, fed))
-            logits = outputs.logits[:, -width:]
-            for row, tokens, rated, best in zip(rows, fed, logits, logits.argmax(-1).tolist(), strict=True):
-                if tokens:
-                    row.read(tokens, rated, best)
+            if plain:
+                chooser.step(outputs.logits[:, -1])
+                chosen, width = [chooser.chosen], 1
+                for row in rows:
+                    row.length += 1
+            else:
+                width = max(map(len, fed))
+                logits = outputs.logits[:, -width:]
+                for row, tokens, rated, best in zip(rows, fed, logits, logits.argmax(-1).tolist(), strict=True):
+                    if tokens:
+                        row.read(tokens, rated, best)
+                chosen = _choose(chooser, rows, logits[:, 0])
+                for row in rows:
+                    row.settle()
+                del logits
             del outputs
-            chosen = _choose(chooser, rows, logits[:, 0])
-            for row in rows:
-                row.settle()
-            seconds = started - drafting, time.perf_counter() - started
-            _count(tally, pace, rows, len(chosen), width, seconds, prompt=not started)
+            now = time.perf_counter()
+            _count(tally, pace, rows, len(chosen), width, now - since if since else None, plain=plain)
+            since = now
             if chooser.finished:
                 return
-            drafter.add(torch.stack(chosen, dim=1).tolist())
-            drafting = time.perf_counter()
+            for row, live in zip(rows, chooser.live, strict=True):
+                row.live = live
+            drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
             fed = _feed(chooser, rows, drafter, pace)
-            started = time.perf_counter()
-            outputs = reading(rows, fed)
+            plain = max(map(len, fed)) == 1 and not any(row.logits for row in rows if row.live)
+            outputs = reading([row.length if row.live else None for row in rows], fed, plain=plain)
     finally:
         for layer in cache.layers:
             layer.apart = None
 
 
-def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[Tensor]:
+def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[list[int]]:
     """The tokens of all places for which every sequence has logits."""
-    chosen: list[Tensor] = []
+    chosen: list[list[int]] = []
     while not chooser.finished and all(row.logits for row in rows if row.live):
-        step = torch.stack([row.logits[0] if row.live else each for row, each in zip(rows, like, strict=True)])
-        chosen.append(chooser.step(step))
-        for row, token, live in zip(rows, chosen[-1].tolist(), chooser.live(), strict=True):
+        chooser.step(torch.stack([row.logits[0] if row.live else each for row, each in zip(rows, like, strict=True)]))
+        chosen.append(chooser.chosen)
+        for row, token, live in zip(rows, chooser.chosen, chooser.live, strict=True):
             if row.live:
                 row.choose(token)
             row.live = live
@@ -151,107 +165,74 @@ def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[Tensor]:
 def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> list[list[int]]:
     """What each sequence reads next: its last token and a draft, of the same number of tokens for all; nothing where it
     has ended or is far ahead."""
-    room, last = chooser.room(), chooser.input_ids[:, -1].tolist()
+    room, last = chooser.room(), chooser.chosen
     drafts: list[list[int] | None] = []
     for index, row in enumerate(rows):
-        row.guess, row.before = None, row.length
-        lead = len(row.logits)
+        row.guess, row.before, lead = None, row.length, len(row.logits)
         ahead = [*row.ahead, row.best[-1]] if lead else []
-        if not row.live or lead >= LEAD or (lead and lead > room) or not chooser.ends.isdisjoint(ahead):
+        if not row.live or lead >= LEAD or (lead and (lead > room or not chooser.ends.isdisjoint(ahead))):
             drafts.append(None)
             continue
-        found, guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead)) if room > lead else ([], None)
-        row.guess = guess and Guess(guess.kind, guess.prior, len(found), max(0.0, 1 - lead / ENOUGH))
-        drafts.append([*(ahead[-1:] or last[index : index + 1]), *found])
+        found: list[int] = []
+        if room > lead:
+            found, row.guess = drafter.of_row(index, ahead, min(room - lead, LEAD - lead))
+        drafts.append([ahead[-1] if lead else last[index], *found])
     guesses = [row.guess for row in rows if row.guess is not None]
+    if not any(guess.most for guess in guesses) and not any(row.logits for row in rows):
+        return [[token] if row.live else [] for row, token in zip(rows, last, strict=True)]
+    rates, horizon = [drafter.rate(index) for index in range(len(rows))], min(room, HORIZON)
+    _weigh(rows, rates, horizon)
     width = pace.choose(guesses) if guesses else 0
+    if not width:
+        if _falls_back(rows, rates, horizon, pace):
+            for row in rows:
+                row.fall_back(chooser.input_ids.shape[1] - 1)
+        waits = [not row.live or bool(row.logits) for row in rows]  # for the others, until all go on together
+        return [[] if wait else [token] for wait, token in zip(waits, last, strict=True)]
     return [[] if each is None else (each + each[-1:] * width)[: 1 + width] for each in drafts]
 
 
-class Reading:
-    """Runs the model over the next tokens of every sequence, each behind its own last entry."""
+def _weigh(rows: list[Row], rates: list[float], horizon: int) -> None:
+    """Say what a token of each draft counts: the batch is done when its slowest sequence is, so those that are likely
+    to be that count for all."""
+    passes = [(horizon - len(row.logits)) / rate for row, rate in zip(rows, rates, strict=True)]
+    slowest = max(some for row, some in zip(rows, passes, strict=True) if row.live)
+    for row, some, rate in zip(rows, passes, rates, strict=True):
+        if row.guess is not None:
+            row.guess.weight = math.exp((some - slowest) / UNSURE) / rate
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        chooser: Chooser,
-        cache: Cache,
-        model_kwargs: dict[str, Any],
-        decoding: Decoding | None,
-    ) -> None:
-        self.model, self.cache, self.decoding = model, cache, decoding
-        ids, mask = chooser.input_ids, model_kwargs.get("attention_mask")
-        self.prompt = ids.shape[1]
-        self.seen = None if mask is None or bool(mask.all()) else mask.bool()
-        positions = model_kwargs.get("position_ids")
-        last = torch.full_like(ids[:, :1], self.prompt - 1) if positions is None else positions[:, -1:]
-        self.shift, self.end = last - (self.prompt - 1), chooser.criteria.max_length or 0
-        self.kwargs = {
-            name: each for name, each in model_kwargs.items() if name not in ("attention_mask", "position_ids")
-        }
-        self.kwargs[CACHE] = cache
-        self.adds = model.config._attn_implementation == "eager"
 
-    def __call__(self, rows: list[Row], fed: list[list[int]]) -> Any:
-        width, device, live = max(map(len, fed)), self.shift.device, [row.length for row in rows if row.live]
-        tokens = torch.tensor([each or [0] * width for each in fed], device=device)
-        starts = torch.tensor([[row.length if row.live else live[0]] for row in rows], device=device)
-        places = starts + torch.arange(width, device=device)
-        positions = (places.clamp(max=self.end - 1) if self.end else places) + self.shift  # tables may end there
-        plain = partial(self._plain, tokens, places, positions, min(live), max(live))
-        if self.decoding is None:
-            return plain()
-        return self.decoding.run(
-            Pass(self.cache, tokens, places, positions, max(live) + width, self.seen, plain, changing=False)
-        )
+def _falls_back(rows: list[Row], rates: list[float], horizon: int, pace: Pace) -> bool:
+    """Whether what some sequences are ahead is worth less than passes cost in which these are not at the same place."""
+    lead, apart = max(len(row.logits) for row in rows), pace.ratios.get(1)
+    if not lead or apart is None:
+        return False
+    live = [(rate, len(row.logits)) for row, rate in zip(rows, rates, strict=True) if row.live]
+    saved = _passes([horizon / rate for rate, _ in live]) - _passes([(horizon - ahead) / rate for rate, ahead in live])
+    return saved < lead * (apart - 1)
 
-    def _plain(self, tokens: Tensor, places: Tensor, positions: Tensor, first: int, last: int) -> Any:
-        width = tokens.shape[1]
-        mask = self._together(first, width) if first == last else self._apart(places, last + width)
-        inputs = self.model.prepare_inputs_for_generation(
-            tokens, next_sequence_length=width, attention_mask=mask, position_ids=positions, **self.kwargs
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = width
-        return self.model(**inputs, return_dict=True)
 
-    def _together(self, length: int, width: int) -> Tensor | None:
-        """All go on at the same place, so nothing is new to the model: it gets the padding."""
-        for layer in self.cache.layers:
-            layer.apart = None
-            take_back(layer, layer.get_seq_length() - length)
-        if self.seen is None:
-            return None
-        return torch.nn.functional.pad(self.seen, (0, length + width - self.prompt), value=True)
-
-    def _apart(self, places: Tensor, stop: int) -> Tensor:
-        """What each token sees, [B, 1, T, S]."""
-        for layer in self.cache.layers:
-            layer.apart = Places(places, stop)
-        mask = torch.arange(stop, device=places.device) <= places[:, :, None]
-        if self.seen is not None:
-            mask[:, :, : self.prompt] &= self.seen[:, None]
-        if not self.adds:
-            return mask[:, None]
-        dtype = self.model.dtype
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return added.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+def _passes(needed: list[float]) -> float:
+    """About how many passes a batch needs of which the sequences need so many, give or take a few."""
+    most = max(needed)
+    return most + UNSURE * math.log(sum(math.exp((each - most) / UNSURE) for each in needed))
 
 
 def _count(
-    tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: tuple[float, float], *, prompt: bool
+    tally: Tally, pace: Pace, rows: list[Row], new: int, width: int, seconds: float | None, *, plain: bool
 ) -> None:
-    """`seconds`: of the draft and of the pass."""
+    """`seconds`: of the step, None of the prompt's."""
     drafted = accepted = 0
-    for row in rows:
-        if row.guess is not None and row.guess.most and width > 1:
+    for row in rows if width > 1 else ():
+        if row.guess is not None and row.guess.most:
             tried = min(width - 1, row.guess.most)
             right = min(max(row.length - row.before - 1, 0), tried)
-            pace.learn(row.guess.kind, row.guess.prior, tried, right)
+            if not row.guess.rehearsed:
+                pace.learn(row.guess.kind, row.guess.prior, tried, right)
             drafted, accepted = drafted + tried, accepted + right
-    plain = pace.costs.get(1)
-    paid = width > 1 and plain is not None
-    saved_s = (new - prompt) * (plain or 0.0) - (0.0 if prompt else sum(seconds)) if paid else 0.0
-    tally.count(new, drafted, accepted, saved_s, prompt=prompt)
-    if not prompt:
-        pace.timed(width, seconds[1])
+    usual, prompt = 0.0 if plain or pace.plain is None else pace.plain, seconds is None
+    tally.count(new, drafted, accepted, usual and (new - prompt) * usual - (seconds or 0.0), prompt=prompt)
+    if seconds is not None and plain:
+        pace.timed(seconds)
+    elif seconds is not None:
+        pace.passed(width, new, seconds)

@@ -15,18 +15,19 @@ from hf_accel_patch.ops.pacing import Guess, Pace
 @dataclass
 class Draft:
     """What may come next: for each sequence the same number of tokens. `kind` and `prior`: how it was found, and how
-    often such tokens are right before that is known."""
+    often such tokens are right before that is known; `rehearsed`: whether that becomes known without a try."""
 
     tokens: list[list[int]]
     kind: int = 0
     prior: float = 0.5
+    rehearsed: bool = False
 
 
 class Drafter(Protocol):
     """Where drafts come from, for one call of `generate`."""
 
-    def add(self, tokens: list[list[int]]) -> None:
-        """These tokens were chosen, for each sequence."""
+    def add(self, tokens: list[list[int]], live: list[bool], pace: Pace) -> None:
+        """These tokens were chosen, for each sequence, of which these go on."""
         ...
 
     def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
@@ -35,6 +36,10 @@ class Drafter(Protocol):
 
     def of_row(self, row: int, ahead: list[int], most: int) -> tuple[list[int], Guess]:
         """From texts alone, for one sequence, with `ahead` behind the tokens that were chosen."""
+        ...
+
+    def rate(self, row: int) -> float:
+        """Tokens per pass that drafts would have given this sequence lately."""
         ...
 
     def first(self, most: int) -> Draft | None:
@@ -109,6 +114,8 @@ class Chooser:
         pad = generation_config._pad_token_tensor
         self.pad = torch.tensor(0) if pad is None else pad.to(input_ids.device)
         self.running = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.chosen: list[int] = []  # the latest tokens
+        self.live = [True] * len(input_ids)  # which sequences go on; without an end token all do, to the end
 
     def step(self, logits: Tensor) -> Tensor:
         """The next tokens [B], from [B, V]."""
@@ -126,12 +133,11 @@ class Chooser:
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
         self.running = self.running & ~self.criteria(self.input_ids, self.scores)
-        self.finished = not bool(self.running.any())
+        self.chosen, running = torch.stack((tokens, self.running)).tolist()  # at once: a GPU is waited for
+        self.finished = not any(running)
+        if self.pads:
+            self.live = [bool(each) for each in running]
         return tokens
-
-    def live(self) -> list[bool]:
-        """Which sequences go on. Without an end token all do, to the end."""
-        return [bool(each) for each in self.running.tolist()] if self.pads else [True] * len(self.input_ids)
 
     def room(self) -> int:
         """How many tokens may follow the next one; 0 if nothing says so."""

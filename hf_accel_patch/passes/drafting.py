@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hf_accel_patch.compat import CACHE, record_past, returned_cache, take_back
+from hf_accel_patch.compat import CACHE, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
@@ -44,7 +44,7 @@ def decode(
     """Generate, greedily or by sampling, as `_sample` does. `apart`: the sequences of a batch may go on at their own
     pace, if the cache allows it."""
     prompt = chooser.input_ids
-    drafter.add(prompt.tolist())
+    drafter.add(prompt.tolist(), chooser.live, pace)
     room = chooser.room()
     cache: Cache = model_kwargs[CACHE]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
@@ -87,41 +87,42 @@ def _decode_together(
 ) -> dict[str, Any]:
     """`outputs`: of the prompt and this draft. Returns what the next call of the model would get."""
     cache: Cache = returned_cache(outputs)
-    record_past(cache)
-    drafting = started = 0.0
+    windows, since, drafting_s = [layer for layer in cache.layers if hasattr(layer, "record_past")], 0.0, 0.0
     while True:
-        drafted = [] if draft is None else torch.tensor(draft.tokens, device=chooser.input_ids.device).unbind(1)
+        drafted = [] if draft is None else [list(column) for column in zip(*draft.tokens, strict=True)]
         logits, accepted = outputs.logits[:, -1 - len(drafted) :], 0
-        chosen: list[Tensor] = []
+        chosen: list[list[int]] = []
         for place in range(len(drafted) + 1):
-            tokens = chooser.step(logits[:, place])
-            chosen.append(tokens)
+            chooser.step(logits[:, place])
+            chosen.append(chooser.chosen)
             if chooser.finished or place == len(drafted):
                 break
-            if bool((tokens != drafted[place]).any()):  # rows that have ended count: caches equal stock's
+            if chooser.chosen != drafted[place]:  # rows that have ended count: caches equal stock's
                 break
             accepted += 1
-        new = len(chosen)
-        if started or draft is not None:
-            seconds = started - drafting, time.perf_counter() - started
-            _count(tally, pace, draft, accepted, len(drafted), new, seconds)
-        take_back(cache, len(drafted) + 1 - new)
+        new, now = len(chosen), time.perf_counter()
+        _count(tally, pace, draft, accepted, new, now - since if since else None, drafting_s)
+        since = now
+        if draft is not None:
+            take_back(cache, len(drafted) + 1 - new)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
         del outputs, logits
         if chooser.finished:
             break
-        drafter.add(torch.stack(chosen, dim=1).tolist())
-        drafting, most, live = time.perf_counter(), chooser.room(), chooser.live()
+        drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
+        most, live, started = chooser.room(), chooser.live, time.perf_counter()
         state = DecodingState(chooser.input_ids, model_kwargs)
         draft = drafter.draft(most, live, state, pace) if most > 0 else None
+        drafting_s = 0.0
         if draft is not None:
+            drafting_s = time.perf_counter() - started
             ends = zip(draft.tokens, live, strict=True)
             draft.tokens = [row if on else [int(chooser.pad)] * len(row) for row, on in ends]
-        started = time.perf_counter()
+        for layer in windows:  # what leaves them may have to come back
+            layer.record_past = draft is not None
         outputs = _pass(model, chooser.input_ids, model_kwargs, draft, decoding)
-    for layer in cache.layers:
-        if getattr(layer, "record_past", False):
-            layer.record_past = False
+    for layer in windows:
+        layer.record_past = False
     return model_kwargs
 
 
@@ -171,14 +172,17 @@ def _pass(
 
 
 def _count(
-    tally: Tally, pace: Pace, draft: Draft | None, accepted: int, drafted: int, new: int, seconds: tuple[float, float]
+    tally: Tally, pace: Pace, draft: Draft | None, accepted: int, new: int, seconds: float | None, drafting_s: float
 ) -> None:
-    """`seconds`: of the draft and of the pass; the prompt's has none."""
-    prompt, saved_s = seconds[0] <= 0, 0.0
+    """`seconds`: of the step, None of the prompt's; `drafting_s` of them for the draft."""
+    drafted = 0 if draft is None else len(draft.tokens[0])
+    saved_s = 0.0
     if draft is not None:
-        pace.learn(draft.kind, draft.prior, drafted, accepted)
-        plain = pace.costs.get(1)
-        saved_s = 0.0 if plain is None else (new - prompt) * plain - (0.0 if prompt else sum(seconds))
-    tally.count(new, drafted, accepted, saved_s, prompt=prompt)
-    if not prompt:
-        pace.timed(1 + drafted, seconds[1])
+        if not draft.rehearsed:
+            pace.learn(draft.kind, draft.prior, drafted, accepted)
+        saved_s = 0.0 if pace.plain is None else (new - (seconds is None)) * pace.plain - (seconds or 0.0)
+    tally.count(new, drafted, accepted, saved_s, prompt=seconds is None)
+    if seconds is not None and drafted:
+        pace.passed(1 + drafted, new, seconds, drafting_s)
+    elif seconds is not None:
+        pace.timed(seconds)

@@ -16,10 +16,11 @@ from hf_accel_patch.families import bind, context_tokens, layer_list
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.linear import backend_for
 from hf_accel_patch.ops.modules import QuantizedLinear, Specs
-from hf_accel_patch.ops.ngrams import LENGTHS, History, NGrams
+from hf_accel_patch.ops.ngrams import LONGEST, History, NGrams
 from hf_accel_patch.ops.pacing import Guess, Pace
 from hf_accel_patch.ops.packing import block_on, pack
 from hf_accel_patch.ops.products import Spec
+from hf_accel_patch.ops.rehearsing import Rehearsal
 from hf_accel_patch.passes.choosing import DecodingState, Draft
 from hf_accel_patch.passes.quantize import Quantize
 
@@ -27,7 +28,8 @@ FIRST = 8  # tokens that are drafted with the prompt
 MODEL_MOST = 8  # tokens that a model drafts at a time
 MODEL_KIND, MODEL_PRIOR = 0, 0.8
 DOUBT = 0.35  # a model's draft ends with a token of which it is not surer than this
-PRIORS = {16: 0.9, 12: 0.9, 8: 0.85, 6: 0.8, 4: 0.7, 3: 0.55, 2: 0.4, 1: 0.3}  # by the length of the n-gram
+PRIORS = {0: 0.0, 1: 0.3, 2: 0.4, 3: 0.55, 4: 0.7, 6: 0.8, 8: 0.85, 12: 0.9, 16: 0.9}  # by the n-gram's length, from
+KINDS = tuple(max(least for least in PRIORS if least <= length) for length in range(LONGEST + 1))
 
 
 class NGramDrafter:
@@ -38,34 +40,49 @@ class NGramDrafter:
     def __init__(self, most: int, history: History | None) -> None:
         self.most, self.history = most, history
         self.texts: list[NGrams] = []
+        self.rehearsals: list[Rehearsal] = []
 
-    def add(self, tokens: list[list[int]]) -> None:
+    def add(self, tokens: list[list[int]], live: list[bool], pace: Pace) -> None:
         if not self.texts:
-            self.texts = [NGrams() for _ in tokens]
-        for text, new in zip(self.texts, tokens, strict=True):
-            text.extend(new)
+            self.texts, self.rehearsals = [NGrams(each) for each in tokens], [Rehearsal() for _ in tokens]
+            for text, rehearsal in zip(self.texts, self.rehearsals, strict=True):
+                rehearsal.start(*self._look_up(text, self.most))
+            return
+        for text, rehearsal, new, on in zip(self.texts, self.rehearsals, tokens, live, strict=True):
+            if not on:
+                text.extend(new)
+                continue
+            for token in new:
+                over = rehearsal.hear(token)
+                text.add(token)
+                if over:
+                    if rehearsal.length:
+                        self._learn(rehearsal, pace)
+                    rehearsal.start(*self._look_up(text, self.most))
 
     def first(self, most: int) -> Draft | None:
-        found = [self._look_up(text, min(most, FIRST)) for text in self.texts]
+        found = [self._draft_of(row, min(most, FIRST)) for row in range(len(self.texts))]
         length = min(length for _, length in found)
         if length < 2:
             return None
-        width = min(len(tokens) for tokens, _ in found)
-        return Draft([tokens[:width] for tokens, _ in found], _kind(length, len(found)), PRIORS[length])
+        width, kind = min(len(tokens) for tokens, _ in found), KINDS[length]
+        return Draft([tokens[:width] for tokens, _ in found], _kind(kind, len(found)), PRIORS[kind], len(found) == 1)
 
     def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
-        found = [self._look_up(text, most) if on else None for text, on in zip(self.texts, running, strict=True)]
-        live = [each for each in found if each is not None]
-        length = min(length for _, length in live)
+        found = {row: self._draft_of(row, most) for row, on in enumerate(running) if on}
+        length = min(length for _, length in found.values())
         if length < self.least:
             return None
-        kind, prior = _kind(length, len(live)), PRIORS[length]
-        width = pace.choose([Guess(kind, prior, min(len(tokens) for tokens, _ in live))])
+        kind, alone = KINDS[length], len(found) == 1
+        trust = min(self.rehearsals[row].trust for row in found)
+        shortest = min(len(tokens) for tokens, _ in found.values())
+        guess = Guess(_kind(kind, len(found)), PRIORS[kind], shortest, rehearsed=alone, trust=trust if alone else 1.0)
+        width = pace.choose([guess])
         if not width:
             return None
-        rows = zip(self.texts, found, strict=True)
-        tokens = [text.tokens[-1:] * width if each is None else each[0][:width] for text, each in rows]
-        return Draft(tokens, kind, prior)
+        rows = enumerate(self.texts)
+        tokens = [found[row][0][:width] if row in found else text.tokens[-1:] * width for row, text in rows]
+        return Draft(tokens, guess.kind, guess.prior, alone)
 
     def finish(self) -> None:
         if self.history is not None:
@@ -73,13 +90,33 @@ class NGramDrafter:
                 self.history.add(text)
 
     def of_row(self, row: int, ahead: list[int], most: int) -> tuple[list[int], Guess]:
-        tokens, length = self._look_up(self.texts[row], most, ahead)
-        return tokens, Guess(_kind(length, 1), PRIORS.get(length, 0.0), len(tokens))
+        tokens, length = self._look_up(self.texts[row], most, ahead) if ahead else self._draft_of(row, most)
+        kind, trust = KINDS[length], self.rehearsals[row].trust
+        return tokens, Guess(_kind(kind, 1), PRIORS[kind], len(tokens), rehearsed=True, trust=trust)
+
+    def rate(self, row: int) -> float:
+        return self.rehearsals[row].rate
+
+    def _learn(self, rehearsal: Rehearsal, pace: Pace) -> None:
+        """A draft that was rehearsed has ended."""
+        least = KINDS[rehearsal.length]
+        kind, prior = _kind(least, 1), PRIORS[least]
+        rehearsal.expected(pace.chance(kind, prior).first)
+        pace.learn(kind, prior, min(rehearsal.right + 1, len(rehearsal.draft)), rehearsal.right)
+
+    def _draft_of(self, row: int, most: int) -> tuple[list[int], int]:
+        """What follows the tokens that were chosen, which may be rehearsed already."""
+        rehearsal = self.rehearsals[row]
+        if rehearsal.right:
+            return self._look_up(self.texts[row], most)
+        return rehearsal.draft[:most], rehearsal.length
 
     def _look_up(self, text: NGrams, most: int, ahead: Sequence[int] = ()) -> tuple[list[int], int]:
-        most, end = min(most, self.most), [*text.tokens[-LENGTHS[0] :], *ahead][-LENGTHS[0] :]
+        most, end = min(most, self.most), text.tokens[-LONGEST:]
+        if ahead:
+            end = [*end, *ahead][-LONGEST:]
         found = text.draft(end, most)
-        if self.history is not None and found[1] < LENGTHS[0]:
+        if self.history is not None and found[1] < LONGEST:
             other = self.history.draft(end, most, found[1])
             found = other if other[1] else found
         return found
@@ -128,6 +165,7 @@ class OwnCopy(ModelSource):
 
     def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
         cache = state.model_kwargs[CACHE]
+        record_past(cache)
         before = [layer.get_seq_length() for layer in cache.layers]
         try:
             return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running)

@@ -6,21 +6,25 @@ import tracemalloc
 
 import pytest
 
-from hf_accel_patch.ops.ngrams import LENGTHS, TOKEN_BYTES, History, NGrams
+from hf_accel_patch.ops.ngrams import LONGEST, PLACES, TOKEN_BYTES, History, NGrams
 
 
 def search(text, end, most):
     """What `draft` claims, by looking at every place of the text."""
-    for length in LENGTHS:
-        if length > len(end):
-            continue
+
+    def places(length):
         wanted = end[len(end) - length :]
-        places = [place for place in range(length, len(text)) if text[place - length : place] == wanted]
-        if places:
-            found = text[places[-1] :]
-            period = len(found)
-            return [found[i % period] for i in range(most)], length
-    return [], 0
+        return [place for place in range(length, len(text)) if text[place - length : place] == wanted]
+
+    if not end or not places(1):
+        return [], 0
+    considered, length = places(2)[-PLACES:] if len(end) > 1 else [], 1
+    place = places(1)[-1]
+    if considered:
+        longest = range(min(len(end), LONGEST), 1, -1)
+        length, place = next((n, max(found)) for n in longest if (found := set(considered) & set(places(n))))
+    found = text[place:]
+    return [found[i % len(found)] for i in range(most)], length
 
 
 @pytest.mark.parametrize("seed", range(8))

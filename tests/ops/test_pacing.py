@@ -6,7 +6,19 @@ from itertools import pairwise
 
 import pytest
 
-from hf_accel_patch.ops.pacing import GAIN, LEAST_WAIT, MOST_WAIT, WIDTHS, Guess, Pace, expected
+from hf_accel_patch.ops.pacing import (
+    GAIN,
+    LEAST_WAIT,
+    LENT,
+    MOST_KEPT,
+    MOST_WAIT,
+    STAKE,
+    WIDTHS,
+    Chance,
+    Guess,
+    Pace,
+    expected,
+)
 
 KIND, PRIOR = 64, 0.7
 
@@ -16,8 +28,9 @@ def seconds(tokens, slope):
     return 1.0 + slope * (tokens - 1)
 
 
-def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, noise=0.0):
-    """Tokens and seconds of so many passes, of a machine and drafts like this, and the widths that were chosen."""
+def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, noise=0.0, held=0.0):
+    """Tokens and seconds of so many passes, of a machine and drafts like this, and the widths that were chosen. `held`:
+    of what drafts bring, what never arrives."""
     draw = random.Random(seed)
     tokens = spent = 0.0
     widths = []
@@ -28,10 +41,13 @@ def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, n
         accepted = 0
         while accepted < width and draw.random() < chance:
             accepted += 1
+        new = 1 if draw.random() < held else 1 + accepted
         if width:
             pace.learn(KIND, PRIOR, width, accepted)
-        pace.timed(1 + width, took)
-        tokens, spent = tokens + 1 + accepted, spent + took + width * draft_cost
+            pace.passed(1 + width, new, took + width * draft_cost, width * draft_cost)
+        else:
+            pace.timed(took)
+        tokens, spent = tokens + new, spent + took + width * draft_cost
     return tokens, spent, widths
 
 
@@ -48,7 +64,7 @@ def best_rate(chance, slope, draft_cost=0.0):
 def test_it_is_nearly_as_fast_as_the_best_fixed_width(chance, slope, noise):
     tokens, spent, _ = simulate(Pace(), chance, slope, noise=noise)
     best = best_rate(chance, slope) / (1 + noise / 2)
-    assert tokens / spent > (0.86 if noise else 0.9) * best
+    assert tokens / spent > 0.86 * best
 
 
 @pytest.mark.parametrize("slope", [1.0, 1.5])
@@ -58,8 +74,8 @@ def test_where_a_token_costs_a_pass_little_is_lost(chance, slope):
     pace = Pace()
     simulate(pace, chance, slope, passes=50)
     tokens, spent, widths = simulate(pace, chance, slope, passes=1000)
-    assert tokens / spent > 0.97 and sum(width > 0 for width in widths[50:]) < 950 / MOST_WAIT * 4
-    assert max(widths[50:]) == 1
+    assert tokens / spent > 0.97 and sum(width > 0 for width in widths[50:]) < 950 / LEAST_WAIT
+    assert sum(width > 1 for width in widths[50:]) < 20
 
 
 def test_drafts_that_are_never_right_stop_and_are_tried_again_ever_more_seldom():
@@ -94,45 +110,141 @@ def test_no_more_than_asked_for(most):
     for _ in range(300):
         width = pace.choose([Guess(KIND, 0.99, most)])
         assert 0 <= width <= most
-        pace.timed(1 + width, 1.0)
         if width:
+            pace.passed(1 + width, 1 + width, 1.0)
             pace.learn(KIND, 0.99, width, width)
+        else:
+            pace.timed(1.0)
     assert pace.choose([Guess(KIND, 0.99, most)]) == max((width for width in WIDTHS if width <= most), default=0)
 
 
-def test_kinds_of_drafts_are_judged_apart():
+def ready(slope=0.05):
+    """A pace that knows what passes cost."""
     pace = Pace()
-    for tokens in (1, 5, 9):
-        pace.timed(tokens, seconds(tokens, 0.05))
+    pace.timed(1.0)
+    for tokens in (2, 5, 9):
+        pace.passed(tokens, tokens, seconds(tokens, slope))
+    return pace
+
+
+def test_kinds_of_drafts_are_judged_apart():
+    pace = ready()
     for _ in range(100):
         pace.learn(1, 0.5, 4, 0)
         pace.learn(2, 0.5, 4, 4)
-    assert pace.choose([Guess(1, 0.5, 8)]) == 0 and pace.choose([Guess(2, 0.5, 8)]) == 8
-    assert pace.choose([Guess(3, 0.9, 8)]) > 0 and pace.choose([Guess(4, 0.01, 8)]) == 0, (
+    assert pace.choose([Guess(1, 0.5, 9)]) == 0 and pace.choose([Guess(2, 0.5, 9)]) == 9
+    assert pace.choose([Guess(3, 0.9, 9)]) > 0 and pace.choose([Guess(4, 0.01, 9)]) == 0, (
         "one that is not known is what its prior says"
     )
 
 
+def test_drafts_count_by_the_weight_of_their_sequence():
+    """What pays for a batch whose sequences all count does not where the one without a draft holds it up."""
+    pace, good, none = ready(0.1), Guess(1, 0.9, 9), Guess(0, 0.0, 0)
+    assert pace.choose([good, good, good, none]) > 0
+    assert pace.choose([Guess(1, 0.9, 9, weight=0.02)] * 3 + [none]) == 0
+    assert pace.choose([Guess(0, 0.0, 0, weight=0.02)] * 3 + [good]) > 0
+
+
+def test_what_a_text_has_shown_counts():
+    pace = ready(0.1)
+    assert pace.choose([Guess(1, 0.7, 9)]) > 0
+    assert pace.choose([Guess(1, 0.7, 9, rehearsed=True, trust=0.1)]) == 0
+    assert pace.choose([Guess(1, 0.1, 9, rehearsed=True, trust=8.0)]) > 0
+
+
+def test_a_draft_that_starts_right_goes_on_to_be_right():
+    """First tokens are right in three of ten drafts, and all that follow: a geometric law would expect far more or far
+    less than 0.3 * 8 tokens."""
+    chance = Chance(0.5, 0.5)
+    for number in range(400):
+        chance.learn(8, 8 if number % 10 in (1, 4, 8) else 0)
+    assert chance.first == pytest.approx(0.3, abs=0.1) and chance.more > 0.97
+
+
+@pytest.mark.parametrize("slope", [0.05, 0.3])
+@pytest.mark.parametrize("chance", [0.5, 0.9])
+def test_drafts_that_bring_less_than_they_seem_to_cannot_lose_more_than_their_stake(chance, slope):
+    """They are accepted, but the batch gets no further, as where another sequence holds it up all the time."""
+    tokens, spent, widths = simulate(Pace(), chance, slope, passes=2000, held=1.0)
+    assert sum(map(bool, widths)) > 3, "nothing was tried"
+    most = max(seconds(1 + width, slope) for width in widths)
+    assert spent - tokens <= LENT + STAKE * tokens + most
+
+
+def test_what_was_won_is_not_staked_for_long():
+    """After good times bad ones lose little."""
+    pace = Pace()
+    simulate(pace, 0.95, 0.05, passes=500)
+    assert pace.purse == pytest.approx(MOST_KEPT, rel=0.1)
+    tokens, spent, _ = simulate(pace, 0.95, 0.05, passes=1000, held=1.0)
+    assert spent - tokens <= MOST_KEPT + STAKE * tokens + LENT
+
+
+def test_an_empty_purse_is_filled_by_what_rehearsals_show():
+    """Soon where they show that much is to be won, slowly where little, and never for drafts that are not rehearsed."""
+
+    def steps(chance, *, rehearsed):
+        pace = ready(0.1)
+        pace.purse = -1.0
+        for step in range(400):
+            if pace.choose([Guess(1, chance, 9, rehearsed=rehearsed)]):
+                return step
+        return None
+
+    assert steps(0.9, rehearsed=True) < 20 < 80 < steps(0.4, rehearsed=True)
+    assert steps(0.9, rehearsed=False) is None
+
+
+def test_rehearsed_drafts_are_not_tried_but_where_their_cost_may_have_been_misjudged():
+    pace = ready(0.1)
+    for _ in range(100):
+        pace.learn(1, 0.5, 4, 0)
+        pace.learn(2, 0.9, 4, 4)
+    assert not any(pace.choose([Guess(1, 0.5, 9, rehearsed=True)]) for _ in range(300))
+    pace.ratios.update({2: 9.0, 5: 9.0, 9: 9.0})
+    pace.purse = 100.0
+    tries = [pace.choose([Guess(2, 0.9, 9, rehearsed=True)]) for _ in range(300)]
+    assert 3 <= sum(tries) <= 8 and max(tries) == 1
+
+
 def test_costs_between_and_beyond_what_was_timed():
-    pace = Pace({1: 1.0, 5: 2.0, 9: 4.0})
-    assert [pace.cost(n) for n in (1, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 3.0, 4.0]
-    assert pace.cost(17) == pytest.approx(4.0 + 8 * 3 / 8)
-    assert Pace().cost(1) is None and Pace({1: 1.0}).cost(2) is None
-    assert Pace({4: 2.0}).cost(1) == 2.0
-    assert Pace({1: 5.0, 4: 2.0}).cost(9) == 2.0, "a longer pass is not faster"
+    pace = Pace(1.0, ratios={5: 2.0, 9: 4.0})
+    assert [pace.ratio(n) for n in (3, 5, 7, 9)] == [1.5, 2.0, 3.0, 4.0]
+    assert pace.ratio(17) == pytest.approx(4.0 + 8 * 3 / 8)
+    assert Pace().ratio(2) is None and Pace(1.0, ratios={1: 1.2}).ratio(2) is None
+    assert Pace(1.0, ratios={1: 1.2, 3: 1.4}).ratio(2) == pytest.approx(1.3)
+    assert Pace(5.0, ratios={4: 0.4}).ratio(9) == 0.4, "a longer pass is not faster"
+
+
+def test_costs_are_compared_with_plain_steps_of_their_time():
+    """A machine that becomes three times as slow, or a text that becomes long, changes nothing."""
+    pace = ready(0.1)
+    before = pace.ratio(9)
+    for _ in range(100):
+        pace.timed(3.0)
+    for _ in range(3):
+        pace.passed(9, 9, 3 * seconds(9, 0.1))
+    assert pace.ratio(9) == pytest.approx(before, rel=0.1)
 
 
 def test_a_pass_that_was_held_up_counts_little():
     pace = Pace()
     for _ in range(20):
-        pace.timed(1, 1.0)
-    pace.timed(1, 1000.0)
-    assert pace.costs[1] < 1.1
+        pace.timed(1.0)
+    purse = pace.purse
+    pace.timed(1000.0)
+    assert pace.plain < 1.1 and pace.usual < 1.1
+    for _ in range(20):
+        pace.passed(2, 2, 1.2)
+    purse = pace.purse
+    pace.passed(2, 2, 1000.0)
+    assert pace.ratios[2] < 1.4 and pace.purse > purse - 3
     late = Pace()
-    late.timed(1, 50.0)  # the first of all
+    late.timed(50.0)  # the first of all
     for _ in range(8):
-        late.timed(1, 1.0)
-    assert late.costs[1] < 1.3
+        late.timed(1.0)
+    assert late.plain < 1.3
 
 
 def test_chances_stay_chances():
@@ -140,7 +252,7 @@ def test_chances_stay_chances():
     for _ in range(2000):
         drafted = draw.randrange(1, 17)
         pace.learn(KIND, PRIOR, drafted, draw.randrange(drafted + 1))
-        assert 0 <= pace.chances[KIND] <= 1
+        assert 0 <= pace.chances[KIND].first <= 1 and 0 <= pace.chances[KIND].more <= 1
 
 
 @pytest.mark.parametrize("chance, width, tokens", [(0.0, 4, 1.0), (1.0, 4, 5.0), (0.5, 1, 1.5), (0.5, 3, 1.875)])
@@ -156,7 +268,8 @@ def test_threads_share_a_pace():
         try:
             for _ in range(2000):
                 width = pace.choose([Guess(draw.randrange(5), PRIOR, 16)])
-                pace.timed(1 + draw.randrange(400), draw.random() + 0.1)
+                pace.timed(draw.random() + 0.1)
+                pace.passed(2 + draw.randrange(400), 2, draw.random() + 0.1)
                 pace.learn(draw.randrange(5), PRIOR, width, 0)
         except Exception as error:
             failures.append(error)
