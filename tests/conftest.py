@@ -110,15 +110,15 @@ class Lines(logging.Handler):
 @pytest.fixture
 def logged() -> Iterator[Callable[[int], list[tuple[str, str]]]]:
     """From a call on, the list of what the package logs at a level or above: names of loggers, and messages."""
-    handler, level = Lines(), verbosity.get_verbosity()
+    handler, level, root = Lines(), verbosity.get_verbosity(), logging.getLogger("transformers")
 
     def listen(at: int) -> list[tuple[str, str]]:
         verbosity.set_verbosity(at)
-        verbosity.add_handler(handler)
+        root.addHandler(handler)
         return handler.said
 
     yield listen
-    verbosity.remove_handler(handler)
+    root.removeHandler(handler)
     verbosity.set_verbosity(level)
 
 
