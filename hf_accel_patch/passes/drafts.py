@@ -60,13 +60,16 @@ class NGramDrafter:
                         self._learn(rehearsal, pace)
                     rehearsal.start(*self._look_up(text, self.most))
 
-    def first(self, most: int) -> Draft | None:
+    def first(self, most: int, pace: Pace) -> Draft | None:
         found = [self._draft_of(row, min(most, FIRST)) for row in range(len(self.texts))]
         length = min(length for _, length in found)
         if length < 2:
             return None
-        width, kind = min(len(tokens) for tokens, _ in found), KINDS[length]
-        return Draft([tokens[:width] for tokens, _ in found], _kind(kind, len(found)), PRIORS[kind], len(found) == 1)
+        width, least, alone = min(len(tokens) for tokens, _ in found), KINDS[length], len(found) == 1
+        kind, prior = _kind(least, len(found)), PRIORS[least]
+        if pace.plain is not None:  # more tokens of a prompt cost no less than of a pass, where a model computes much
+            width = pace.choose([Guess(kind, prior, width, rehearsed=alone)])
+        return Draft([tokens[:width] for tokens, _ in found], kind, prior, alone) if width else None
 
     def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
         found = {row: self._draft_of(row, most) for row, on in enumerate(running) if on}

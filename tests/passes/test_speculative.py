@@ -56,7 +56,7 @@ def oracle(monkeypatch):
     def install(truth, mode):
         draw = torch.Generator().manual_seed(7)
 
-        def tokens(self, most):
+        def tokens(self, most, *_):
             place, width = len(self.texts[0].tokens), min(most, 5)
             end = truth[:, place : place + width]
             if not end.shape[1]:
@@ -75,7 +75,7 @@ def oracle(monkeypatch):
         monkeypatch.setattr(Pace, "choose", as_many_as(5))
         monkeypatch.setattr(NGramDrafter, "of_row", of_row)
         monkeypatch.setattr(NGramDrafter, "first", tokens)
-        monkeypatch.setattr(NGramDrafter, "draft", lambda self, most, running, state, pace: tokens(self, most))
+        monkeypatch.setattr(NGramDrafter, "draft", tokens)
 
     return install
 
@@ -146,7 +146,7 @@ def test_each_sequence_goes_on_at_its_own_pace(family, oracle, apart, monkeypatc
         found = [found, [(token + 1) % VOCABULARY for token in found], []][row]
         return found, Guess(0, 0.5, len(found))
 
-    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most, pace: None)
     monkeypatch.setattr(NGramDrafter, "of_row", of_row)
     found, count = passes(model, lambda: generate(model, inputs, 40))
     assert torch.equal(found, truth) and apart == [1] and count == 40, "as many passes as the slowest needs"
@@ -205,7 +205,7 @@ def test_a_sequence_that_is_ahead_waits(oracle, apart, monkeypatch):
         assert all(each.untyped_storage().nbytes() == each.nbytes for each in row.logits)
 
     monkeypatch.setattr(passes_apart.Row, "settle", settled)
-    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most, pace: None)
     monkeypatch.setattr(
         NGramDrafter, "of_row", lambda self, row, *rest: drafted(self, row, *rest) if row else ([], Guess(0, 0.5, 0))
     )
