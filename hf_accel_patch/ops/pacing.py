@@ -96,7 +96,7 @@ class Pace:
             return 0
         terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
         best, choice, tokens, draft_ratio = GAIN, 0, 1.0, min(draft_cost / self.plain, MOST_DEAR)
-        for width in range(1, most + 1):
+        for width in range(1, min(most, WIDTHS[-1]) + 1):
             for term in terms:
                 if width <= term[2]:
                     tokens += term[0]

@@ -190,6 +190,8 @@ class OtherModel(ModelSource):
         ids = state.input_ids
         if self.context is not None and ids.shape[1] + width > self.context:
             return None
+        if self.model.training:  # dropout draws random numbers, which those of the plain loop would miss
+            return None
         forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
         if self.cache is None or self.read is None or forgets:
             self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -211,6 +213,7 @@ def own_copy(model: PreTrainedModel, scheme: str | None, skip_layers: Sequence[i
     """The model once more, with the same parameters; its linear weights in 4 bits, and without some layers."""
     copied: dict[nn.Module, nn.Module] = {}
     copy: Any = _mirror(model, copied)
+    copy.eval()  # dropout would draw random numbers
     if skip_layers:
         layers = layer_list(bind(copy))
         kept = [layer for index, layer in enumerate(layers) if index not in set(skip_layers)]
