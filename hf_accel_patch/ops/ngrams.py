@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Iterable, Sequence
 
 LONGEST = 16  # tokens of an n-gram: longer ones say nothing more
 PLACES = 16  # the latest at which the last two tokens occurred, of which the one with the longest n-gram is taken
 TOKEN_BYTES = 170  # what the entries of a token take, about: measured, CPython 3.11
+BETWEEN = -1  # no token: between texts
+ADDING = threading.Lock()  # a history may be pickled, a lock may not
 
 
 class NGrams:
@@ -29,18 +31,19 @@ class NGrams:
     def add(self, token: int) -> None:
         """Add to the end. The place after an n-gram is entered when its next token comes, so a lookup of the end finds
         an earlier one."""
-        text = self.tokens
-        place = len(text)
+        text, place = self.tokens, len(self.tokens)
+        before = text[-2:]
+        self._before.append(self._pair.get((before[0], before[1]), -1) if place > 1 else -1)
+        text.append(token)  # first: other threads may look it up
         if place > 1:
-            last = text[-1]
-            both = (text[-2], last)
-            self._before.append(self._pair.get(both, -1))
-            self._pair[both] = self._single[last] = place
-        else:
-            self._before.append(-1)
-            if place:
-                self._single[text[-1]] = place
-        text.append(token)
+            self._pair[before[0], before[1]] = place
+        if place:
+            self._single[before[-1]] = place
+
+    def part(self) -> None:
+        """What follows is another text."""
+        self._before.append(-1)
+        self.tokens.append(BETWEEN)
 
     def draft(self, end: Sequence[int], most: int) -> tuple[list[int], int]:
         """At most `most` tokens that followed the longest n-gram with which `end` ends, where it occurred last, and the
@@ -49,6 +52,8 @@ class NGrams:
         if not length:
             return [], 0
         draft = self.tokens[place : place + most]
+        if BETWEEN in draft:
+            del draft[draft.index(BETWEEN) :]
         while len(draft) < most:  # past the end the text repeats what it has been repeating
             draft += draft[: most - len(draft)]
         return draft, length
@@ -75,32 +80,35 @@ class NGrams:
 
 
 class History:
-    """Texts of earlier calls, the oldest dropped beyond `limit` bytes."""
+    """Texts of earlier calls, in two halves of `limit` bytes: with the later full, the earlier is dropped. A lookup
+    costs the same, however many texts there are."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._texts: deque[NGrams] = deque()
+        self._halves = NGrams(), NGrams()  # the later first
 
     def add(self, text: NGrams) -> None:
         """Keep a text that is complete."""
-        if len(text.tokens) * TOKEN_BYTES > self.limit:  # it would drive all others out, and not fit either
+        size = (len(text.tokens) + 1) * TOKEN_BYTES
+        if size > self.limit:  # it would drive all others out, and not fit either
             return
-        self._texts.append(text)
-        while self.bytes > self.limit:
-            self._texts.popleft()
+        with ADDING:
+            later, earlier = self._halves
+            if later.tokens and len(later.tokens) * TOKEN_BYTES + size > self.limit // 2:
+                later, earlier = NGrams(), later
+            if (len(later.tokens) + len(earlier.tokens)) * TOKEN_BYTES + size > self.limit:
+                earlier = NGrams()
+            self._halves = later, earlier
+            later.extend(text.tokens)
+            later.part()
 
     @property
     def bytes(self) -> int:
         """About what it takes."""
-        return sum(len(each.tokens) for each in tuple(self._texts)) * TOKEN_BYTES
+        return sum(len(half.tokens) for half in self._halves) * TOKEN_BYTES
 
     def draft(self, end: Sequence[int], most: int, longer_than: int) -> tuple[list[int], int]:
-        """The best draft from a text in which a longer n-gram than this is known; the latest text first."""
-        best: tuple[list[int], int] = ([], longer_than)
-        for text in reversed(tuple(self._texts)):  # other threads may add to it
-            found = text.draft(end, most)
-            if found[1] > best[1]:
-                best = found
-            if best[1] == LONGEST:
-                break
-        return best if best[0] else ([], 0)
+        """The best draft from a text in which a longer n-gram than this is known; of equals, from the latest."""
+        later, earlier = (half.draft(end, most) for half in self._halves)
+        best = later if later[1] >= earlier[1] else earlier
+        return best if best[1] > longer_than else ([], 0)

@@ -14,6 +14,9 @@ TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not trie
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
 STAKE = 0.01  # of the time of plain steps: what drafts may lose in all
 SHOWN = 0.05  # of a plain step, for a rehearsed draft that is twice as fast: what goes into an empty purse
+MOST_DEAR = 2.0  # plain steps: what a drafted token is taken to cost at most; none that costs as much pays
+FIRST_DEAR = 0.5  # the same for the first, which is held up by much
+LEAST_S = 1e-9  # seconds: of a step whose clock stands still
 LENT, MOST_KEPT = 4.0, 8.0  # plain steps: what they may lose at first, or owe, and of what they have won
 
 
@@ -64,18 +67,25 @@ class Pace:
 
     All that drafts lose comes out of `purse`, and all that they win goes there; where it is empty nothing is drafted.
     So whatever is expected of them, they cannot cost more than a share of the time. A text in which rehearsals show
-    that drafts would be much faster fills it again."""
+    that drafts would be much faster fills it again, by ever less as long as nothing is won.
+
+    Where drafts always pay there is now and then a plain step or a longer draft: what they cost may have changed, or
+    may have been timed while something else held up the machine."""
 
     plain: float | None = None
     usual: float = 0.0
     steps: int = 0  # plain ones
     ratios: dict[int, float] = field(default_factory=dict)
-    times: dict[int, int] = field(default_factory=dict)  # that each was seen
+    times: dict[int, int] = field(default_factory=dict)  # that each was seen; 0: drafts of a model
     chances: dict[int, Chance] = field(default_factory=dict)
     draft_cost: float = 0.0  # seconds per token that a model drafted
     waits: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
     purse: float = 0.0  # plain steps
+    shown: float = SHOWN
+    drafts: int = 0  # since what passes cost was last looked at anew
+    renewal: int = LEAST_WAIT  # drafts until that is done again
+    longer: bool = False  # whether that was by a longer draft
     held_up: bool = False  # whether the step that is timed next has done more than steps of its kind do
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
@@ -85,8 +95,8 @@ class Pace:
         if self.plain is None or not most or not weights:
             return 0
         terms = [self._term(guess, weights) for guess in guesses if guess.most and guess.weight]
-        best, choice, tokens, draft_ratio = GAIN, 0, 1.0, draft_cost / self.plain
-        for width in range(1, most + 1):
+        best, choice, tokens, draft_ratio = GAIN, 0, 1.0, min(draft_cost / self.plain, MOST_DEAR)
+        for width in range(1, min(most, WIDTHS[-1]) + 1):
             for term in terms:
                 if width <= term[2]:
                     tokens += term[0]
@@ -105,12 +115,14 @@ class Pace:
                 best, choice = worth, width
         kind, rehearsed = self._leading(guesses)
         if self.purse <= 0:
-            self.purse += SHOWN * (best - 1) ** 2 if choice and rehearsed else 0.0
+            if choice and rehearsed:
+                self.purse += self.shown * (best - 1) ** 2
+                self.shown /= 2 if self.purse > 0 else 1
             return 0
         about = COST if rehearsed else kind
         if choice:
             self.skipped[about] = 0
-            return choice
+            return self._renewed(choice, most)
         if rehearsed and (tokens < TRIED_GAIN or not self.ratios):
             return 0
         return int(self._tries(about, draft_ratio))
@@ -130,17 +142,22 @@ class Pace:
 
     def drafted(self, tokens: int, seconds: float) -> None:
         """A model drafted so many tokens in so long."""
-        self.draft_cost = _nearer(self.draft_cost or None, seconds / tokens)
+        cost, times = max(seconds, LEAST_S) / tokens, self.times.get(0, 0) + 1
+        if times == 1 and self.plain is not None:
+            cost = min(cost, FIRST_DEAR * self.plain)
+        self.draft_cost, self.times[0] = _nearer(self.draft_cost or None, cost, 1 / times), times
 
     def timed(self, seconds: float) -> None:
         """A plain step took so long. One that was `held_up` for a known reason does not count."""
         if self.held_up:
             self.held_up = False
             return
+        seconds = max(seconds, LEAST_S)
         if self.plain is None:
             self.usual, self.purse = seconds, LENT
         self.plain, self.steps = _nearer(self.plain, seconds), self.steps + 1
         self.usual += max(FORGET, 1 / self.steps) * (min(seconds, 2 * self.usual) - self.usual)
+        self.usual = min(self.usual, 2 * self.plain)
         self.purse = min(self.purse + STAKE, MOST_KEPT)
 
     def passed(self, tokens: int, new: int, seconds: float, drafting: float = 0.0) -> None:
@@ -153,14 +170,18 @@ class Pace:
             if tokens == 1:  # the nearest to a plain step that there has been
                 self.timed(seconds)
             return
+        pass_s = max(seconds - drafting, LEAST_S)
+        if tokens == 1 and pass_s < self.plain:  # no less than a plain step
+            self.plain = _nearer(self.plain, pass_s)
         first, alone = tokens not in self.ratios, not self.ratios.keys() - {1}  # the very first is held up by much
-        ratio = (seconds - drafting) / self.plain
+        ratio = pass_s / self.plain
         times = self.times[tokens] = self.times.get(tokens, 0) + 1
         self.ratios[tokens] = min(ratio, 2.0) if first else _nearer(self.ratios[tokens], ratio, 1 / times)
-        lost = min(seconds / self.usual, drafting / self.usual + 2 * self.ratios[tokens]) - new
+        known = self.draft_cost * (tokens - 1) / self.usual if drafting else 0.0
+        lost = min(seconds / self.usual, 2 * (known + self.ratios[tokens])) - new
         self.purse = min(max(self.purse - (min(lost, 1.0) if alone else lost), -LENT), MOST_KEPT)
         if lost < 0:
-            self.waits[COST] = LEAST_WAIT
+            self.waits[COST], self.shown = LEAST_WAIT, SHOWN
 
     def ratio(self, tokens: int) -> float | None:
         """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
@@ -187,6 +208,14 @@ class Pace:
         """How the most promising draft was found, and whether that is rehearsed."""
         leading = max(guesses, key=lambda guess: self._term(guess, 1)[0] if guess.most else -1.0)
         return leading.kind, leading.rehearsed
+
+    def _renewed(self, choice: int, most: int) -> int:
+        """What was chosen, or now and then nothing or a longer draft, to learn what these cost now."""
+        self.drafts += 1
+        if self.drafts < self.renewal:
+            return choice
+        self.drafts, self.renewal, self.longer = 0, min(2 * self.renewal, MOST_WAIT), not self.longer
+        return next((width for width in WIDTHS if choice < width <= most), choice) if self.longer else 0
 
     def _tries(self, kind: int, draft_ratio: float) -> bool:
         """Whether it is time for a try, as short as can be: ever more seldom, and never for more than there is."""

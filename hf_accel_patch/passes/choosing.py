@@ -42,8 +42,8 @@ class Drafter(Protocol):
         """Tokens per pass that drafts would have given this sequence lately."""
         ...
 
-    def first(self, most: int) -> Draft | None:
-        """A draft that is verified with the prompt."""
+    def first(self, most: int, pace: Pace) -> Draft | None:
+        """A draft that is verified with the prompt, where one would pay in a pass."""
         ...
 
     def finish(self) -> None:

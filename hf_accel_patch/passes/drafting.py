@@ -51,7 +51,7 @@ def decode(
     whole = generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None
     if "_prefill" in vars(model):  # a pass that reads a part of a prompt has to know how many logits are needed
         whole = whole and "logits_to_keep" in model_kwargs and prompt.shape[1] < WHOLE
-    draft = drafter.first(room) if fresh and whole and room > 0 else None
+    draft = drafter.first(room, pace) if fresh and whole and room > 0 else None
     decoding = begin(model, generation_config, pace)
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
     cache = returned_cache(outputs)
@@ -85,44 +85,52 @@ def _decode_together(
     tally: Tally,
     decoding: Decoding | None,
 ) -> dict[str, Any]:
-    """`outputs`: of the prompt and this draft. Returns what the next call of the model would get."""
+    """`outputs`: of the prompt and this draft. Returns what the next call of the model would get. Whatever is raised,
+    by a streamer for instance, the cache is left as the plain loop leaves it."""
     cache: Cache = returned_cache(outputs)
     windows, since, drafting_s = [layer for layer in cache.layers if hasattr(layer, "record_past")], 0.0, 0.0
-    while True:
-        drafted = [] if draft is None else [list(column) for column in zip(*draft.tokens, strict=True)]
-        logits, accepted = outputs.logits[:, -1 - len(drafted) :], 0
-        chosen: list[list[int]] = []
-        for place in range(len(drafted) + 1):
-            chooser.step(logits[:, place])
-            chosen.append(chooser.chosen)
-            if chooser.finished or place == len(drafted):
+    unread = 0  # drafted tokens in the cache that were not chosen so far
+    try:
+        while True:
+            drafted = [] if draft is None else [list(column) for column in zip(*draft.tokens, strict=True)]
+            logits, accepted = outputs.logits[:, -1 - len(drafted) :], 0
+            chosen: list[list[int]] = []
+            unread = len(drafted)
+            for place in range(len(drafted) + 1):
+                chooser.step(logits[:, place])
+                chosen.append(chooser.chosen)
+                if chooser.finished or place == len(drafted):
+                    break
+                if chooser.chosen != drafted[place]:  # rows that have ended count: caches equal stock's
+                    break
+                accepted, unread = accepted + 1, unread - 1
+            new, now = len(chosen), time.perf_counter()
+            _count(tally, pace, draft, accepted, new, now - since if since else None, drafting_s)
+            since = now
+            if draft is not None:
+                take_back(cache, len(drafted) + 1 - new)
+            unread = 0
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
+            del outputs, logits
+            if chooser.finished:
                 break
-            if chooser.chosen != drafted[place]:  # rows that have ended count: caches equal stock's
-                break
-            accepted += 1
-        new, now = len(chosen), time.perf_counter()
-        _count(tally, pace, draft, accepted, new, now - since if since else None, drafting_s)
-        since = now
-        if draft is not None:
-            take_back(cache, len(drafted) + 1 - new)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
-        del outputs, logits
-        if chooser.finished:
-            break
-        drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
-        most, live, started = chooser.room(), chooser.live, time.perf_counter()
-        state = DecodingState(chooser.input_ids, model_kwargs)
-        draft = drafter.draft(most, live, state, pace) if most > 0 else None
-        drafting_s = 0.0
-        if draft is not None:
-            drafting_s = time.perf_counter() - started
-            ends = zip(draft.tokens, live, strict=True)
-            draft.tokens = [row if on else [int(chooser.pad)] * len(row) for row, on in ends]
-        for layer in windows:  # what leaves them may have to come back
-            layer.record_past = draft is not None
-        outputs = _pass(model, chooser.input_ids, model_kwargs, draft, decoding)
-    for layer in windows:
-        layer.record_past = False
+            drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
+            most, live, started = chooser.room(), chooser.live, time.perf_counter()
+            state = DecodingState(chooser.input_ids, model_kwargs)
+            draft = drafter.draft(most, live, state, pace) if most > 0 else None
+            drafting_s = 0.0
+            if draft is not None:
+                drafting_s = time.perf_counter() - started
+                ends = zip(draft.tokens, live, strict=True)
+                draft.tokens = [row if on else [int(chooser.pad)] * len(row) for row, on in ends]
+            for layer in windows:  # what leaves them may have to come back
+                layer.record_past = draft is not None
+            outputs = _pass(model, chooser.input_ids, model_kwargs, draft, decoding)
+    finally:
+        if unread:
+            take_back(cache, unread)
+        for layer in windows:
+            layer.record_past = False
     return model_kwargs
 
 
@@ -133,7 +141,7 @@ def _prefill(
     model_kwargs: dict[str, Any],
     draft: Draft | None,
 ) -> Any:
-    """The prompt, and a draft with it, which costs next to nothing there."""
+    """The prompt, and a draft with it, which costs no pass of its own."""
     if draft is None:
         return model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     tokens = torch.tensor(draft.tokens, device=input_ids.device)

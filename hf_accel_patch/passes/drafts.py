@@ -60,13 +60,16 @@ class NGramDrafter:
                         self._learn(rehearsal, pace)
                     rehearsal.start(*self._look_up(text, self.most))
 
-    def first(self, most: int) -> Draft | None:
+    def first(self, most: int, pace: Pace) -> Draft | None:
         found = [self._draft_of(row, min(most, FIRST)) for row in range(len(self.texts))]
         length = min(length for _, length in found)
         if length < 2:
             return None
-        width, kind = min(len(tokens) for tokens, _ in found), KINDS[length]
-        return Draft([tokens[:width] for tokens, _ in found], _kind(kind, len(found)), PRIORS[kind], len(found) == 1)
+        width, least, alone = min(len(tokens) for tokens, _ in found), KINDS[length], len(found) == 1
+        kind, prior = _kind(least, len(found)), PRIORS[least]
+        if pace.plain is not None:  # more tokens of a prompt cost no less than of a pass, where a model computes much
+            width = pace.choose([Guess(kind, prior, width, rehearsed=alone)])
+        return Draft([tokens[:width] for tokens, _ in found], kind, prior, alone) if width else None
 
     def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
         found = {row: self._draft_of(row, most) for row, on in enumerate(running) if on}
@@ -187,6 +190,8 @@ class OtherModel(ModelSource):
         ids = state.input_ids
         if self.context is not None and ids.shape[1] + width > self.context:
             return None
+        if self.model.training:  # dropout draws random numbers, which those of the plain loop would miss
+            return None
         forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
         if self.cache is None or self.read is None or forgets:
             self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -208,6 +213,7 @@ def own_copy(model: PreTrainedModel, scheme: str | None, skip_layers: Sequence[i
     """The model once more, with the same parameters; its linear weights in 4 bits, and without some layers."""
     copied: dict[nn.Module, nn.Module] = {}
     copy: Any = _mirror(model, copied)
+    copy.eval()  # dropout would draw random numbers
     if skip_layers:
         layers = layer_list(bind(copy))
         kept = [layer for index, layer in enumerate(layers) if index not in set(skip_layers)]

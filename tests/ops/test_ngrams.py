@@ -1,5 +1,6 @@
 """N-grams against a search through the text, and the bytes of a history."""
 
+import pickle
 import random
 import threading
 import tracemalloc
@@ -95,6 +96,38 @@ def test_the_counted_bytes_are_those_that_it_takes():
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert 0.6 < taken / (len(ngrams.tokens) * TOKEN_BYTES) < 1.3
+
+
+def test_a_draft_from_a_history_ends_with_its_text():
+    history = History(10**6)
+    for start in (0, 100, 200):
+        history.add(NGrams(range(start, start + 5)))
+    assert history.draft([101, 102], 6, 0) == ([103, 104] * 3, 2)
+    assert history.draft([103, 104], 6, 0) == ([], 0), "what comes next is another text"
+    assert history.draft([104, 200], 1, 0) == ([201], 1)
+
+
+def test_a_look_up_costs_the_same_however_many_texts_there_are(monkeypatch):
+    calls, inner = [], NGrams._longest
+    monkeypatch.setattr(NGrams, "_longest", lambda self, end: (calls.append(1), inner(self, end))[1])
+    history = History(10**7)
+    for number in range(2000):
+        history.add(NGrams([number, number + 1, number + 2]))
+    assert history.draft([1000, 1001], 1, 0) == ([1002], 2) and len(calls) == 2
+
+
+def test_a_history_keeps_at_least_half_of_what_fits():
+    history = History(1000 * TOKEN_BYTES)
+    for number in range(300):
+        history.add(NGrams(range(10 * number, 10 * number + 10)))
+        assert history.bytes <= history.limit and (number < 100 or history.bytes > 0.4 * history.limit)
+    assert history.draft([2600], 1, 0) == ([2601], 1) and history.draft([1000], 1, 0) == ([], 0)
+
+
+def test_a_history_can_be_pickled():
+    history = History(10**6)
+    history.add(NGrams([1, 2, 3]))
+    assert pickle.loads(pickle.dumps(history)).draft([1, 2], 1, 0) == ([3], 2)
 
 
 def test_threads_share_a_history():

@@ -28,22 +28,24 @@ def seconds(tokens, slope):
     return 1.0 + slope * (tokens - 1)
 
 
-def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, noise=0.0, held=0.0):
+def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, noise=0.0, held=0.0, **more):
     """Tokens and seconds of so many passes, of a machine and drafts like this, and the widths that were chosen. `held`:
-    of what drafts bring, what never arrives."""
+    of what drafts bring, what never arrives. `slower(number)`: how many times as slow a pass is."""
+    slower, rehearsed = more.get("slower", lambda number: 1.0), more.get("rehearsed", False)
     draw = random.Random(seed)
     tokens = spent = 0.0
     widths = []
-    for _ in range(passes):
-        width = pace.choose([Guess(KIND, PRIOR, most)], draft_cost)
+    for number in range(passes):
+        width = pace.choose([Guess(KIND, PRIOR, most, rehearsed=rehearsed)], draft_cost)
         widths.append(width)
-        took = seconds(1 + width, slope) * (1 + noise * draw.random())
+        took = seconds(1 + width, slope) * (1 + noise * draw.random()) * slower(number)
         accepted = 0
         while accepted < width and draw.random() < chance:
             accepted += 1
         new = 1 if draw.random() < held else 1 + accepted
+        if width or rehearsed:
+            pace.learn(KIND, PRIOR, width or 1, accepted if width else draw.random() < chance)
         if width:
-            pace.learn(KIND, PRIOR, width, accepted)
             pace.passed(1 + width, new, took + width * draft_cost, width * draft_cost)
         else:
             pace.timed(took)
@@ -162,14 +164,82 @@ def test_a_draft_that_starts_right_goes_on_to_be_right():
     assert chance.first == pytest.approx(0.3, abs=0.1) and chance.more > 0.97
 
 
+@pytest.mark.parametrize("rehearsed", [False, True])
 @pytest.mark.parametrize("slope", [0.05, 0.3])
 @pytest.mark.parametrize("chance", [0.5, 0.9])
-def test_drafts_that_bring_less_than_they_seem_to_cannot_lose_more_than_their_stake(chance, slope):
+def test_drafts_that_bring_less_than_they_seem_to_cannot_lose_more_than_their_stake(chance, slope, rehearsed):
     """They are accepted, but the batch gets no further, as where another sequence holds it up all the time."""
-    tokens, spent, widths = simulate(Pace(), chance, slope, passes=2000, held=1.0)
+    tokens, spent, widths = simulate(Pace(), chance, slope, passes=2000, held=1.0, rehearsed=rehearsed)
     assert sum(map(bool, widths)) > 3, "nothing was tried"
     most = max(seconds(1 + width, slope) for width in widths)
-    assert spent - tokens <= LENT + STAKE * tokens + most
+    assert spent - tokens <= LENT + STAKE * tokens + most * (8 if rehearsed else 1)
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+@pytest.mark.parametrize("start, end, times", [(0, 1, 50), (0, 5, 4), (1, 2, 50), (3, 40, 4), (20, 60, 3), (0, 300, 3)])
+@pytest.mark.parametrize("chance, slope", [(0.6, 0.1), (0.8, 0.2), (0.9, 0.05), (0.9, 0.1)])
+def test_what_was_timed_on_a_busy_machine_is_forgotten(chance, slope, start, end, times, rehearsed):
+    pace, options = Pace(), {"noise": 0.1, "rehearsed": rehearsed}
+    simulate(pace, chance, slope, passes=500, slower=lambda number: times if start <= number < end else 1.0, **options)
+    tokens, spent, _ = simulate(pace, chance, slope, passes=1500, seed=1, **options)
+    assert tokens / spent > 0.87 * best_rate(chance, slope) / 1.05
+
+
+def test_where_drafts_always_pay_plain_steps_and_longer_drafts_are_timed_now_and_then():
+    pace = ready(0.2)
+    _, _, widths = simulate(pace, 0.7, 0.2, passes=1000)
+    late = widths[300:]
+    usual = max(set(late), key=late.count)
+    assert 0 < late.count(0) <= len(late) / MOST_WAIT and usual > 0
+    assert 0 < sum(width > usual for width in late) < len(late) / 4
+
+
+@pytest.mark.parametrize("first", [10.0, 100.0, 1000.0])
+def test_the_first_tokens_of_a_model_that_drafts_may_take_long(first):
+    """It reads the whole prompt with them. That says little about the next."""
+    pace, drafts = Pace(), 0
+    for number in range(600):
+        width = pace.choose([Guess(0, 0.8, 8)], pace.draft_cost)
+        if not width:
+            pace.timed(1.0)
+            continue
+        took = first if drafts % 100 == 0 else 0.1 * width  # and again in each call
+        drafts += 1
+        pace.drafted(width, took)
+        pace.learn(0, 0.8, width, width)
+        pace.passed(1 + width, 1 + width, took + seconds(1 + width, 0.05), took)
+        assert number < 300 or pace.draft_cost < 0.2
+    assert drafts > 500
+
+
+def test_a_model_whose_tokens_are_dear_soon_drafts_no_more():
+    pace, drafts = Pace(), 0
+    for _ in range(1000):
+        width = pace.choose([Guess(0, 0.8, 8)], pace.draft_cost)
+        if width:
+            drafts += 1
+            pace.drafted(width, 3.0 * width)
+            pace.learn(0, 0.8, width, width)
+            pace.passed(1 + width, 1 + width, 3.0 * width + seconds(1 + width, 0.05), 3.0 * width)
+        else:
+            pace.timed(1.0)
+    assert 2 <= drafts <= 12
+
+
+@pytest.mark.parametrize("tick", [0.0, -1.0])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_clock_that_stands_still_divides_nothing_by_zero(tick, known):
+    pace = ready() if known else Pace()
+    for number in range(200):
+        width = pace.choose([Guess(1, 0.9, 9)], pace.draft_cost)
+        if width:
+            pace.drafted(width, tick)
+            pace.learn(1, 0.9, width, number % 2)
+            pace.passed(1 + width, 2, tick, tick)
+        else:
+            pace.timed(tick)
+    pace.passed(1, 1, tick)
+    assert pace.plain > 0 and pace.usual > 0 and pace.ratio(2) > 0
 
 
 def test_what_was_won_is_not_staked_for_long():

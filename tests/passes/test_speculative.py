@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -56,7 +57,7 @@ def oracle(monkeypatch):
     def install(truth, mode):
         draw = torch.Generator().manual_seed(7)
 
-        def tokens(self, most):
+        def tokens(self, most, *_):
             place, width = len(self.texts[0].tokens), min(most, 5)
             end = truth[:, place : place + width]
             if not end.shape[1]:
@@ -75,7 +76,7 @@ def oracle(monkeypatch):
         monkeypatch.setattr(Pace, "choose", as_many_as(5))
         monkeypatch.setattr(NGramDrafter, "of_row", of_row)
         monkeypatch.setattr(NGramDrafter, "first", tokens)
-        monkeypatch.setattr(NGramDrafter, "draft", lambda self, most, running, state, pace: tokens(self, most))
+        monkeypatch.setattr(NGramDrafter, "draft", tokens)
 
     return install
 
@@ -146,7 +147,7 @@ def test_each_sequence_goes_on_at_its_own_pace(family, oracle, apart, monkeypatc
         found = [found, [(token + 1) % VOCABULARY for token in found], []][row]
         return found, Guess(0, 0.5, len(found))
 
-    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most, pace: None)
     monkeypatch.setattr(NGramDrafter, "of_row", of_row)
     found, count = passes(model, lambda: generate(model, inputs, 40))
     assert torch.equal(found, truth) and apart == [1] and count == 40, "as many passes as the slowest needs"
@@ -205,7 +206,7 @@ def test_a_sequence_that_is_ahead_waits(oracle, apart, monkeypatch):
         assert all(each.untyped_storage().nbytes() == each.nbytes for each in row.logits)
 
     monkeypatch.setattr(passes_apart.Row, "settle", settled)
-    monkeypatch.setattr(NGramDrafter, "first", lambda self, most: None)
+    monkeypatch.setattr(NGramDrafter, "first", lambda self, most, pace: None)
     monkeypatch.setattr(
         NGramDrafter, "of_row", lambda self, row, *rest: drafted(self, row, *rest) if row else ([], Guess(0, 0.5, 0))
     )
@@ -419,6 +420,42 @@ def test_a_streamer_that_raises_leaves_the_model_as_it_was(oracle):
     with pytest.raises(ZeroDivisionError):
         generate(model, streamer=streamer)
     assert torch.equal(generate(model), truth)
+
+
+@pytest.mark.parametrize("heard", [12, 15])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_streamer_that_raises_leaves_a_cache_that_was_handed_in_as_stock_does(family, heard, oracle):
+    model, truth, said = tiny(family), generate(tiny(family), new=30), []
+    for patched in (False, True):
+        if patched:
+            patch(model, speculative="ngram")
+            oracle(truth, "right")
+        cache, streamer = DynamicCache(config=model.config), Streamer()
+        streamer.put = lambda value, put=streamer.put, kept=streamer.heard: put(value) if len(kept) < heard else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            generate(model, new=30, past_key_values=cache, streamer=streamer)
+        assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+        said.append((cache.get_seq_length(), [layer.keys.shape for layer in cache.layers]))
+        said[-1] += (generate(model, truth[:, : 40 + heard], 5, past_key_values=cache).tolist(),)
+    assert said[1][0] == said[0][0] == 40 + heard - 1 and said[1][2] == said[0][2]
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 5.0)
+    for inputs in (repeating(), torch.cat([repeating(), repeating(8, 5)])):
+        for speculative in ("ngram", "self"):
+            model = patch(tiny("llama"), speculative=speculative)
+            assert torch.equal(generate(model, inputs, 30), generate(tiny("llama"), inputs, 30))
+
+
+def test_where_drafts_do_not_pay_none_is_made_with_the_prompt(monkeypatch):
+    model, widths, inner = patch(tiny("llama"), speculative="ngram"), [], NGramDrafter.first
+    monkeypatch.setattr(NGramDrafter, "first", lambda *args: (widths.append(inner(*args)), widths[-1])[1])
+    expected = generate(model, repeating())
+    (pace,) = vars(model)[SPECULATING].paces.values()
+    pace.ratios.update({2: 9.0, 5: 9.0, 9: 9.0})
+    assert torch.equal(generate(model, repeating()), expected)
+    assert len(widths) == 2 and widths[0] is not None and widths[1] is None
 
 
 @pytest.fixture(scope="module")
@@ -829,6 +866,24 @@ def test_a_draft_model_with_a_short_context_stops_drafting(modelled):
     patch(model, speculative=Speculative(draft=build("gpt2", n_positions=60)))
     assert torch.equal(generate(model, new=40), expected)
     assert entry(report(model).to_dict(), "speculative")["tokens"] > 30
+
+
+@pytest.mark.parametrize("who", ["the copy", "the draft model"])
+def test_what_drafts_draws_no_random_numbers(who, modelled):
+    """Patched, or given, in training mode with dropout; what is sampled stays what stock samples."""
+    options, model = {"do_sample": True, "top_k": 0}, tiny("gpt2")
+    expected = generate(model, **options)
+    draft = build("gpt2", resid_pdrop=0.5).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    patch(model, speculative="self" if who == "the copy" else Speculative(draft=draft))
+    model.eval()
+    assert torch.equal(generate(model, **options), expected)
+    tally = vars(model)[SPECULATING].tally
+    assert tally.tokens == 15 and not tally.fallbacks and (tally.drafted > 20) == (who == "the copy")
+    assert draft.training
 
 
 # The patch
