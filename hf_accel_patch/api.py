@@ -20,7 +20,7 @@ from hf_accel_patch.options import context_of, count, parse
 from hf_accel_patch.passes import attention, self_extend_cache
 from hf_accel_patch.plan import Pass, Plan, Step, build, described, inspected, on_already
 from hf_accel_patch.planning.budget import Budget, fitted
-from hf_accel_patch.planning.memory import Estimates, tokens_of
+from hf_accel_patch.planning.memory import Estimates, kept_bytes, tokens_of
 from hf_accel_patch.planning.overview import overview
 from hf_accel_patch.planning.stored import Opened, opened
 from hf_accel_patch.report import Report
@@ -160,6 +160,7 @@ def plan(model: object, *, batch: int | None = None, **options: Any) -> Plan:
     tokens = tokens_of(here.view, context_of(asked)) if budget is None else budget.counted(here.view)
     estimates = Estimates(here.view, tokens, batch or (budget.batch if budget else 1), here.skeleton)
     if state is not None:
+        estimates.patched, estimates.beside = True, kept_bytes(here.view.model, state.journal)
         passes, decided = state.passes, on_already(here.view, state.passes, state.report.rows)
     else:
         passes = fitted(here.view, asked, estimates, quantized=here.comes_quantized)
@@ -242,10 +243,14 @@ def _check_same(model: PreTrainedModel, state: State, asked: tuple[Pass, ...]) -
             f"a patch of {type(model).__name__} has failed half way: {state.report.incomplete}",
             "unpatch(model, reload=True), or use it as it is",
         )
-    if state.asked != asked or state.journal.put_backs:
-        hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
+    hint = "it was patched when it was made, as HF_ACCEL_PATCH asks; " if state.lenient else ""
+    if state.asked != asked:
         raise AlreadyPatched(
             f"{type(model).__name__} is patched with other options", f"{hint}call unpatch(model) first"
+        )
+    if state.journal.put_backs:
+        raise AlreadyPatched(
+            f"{type(model).__name__} has been dequantized since it was patched", f"{hint}call unpatch(model) first"
         )
 
 

@@ -81,8 +81,13 @@ class Plan(Shown):
         found: dict[str, Any] = {"model": self.subject, "passes": list(self.shown_rows())}
         return found if self.memory is None else found | {"memory": self.memory.to_dict()}
 
-    def __str__(self) -> str:
-        return super().__str__() if self.memory is None else f"{super().__str__()}\n\n{self.memory}"
+    def text(self) -> str:
+        return super().text() if self.memory is None else f"{super().text()}\n\n{self.memory.text()}"
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        return super().__rich__() if self.memory is None else Group(super().__rich__(), "", self.memory)
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + ("" if self.memory is None else self.memory._repr_html_())

@@ -127,6 +127,10 @@ def test_a_plan_and_a_report_of_a_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     planned = plan(model)
     assert [row["pass"] for row in planned.to_dict()["passes"]] == [line.partition(":")[0] for line in planned.lines()]
+    text = io.StringIO()
+    Console(file=text, width=200).print(planned)
+    for shown in (planned.text(), text.getvalue(), planned._repr_html_()):
+        assert "attention" in shown and "int8 weights and int8 cache" in shown, "both tables"
     assert "not patched" in report(model)._repr_html_() and "<table>" not in report(model)._repr_html_()
     patch(model)
     assert "<td>attention</td><td>on</td>" in report(model)._repr_html_()

@@ -18,9 +18,11 @@ from test_planner import CLOSE
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from hf_accel_patch import (
+    GQA,
     AlreadyPatched,
     HfAccelError,
     KVCache,
+    Quantize,
     Speculative,
     load,
     patch,
@@ -248,6 +250,21 @@ def test_calls_that_do_not_fit_are_read_whole(small):
     assert lengths(model, lambda: model.generate(prompt(16), **many)) == [16, 1], "it is short"
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_vectors_that_peft_puts_before_a_prompt(kind, small):
+    """They come with the first piece only, and the mask of each piece is too short for them."""
+    peft = pytest.importorskip("peft")
+    kinds = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+
+    def made():
+        torch.manual_seed(0)
+        return peft.get_peft_model(build("llama"), kinds[kind](task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+
+    given = {"input_ids": prompt(TOKENS), "attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
+    expected = made().generate(**given, max_new_tokens=8, do_sample=False)
+    assert torch.equal(budgeted(made()).generate(**given, max_new_tokens=8, do_sample=False), expected)
+
+
 @pytest.mark.parametrize(("unread", "wanted"), [(40, 1), (40, 3), (33, 4), (48, 16), (100, 9), (17, 2)])
 def test_the_last_chunk_has_all_logits_that_are_wanted(unread, wanted):
     size = InChunks(16).size(unread, wanted)
@@ -280,6 +297,33 @@ def test_stock_of_a_patched_model_is_that_of_the_unpatched_one():
     model = build("bloom")
     before = stock(plan(model, context=TOKENS))
     assert stock(plan(patch(model, context=TOKENS))) == before
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("bloom", {"context": 2048}),  # attention that was hand-written: no pieces of 1024 are needed any more
+        ("mpt", {"cache": "int8"}),
+        ("gpt2", {"gqa": 1}),  # its class knows no key/value heads
+        ("llama", {"gqa": GQA(1, originals="discard")}),
+        ("llama", {"quantize": Quantize("int8", originals="keep")}),
+    ],
+    ids=str,
+)
+def test_a_plan_of_a_patched_model_has_the_sizes_of_the_plan_before(model_type, options):
+    model = build(model_type)
+    before = plan(model, **options).memory
+    after = plan(patch(model, **options)).memory
+    assert after.asked.cache == before.asked.cache and after.asked.activations == before.asked.activations
+    assert abs(after.asked.weights / before.asked.weights - 1) < 0.002  # biases that were merged
+    assert not [size for _, size in after.sizes if isinstance(size, str)], "no scheme is refused"
+
+
+def test_a_dequantized_model_is_named_as_one():
+    model = patch(build("llama"), quantize="int8")
+    model.dequantize()
+    with pytest.raises(AlreadyPatched, match="dequantized"):
+        plan(model)
 
 
 # Memory

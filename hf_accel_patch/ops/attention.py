@@ -20,7 +20,8 @@ from hf_accel_patch.ops.fused import fused_attention
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
 GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
 FOLD = 64.0  # times which a bias fits into float16
-PADDED_FROM = 4096  # keys, from which on PyTorch's fused kernel is faster with zeros than blocks of scores without
+PADDED_FROM = 4096  # keys, from which on PyTorch's fused kernel is faster with zeros than blocks of scores without,
+PADDED_ROWS = 128  # where there are as many queries: for fewer of them, zeros behind all keys cost more than they save
 MAX_ROWS = 512  # longer blocks gain nothing, and compute more above the diagonal
 
 
@@ -33,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
     biased = _takes_bias(query, key, value, variant)
     fused = variant.plain or biased
-    if fused and D != V and query.is_cpu and S > PADDED_FROM:
+    if fused and query.is_cpu and pads(T, S, D, V):
         return attend(*equal_sizes(query, key, value), mask, variant)[..., :V]
     fused = fused and D == V
     if fused and biased and variant.bias is not None and variant.bias.shape[2] == 1 and mask.square:
@@ -180,6 +181,11 @@ def _row_as_channels(query: Tensor, key: Tensor, value: Tensor, variant: Variant
     values = F.pad(value, (0, room - V))
     inputs = queries, keys, values, None, variant.dropout
     return F.scaled_dot_product_attention(*inputs, is_causal=True, scale=variant.scale)[..., :V]
+
+
+def pads(T: int, S: int, D: int, V: int) -> bool:
+    """Whether zeros behind keys or values pay on a CPU."""
+    return D != V and S > PADDED_FROM and T >= PADDED_ROWS
 
 
 def equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

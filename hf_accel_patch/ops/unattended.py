@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import PADDED_FROM, SCORE_BYTES, blocks, equal_sizes
+from hf_accel_patch.ops.attention import SCORE_BYTES, blocks, equal_sizes, pads
 from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import PART_TOKENS, attend_parts
 from hf_accel_patch.ops.stored import Content
@@ -18,7 +18,7 @@ def unattended(query: Tensor, key: Tensor, value: Tensor, plain: bool, masked: b
     """As `attend` does without values, on the meta device: [B, T, H, V]. It takes and frees the memory that `attend`
     takes on a CPU."""
     (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
-    padded = equal_sizes(query, key, value) if plain and D != V and S > PADDED_FROM else None
+    padded = equal_sizes(query, key, value) if plain and pads(T, S, D, V) else None
     fused = plain and (D == V or padded is not None)
     row_bytes = S * B * (5 if fused else 8 * H)
     rows = next((stop - start for start, stop in blocks(T, row_bytes, SCORE_BYTES)), 0)

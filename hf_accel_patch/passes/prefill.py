@@ -90,7 +90,8 @@ class Prefill:
 @dataclass(frozen=True)
 class InChunks:
     """`generate`'s own prefill, told to go in chunks if the prompt is long and nothing but its tokens, the cache can
-    grow, and nobody asked for what only the whole prompt at once returns."""
+    grow, and nobody asked for what only the whole prompt at once returns. A model whose inputs somebody else prepares,
+    as PEFT does to put vectors of its own before a prompt, is read at once: a later chunk would lack them."""
 
     tokens: int
 
@@ -106,7 +107,8 @@ class InChunks:
         cache = model_kwargs.get(CACHE)
         given = {name for name, value in model_kwargs.items() if value is not None}
         whole = generation_config.output_attentions or generation_config.output_hidden_states
-        fits = type(cache) is DynamicCache and given <= PLAIN and not whole
+        own = "prepare_inputs_for_generation" not in vars(model)
+        fits = type(cache) is DynamicCache and given <= PLAIN and not whole and own
         if generation_config.prefill_chunk_size is None and fits and input_ids.shape[1] > self.tokens:
             unread = input_ids.shape[1] - cache.get_seq_length()
             generation_config.prefill_chunk_size = self.size(unread, model_kwargs.get("logits_to_keep"))

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor, nn
+
 from hf_accel_patch.families import View, context_tokens, dtype_of
+from hf_accel_patch.journal import Journal
 from hf_accel_patch.passes import GQA, Attention, KVCache, Prefill, Quantize
 from hf_accel_patch.passes.cache import BITS
 from hf_accel_patch.plan import Pass, Step
@@ -48,6 +51,8 @@ class Estimates:
     tokens: int
     batch: int = 1
     skeleton: View | None = None  # the same model in float weights on the meta device, if there is one
+    patched: bool = False  # whether the passes are on already: then the skeleton is asked what they would do
+    beside: int = 0  # bytes of originals that a patched model keeps
     _traces: dict[Any, Traced] = field(default_factory=dict, repr=False)
     _weights: dict[Any, tuple[int, frozenset[str]]] = field(default_factory=dict, repr=False)
     _saved: dict[Any, tuple[int, float]] = field(default_factory=dict, repr=False)
@@ -60,9 +65,10 @@ class Estimates:
         """Of the model under these passes. Raises UnsupportedModel where it cannot have one."""
         found: dict[type, Any] = {type(each): each for each in passes}
         prefill = found.get(Prefill)
-        chunk = None if prefill is None else prefill.chunk(self.view)
+        chunk = None if prefill is None else prefill.chunk(self._unpatched())
         piece = chunk if chunk is not None and chunk < self.tokens else None
-        return self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), piece, ours=Attention in found)
+        size = self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), piece, ours=Attention in found)
+        return replace(size, weights=size.weights + self.beside)
 
     @property
     def problem(self) -> str:
@@ -73,7 +79,7 @@ class Estimates:
         self, quantize: Quantize | None, cache: KVCache | None, gqa: GQA | None, piece: int | None, *, ours: bool
     ) -> Size:
         weights, names = self._weighed(quantize)
-        if cache is not None and not isinstance(cache.inspect(self.view), Step):
+        if cache is not None and not isinstance(cache.inspect(self._unpatched()), Step):
             cache = None
         trace = self._trace(ours, cache, names, piece)
         saved, share = self._grouped(gqa)
@@ -102,7 +108,7 @@ class Estimates:
         """The bytes of weights that fewer key/value heads save, less those of originals that are kept, and which share
         of the cache is left."""
         if gqa not in self._saved:
-            decided = None if gqa is None else gqa.inspect(self.view)
+            decided = None if gqa is None or self.patched else gqa.inspect(self.view)
             if gqa is None or not isinstance(decided, Step):
                 self._saved[gqa] = (0, 1.0)
                 return self._saved[gqa]
@@ -117,8 +123,7 @@ class Estimates:
         packed = cache is not None and cache.kind in BITS
         key = ours, cache if piece else packed, names, piece
         if key not in self._traces:
-            self.skeleton = skeleton = self.skeleton or twin(self.view)
-            most = piece or self.tokens
+            skeleton, most = self._skeleton(), piece or self.tokens
 
             def run(tokens: int) -> Traced:
                 past = self.tokens - tokens if piece else 0
@@ -128,6 +133,21 @@ class Estimates:
             long = recurrent and most > 2 * FEW
             self._traces[key] = extended(run(FEW), run(2 * FEW), most) if long else run(most)
         return self._traces[key]
+
+    def _skeleton(self) -> View:
+        self.skeleton = self.skeleton or twin(self.view)
+        return self.skeleton
+
+    def _unpatched(self) -> View:
+        """What passes are asked about: of a patched model they would say that it cannot have them."""
+        return self._skeleton() if self.patched else self.view
+
+
+def kept_bytes(model: nn.Module, journal: Journal) -> int:
+    """Of the originals that a patched model keeps for undo."""
+    here = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept = {each.untyped_storage()._cdata: each for each in journal.shared() if isinstance(each, Tensor)}
+    return sum(each.untyped_storage().nbytes() for key, each in kept.items() if key not in here)
 
 
 def extended(one: Traced, two: Traced, tokens: int) -> Traced:

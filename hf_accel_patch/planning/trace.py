@@ -34,6 +34,7 @@ from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes.attention import SELECTED, Attention
 from hf_accel_patch.passes.cache import BITS, KVCache
 from hf_accel_patch.passes.calibrate import evaluating
+from hf_accel_patch.passes.grouped import shared_of, shrink
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY
 from hf_accel_patch.plan import Step
 from hf_accel_patch.planning.pieces import Update, fill, later
@@ -286,6 +287,8 @@ def twin(view: View) -> View:
     with torch.device("meta"), no_init_weights():
         made = kind._from_config(config, dtype=dtype_of(model))
     made.tie_weights()  # which goes with the initialization that is left out
+    if (shared := shared_of(model)) is not None:  # the class knows nothing of fewer heads
+        shrink(made, shared, Journal())
     return bind(made)
 
 

@@ -70,6 +70,7 @@ def test_scores_are_overwritten_without_gradients(variant, additive):
 @pytest.mark.parametrize("V", [5, 20])
 def test_values_of_another_size(V, padded, biased, heads, monkeypatch):
     monkeypatch.setattr(attention, "PADDED_FROM", 0 if padded else 1 << 30)
+    monkeypatch.setattr(attention, "PADDED_ROWS", 1)
     fused, called = attention.fused_attention, []
     monkeypatch.setattr(attention, "fused_attention", lambda *args: called.append(args) or fused(*args))
     query, key, value = inputs(*heads, V=V)
@@ -77,6 +78,16 @@ def test_values_of_another_size(V, padded, biased, heads, monkeypatch):
     ours = attend(query, key, value, Causal(T, query.device), variant)
     assert ours.shape == (B, 4, T, V) and bool(called) is padded
     assert (ours - reference(query, key, value, causal(), variant)).abs().max() < TOLERANCE
+
+
+def test_few_queries_copy_no_cache(monkeypatch):
+    """Zeros behind all keys or values would be written anew for them."""
+    monkeypatch.setattr(attention, "equal_sizes", None)
+    query, key, value = (torch.randn(1, 2, length, size) for length, size in ((20, 8), (5000, 8), (5000, 12)))
+    seen = torch.ones(1, 1, 20, 5000, dtype=torch.bool).tril(4980)
+    ours = attend(query, key, value, Dense(seen), Variant(0.3))
+    expected = reference(query, key, value, seen.expand(1, 2, 20, 5000), Variant(0.3))
+    assert (ours - expected).abs().max() < TOLERANCE
 
 
 def test_everything_is_seen_without_a_mask():
