@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 import hf_accel_patch
 from hf_accel_patch import load, patch, patched, plan, report, unpatch
-from hf_accel_patch.measure import PeakMemory, perplexity, spread_windows, weight_bytes
+from hf_accel_patch.families import weight_bytes
+from hf_accel_patch.measure import PeakMemory, perplexity, spread_windows
 from hf_accel_patch.texts import held_out_text
 
 logging.set_verbosity_error()

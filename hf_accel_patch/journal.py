@@ -21,10 +21,13 @@ FORWARDS = ("forward", "_old_forward")  # what accelerate's hooks set on a modul
 
 
 class _Absent:
-    """Marks an attribute that the instance did not have. A deep copy is the same marker."""
+    """Marks an attribute that the instance did not have. A deep copy is the same marker, and so is a pickle."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Absent:
         return self
+
+    def __reduce__(self) -> str:
+        return "ABSENT"
 
     def __repr__(self) -> str:
         return "ABSENT"

@@ -17,6 +17,7 @@ import hf_accel_patch
 from hf_accel_patch import (
     AlreadyPatched,
     HfAccelError,
+    KVCache,
     NotReversible,
     Quantize,
     UnsupportedModel,
@@ -357,6 +358,7 @@ PICKLED = {
     "bloom": {},
     "gptj": {"gqa": 2},
     "gpt2": {"gqa": 2},
+    "qwen2": {"cache": KVCache(prefixes="1MB")},
 }
 
 
@@ -370,6 +372,10 @@ def test_a_pickle_is_a_patched_model_of_its_own(name):
     assert patched_by(again) == patched_by(model) != {}
     assert torch.equal(logits(again, prompt()), expected) and torch.equal(greedy(again, prompt(), 8), tokens)
     assert torch.equal(logits(unpatch(again), prompt()), stock)
+    attributes = [
+        [set(vars(module)) for module in each.modules()] for each in (again, pickle.loads(pickle.dumps(tiny(name))))
+    ]
+    assert attributes[0] == attributes[1] and "init_continuous_batching" not in vars(again)
     assert torch.equal(logits(model, prompt()), expected)
 
 

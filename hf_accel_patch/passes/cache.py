@@ -84,9 +84,11 @@ class KVCache:
             raise ValueError(f"cache: window={self.window} for {self.kind!r}; 'sinks' needs one, the others have none")
         if self.sinks < 1 or (self.window is not None and self.window < 2 * self.sinks):
             raise ValueError(f"cache: {self.sinks} sinks in a window of {self.window}; allowed: 1 to half of it")
-        if self.offload is not None and (self.kind == "sinks" or self.offload < BLOCK):
+        counts = isinstance(self.offload, int) and not isinstance(self.offload, bool) and self.offload >= BLOCK
+        if self.offload is not None and (self.kind == "sinks" or not counts):
             raise ValueError(
-                f"cache: offload={self.offload} with {self.kind!r}; a number of tokens from {BLOCK} on, not for 'sinks'"
+                f"cache: offload={self.offload!r} with {self.kind!r}; a number of tokens from {BLOCK} on, "
+                "not for 'sinks'"
             )
         if self.prefixes is not None and self.kind == "sinks":
             raise ValueError("cache: prefixes with 'sinks', which forgets how a prompt begins; use another kind")

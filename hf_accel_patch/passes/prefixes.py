@@ -72,6 +72,10 @@ class PrefixCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
         return self
 
+    def __reduce__(self) -> Any:
+        """A pickle is empty, but for what is in the folder."""
+        return _made, (self.limit, self.folder, self.tokenizer)
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -219,8 +223,8 @@ class PrefillWithPrefixes:
         ours = type(cache) is DynamicCache and bool(cache.layers) and not cache.offloading
         fresh = ours and cache.get_seq_length() == 0
         chunks = generation_config.prefill_chunk_size is not None or self.inner is not None
-        plain = given <= PLAIN and not whole and _plain(model_kwargs, input_ids.shape[1], chunks)
-        if not (fresh and plain and input_ids.shape[1] > LEAST_TOKENS and bool((input_ids == input_ids[:1]).all())):
+        plain = fresh and given <= PLAIN and not whole and _plain(model_kwargs, input_ids.shape[1], chunks)
+        if not (plain and input_ids.shape[1] > LEAST_TOKENS and bool((input_ids == input_ids[:1]).all())):
             return prefill(input_ids, generation_config, model_kwargs, *rest, **kw)
         tokens = input_ids[0].cpu()
         self.converting.convert(cache)
@@ -235,6 +239,12 @@ class PrefillWithPrefixes:
         if len(input_ids) == 1 and known < len(tokens) - read:
             self.prefixes.keep(tokens, returned_cache(outputs), made_by)
         return outputs
+
+
+def _made(limit: int, folder: Path | None, tokenizer: str) -> PrefixCache:
+    made = PrefixCache(limit, folder)
+    made.tokenizer = tokenizer
+    return made
 
 
 def _weights(model: PreTrainedModel) -> str:

@@ -717,6 +717,7 @@ def test_impossible_values(value, message):
         ({"kind": "sinks"}, "window=None for 'sinks'"),
         ({"kind": "sinks", "window": 100, "sinks": 0}, "0 sinks"),
         ({"kind": "sinks", "window": 100, "recent": 3}, "recent=3"),
+        ({"offload": "cpu"}, "offload='cpu' with 'exact'; a number of tokens"),
         ({"offload": 63}, "offload=63 with 'exact'; a number of tokens from 64 on"),
         ({"kind": "sinks", "window": 100, "offload": 64}, "offload=64 with 'sinks'"),
     ],

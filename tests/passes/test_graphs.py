@@ -250,9 +250,14 @@ def test_windows_go_on_after_drafts_and_ordinary_calls(family, made, monkeypatch
 
 
 def test_passes_that_record_are_no_measure(made, monkeypatch):
-    timed, inner = [], Pace.timed
+    timed = []
+
+    def noted(inner):
+        return lambda self, *args: (timed.append(self.held_up), inner(self, *args))[1]
+
     monkeypatch.setattr(Pace, "choose", as_many_as(3))
-    monkeypatch.setattr(Pace, "timed", lambda self, *args: (timed.append(self.held_up), inner(self, *args))[1])
+    for name in ("timed", "passed"):
+        monkeypatch.setattr(Pace, name, noted(vars(Pace)[name]))
     model = small()
     patch(model, cache=RECORDED, speculative="ngram")
     generate(model, torch.cat([prompt(10)] * 3, 1), 60)

@@ -128,6 +128,22 @@ def test_answers_with_scores_and_caches_that_go_on():
         assert torch.equal(*answers)
 
 
+def test_a_cache_that_is_handed_over_goes_on_with_new_tokens_alone():
+    model, more = tiny("llama"), prompt(9, seed=5)
+
+    def answer():
+        cache = DynamicCache(config=model.config)
+        first = model.generate(prompt(60), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        seen = torch.ones(1, cache.get_seq_length() + more.shape[1], dtype=torch.long)
+        return first, model.generate(
+            more, attention_mask=seen, past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+
+    expected = answer()
+    prefixed(model)
+    assert all(torch.equal(one, other) for _ in range(2) for one, other in zip(answer(), expected, strict=True))
+
+
 def test_what_a_call_does_to_its_cache_leaves_the_prefix_alone():
     stock, (model, prefixes) = tiny("llama"), prefixed(tiny("llama"))
     ids = prompt(40)
