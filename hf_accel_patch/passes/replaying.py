@@ -163,8 +163,7 @@ class Decoding:
         t = given.tokens.shape[1]
         try:
             room.fill(width, given)
-            step.recorded.replay()
-            logits = step.recorded.output[:, t - min(given.keep or t, t) : t].clone()
+            logits = step.recorded.replay()[:, t - min(given.keep or t, t) : t]
         except Exception as error:
             self.graphs.stop(f"a replay failed: {_line(error)}")
             return given.plain()

@@ -22,7 +22,7 @@ from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes import drafting, graphs, replaying, rooms
 from hf_accel_patch.passes.attention import attention_forward
-from hf_accel_patch.passes.graphs import GRAPHS, decoding_call
+from hf_accel_patch.passes.graphs import GRAPHS, decoding_call, identity
 
 RECORDED = KVCache(graphs=True)
 SLOW = pytest.mark.slow
@@ -369,6 +369,20 @@ def test_adapters_that_are_switched_are_recorded_anew(made):
     assert torch.equal(generate(model, new=14), off) and replays(made) > count
 
 
+def test_a_number_is_known_by_its_value(made):
+    """Not by where it lies: another one may lie there later."""
+    model = small()
+    held = (1000 * 3.5, 1000 * 3.5)
+    model.model.norm.extra = held[0]
+    first = identity(model)
+    model.model.norm.extra = held[1]
+    assert held[0] is not held[1] and identity(model) == first
+    model.model.norm.extra = [held[0]]
+    second = identity(model)
+    model.model.norm.extra[0] = 2.5
+    assert identity(model) != second != first
+
+
 def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     model = small()
     truth, before = generate(model), fingerprint(model)
@@ -399,7 +413,7 @@ class Lying(SimulatedRecorder):
         found = super().__call__(function)
         found.replay()
         first = found.output.clone()
-        replay, found.replay = found.replay, lambda: (replay(), found.output.copy_(first))
+        replay, found.replay = found.replay, lambda: (replay(), found.output.copy_(first))[1]
         return found
 
 
