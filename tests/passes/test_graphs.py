@@ -5,6 +5,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cases import build, entry, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import SimulatedRecorder
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
@@ -178,6 +179,25 @@ def test_beams_and_chunks_are_as_before(made):
     assert torch.equal(generate(model, prefill_chunk_size=6), chunks) and replays(made) > 10
 
 
+def test_a_cache_that_others_move_is_left_alone(made):
+    """As where sequences change places at every step. It is not recorded again and again."""
+
+    class Reordering(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if cache.get_seq_length():
+                cache.reorder_cache(torch.tensor([1, 0]))
+                cache.reorder_cache(torch.tensor([1, 0]))
+            return scores
+
+    model, inputs, moving = small(), left_padded(20, 11), LogitsProcessorList([Reordering()])
+    truth = generate(model, inputs, 30)
+    patch(model, cache=RECORDED)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(generate(model, inputs, 30, past_key_values=cache, logits_processor=moving), truth)
+    found = said(model)
+    assert found["graphs_recorded"] <= 1 + replaying.MOVES and any("move" in why for why in found["graphs_not_used"])
+
+
 def test_inference_mode_and_ordinary_calls_share_a_model(made):
     model = small()
     truth = generate(model)
@@ -250,9 +270,13 @@ def test_windows_go_on_after_drafts_and_ordinary_calls(family, made, monkeypatch
 
 
 def test_passes_that_record_are_no_measure(made, monkeypatch):
-    timed, inner = [], Pace.timed
+    timed = []
+    for name in ("timed", "passed"):
+        inner = getattr(Pace, name)
+        monkeypatch.setattr(
+            Pace, name, lambda self, *args, inner=inner: (timed.append(self.held_up), inner(self, *args))[1]
+        )
     monkeypatch.setattr(Pace, "choose", as_many_as(3))
-    monkeypatch.setattr(Pace, "timed", lambda self, *args: (timed.append(self.held_up), inner(self, *args))[1])
     model = small()
     patch(model, cache=RECORDED, speculative="ngram")
     generate(model, torch.cat([prompt(10)] * 3, 1), 60)
@@ -372,7 +396,7 @@ def test_adapters_that_are_switched_are_recorded_anew(made):
 def test_a_number_is_known_by_its_value(made):
     """Not by where it lies: another one may lie there later."""
     model = small()
-    held = (1000 * 3.5, 1000 * 3.5)
+    held = float("3.5"), float("3.5")
     model.model.norm.extra = held[0]
     first = identity(model)
     model.model.norm.extra = held[1]
@@ -401,6 +425,21 @@ def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     assert torch.equal(generate(twin), truth) and replays(made) > count
     unpatch(twin)
     assert GRAPHS not in vars(twin) and "get_compiled_call" not in vars(twin)
+
+
+def test_a_room_goes_when_nobody_needs_it(made):
+    """At once: its buffers may be gigabytes, and where a collector finds a graph it may be in the middle of another."""
+    model = small()
+    patch(model, cache=RECORDED)
+    generate(model, left_padded(20, 11))
+    (room,) = map(weakref.ref, vars(model)[GRAPHS].rooms)
+    gc.collect()
+    gc.disable()
+    try:
+        unpatch(model)
+        assert room() is None
+    finally:
+        gc.enable()
 
 
 # What goes wrong
