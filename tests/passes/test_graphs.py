@@ -544,6 +544,15 @@ def test_what_the_benchmark_measures(made, monkeypatch):
     assert all(row["replays"] == 2 and row["difference"] < 1e-3 and "reason" not in row for row in rows)
 
 
+def test_the_benchmark_says_why_there_is_nothing(made, monkeypatch):
+    monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
+    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 1, "prompt": 9, "rounds": 1}
+    options = argparse.Namespace(**asked, dtype="float32", device="cpu")
+    monkeypatch.setattr(graphs, "why_not", lambda *_: "a reason of this call")
+    with torch.no_grad():
+        assert benchmark.measured(options) == [{"reason": "a reason of this call"}]
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted on the CPU")
 @pytest.mark.parametrize(
     "family, T, splits", [("llama", 1, True), ("gpt_oss", 4, True), ("llama", 16, True), ("mpt", 2, False)]
