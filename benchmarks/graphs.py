@@ -65,7 +65,8 @@ def measured(options: argparse.Namespace) -> list[Row]:
     for width in WIDTHS:
         decoding = begin(model, config)
         if decoding is None:
-            return [{"reason": vars(model)[GRAPHS].off}]
+            graphs = vars(model)[GRAPHS]
+            return [{"reason": graphs.off or ", ".join(graphs.eager)}]
         inputs = {
             "input_ids": ids[:, T : T + width],
             "attention_mask": torch.ones_like(ids[:, : T + width]),

@@ -28,6 +28,7 @@ WAITS = frozenset(  # what gives the host a number, or a size that follows from 
     }
 )  # fmt: skip
 STATE = threading.local()
+LOCK = threading.RLock()  # of captures and replays of all models: a capture waits for the whole device
 
 
 class Refused(Exception):
@@ -37,9 +38,8 @@ class Refused(Exception):
 class Recorded(Protocol):
     """A function that was recorded."""
 
-    output: Tensor  # what it returned: always the same memory, filled anew by each replay
-
-    def replay(self) -> None: ...
+    def replay(self) -> Tensor:
+        """Run it again. Returns a copy of what it computed, which no other replay changes."""
 
 
 class Recorder(Protocol):
@@ -130,14 +130,16 @@ class CudaRecorded:
     graph: torch.cuda.CUDAGraph
     by: CudaRecorder
 
-    def replay(self) -> None:
-        """On the current stream, after the last replay of any graph that shares this one's memory."""
+    def replay(self) -> Tensor:
+        """On the current stream, after the last replay of any graph that shares this one's memory. Such a replay may
+        write to the output of another graph, so nobody comes between this one and the copy."""
         stream = torch.cuda.current_stream(self.by.device)
-        with self.by.lock:
+        with LOCK:
             if self.by.last is not None and self.by.last != stream:
                 stream.wait_stream(self.by.last)
             self.graph.replay()
             self.by.last = stream
+            return self.output.clone()
 
 
 class CudaRecorder:
@@ -149,26 +151,66 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.last: torch.cuda.Stream | None = None
-        self.lock = threading.Lock()
 
     def __call__(self, function: Callable[[], Tensor]) -> CudaRecorded:
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream), Watching(self.device):
-                function()  # libraries load and take their workspaces, kernels are compiled
-            current.wait_stream(self.stream)
-            graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-            gc.disable()  # what it might free of another graph, no capture survives
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                    output = function()
-            except BaseException:
-                generator = torch.cuda.default_generators[self.device.index]
-                with suppress(RuntimeError):  # it would go on waiting for the end of the capture
-                    generator.graphsafe_set_state(generator.clone_state())
-                raise
+                with torch.cuda.stream(self.stream), Watching(self.device):
+                    function()  # libraries load and take their workspaces, kernels are compiled
             finally:
-                if collects:
-                    gc.enable()
-        return CudaRecorded(output, graph, self)
+                current.wait_stream(self.stream)
+            with LOCK, _uncollected():
+                graph = torch.cuda.CUDAGraph()
+                return CudaRecorded(self._capture(graph, function), graph, self)
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor:
+        """What `torch.cuda.graph` does, which leaves its stream in use, and its memory in recording, if CUDA has
+        refused something."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self.stream):
+            try:
+                with torch.inference_mode(False), torch.no_grad(), _set_aside(self.device):
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                output = function()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        return output
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture, whatever has become of it."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):  # the allocator was told of the end
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                torch._C._cuda_releasePool(self.device.index, self.pool)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected inside: what it might free of another graph, no capture survives."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _set_aside(device: torch.device) -> Iterator[None]:
+    """Random numbers have another state inside, a copy. A capture takes the one that it finds: until its end, and for
+    ever if it fails, nobody else could draw with that."""
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)

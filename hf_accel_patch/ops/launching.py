@@ -30,7 +30,7 @@ def unsuitable(index: int | None = None) -> str:
 def launch(kernel: Hashable, device: torch.device, run: Callable[[], Tensor]) -> Tensor | str:
     """What `run` computes with a Triton kernel on this device, or why it cannot start there. `kernel`: what decides
     about that, such as its name, dtype and head sizes. Errors that are not Triton's are raised, as is a lack of memory
-    for the tensors."""
+    for the tensors, and whatever ends a capture, which says nothing about the kernel."""
     if torch.version.hip is not None:
         return NOT_NVIDIA
     if (reason := _refused.get((kernel, device))) is not None:
@@ -38,13 +38,17 @@ def launch(kernel: Hashable, device: torch.device, run: Callable[[], Tensor]) ->
     try:
         return run()
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or not _of_triton(error):
+        if isinstance(error, torch.OutOfMemoryError) or _captures(device) or not _of_triton(error):
             raise
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
     _refused[kernel, device] = reason
     warnings.warn(f"a Triton kernel cannot start on {device}, so PyTorch computes instead ({reason})", stacklevel=2)
     return reason
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _of_triton(error: Exception) -> bool:

@@ -154,15 +154,20 @@ def identity(model: nn.Module) -> object:
         own = vars(module)
         found.append((id(module), type(module)))
         for each in own.values():
-            found.append(id(each))
+            found.append(_known(each))
             if isinstance(each, dict | list):
-                found.extend(map(id, each.values() if isinstance(each, dict) else each))
+                found.extend(map(_known, each.values() if isinstance(each, dict) else each))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 found.append((tensor.data_ptr(), tensor.dtype, tensor.device))
         if "config" in own:
-            found.extend(map(id, vars(own["config"]).values()))
+            found.extend(map(_known, vars(own["config"]).values()))
     return found
+
+
+def _known(value: Any) -> object:
+    """A number or a name itself, because another one may come to lie at its address; the address of all else."""
+    return repr(value) if isinstance(value, int | float | str) else id(value)
 
 
 def _harmless(hook: Any) -> bool:

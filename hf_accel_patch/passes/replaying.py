@@ -25,6 +25,7 @@ from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 PASSES = 8  # that are to come at least, for a recording to pay: it costs three or four ordinary ones
+MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
 UNKNOWN = 1024  # the same where nothing says how many are to come
@@ -106,6 +107,7 @@ class Decoding:
     limit: int  # tokens at the end; 0: unknown
     pace: Pace | None = None  # is told of a pass that takes longer than such passes will
     room: Room | None = None  # in which the last pass was
+    moves: int = 0  # how often somebody else has taken the cache out of its room
     refused: set[str] = field(default_factory=set)
     other: str = ""  # what else the model returns
 
@@ -143,6 +145,10 @@ class Decoding:
         if room is None or room.capacity < given.stop + SPARE or not room.holds(layers):
             if reason := unfit(given.cache):
                 return self._refuse(reason, given.plain)
+            self.moves += room is not None and room.capacity >= given.stop + SPARE
+            if self.moves > MOVES:
+                self.room = None
+                return self._refuse("others move the cache between passes", given.plain)
             room = self.graphs.room_for(layers, given.stop + SPARE)
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
         step = None if room is None else room.step(width, given.stop)
@@ -163,8 +169,7 @@ class Decoding:
         t = given.tokens.shape[1]
         try:
             room.fill(width, given)
-            step.recorded.replay()
-            logits = step.recorded.output[:, t - min(given.keep or t, t) : t].clone()
+            logits = step.recorded.replay()[:, t - min(given.keep or t, t) : t]
         except Exception as error:
             self.graphs.stop(f"a replay failed: {_line(error)}")
             return given.plain()

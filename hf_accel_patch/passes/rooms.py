@@ -20,6 +20,7 @@ from hf_accel_patch.passes.layers import _InPlace
 
 SPARE = 16  # entries behind the last one, for tokens that fill up a pass
 LEAST_VISIBLE = 256  # entries; recorded steps see a few lengths only
+CHANGES = object()  # in the place of a mask that is another one at every pass
 
 
 @dataclass
@@ -168,7 +169,7 @@ class Room:
             self._told = None
         elif given.changing:
             self.seen[:, : given.mask.shape[1]].copy_(given.mask)
-            self._told = self
+            self._told = CHANGES
         elif self._told is not given.mask:
             self.seen.fill_(True)
             self.seen[:, : given.mask.shape[1]].copy_(given.mask)

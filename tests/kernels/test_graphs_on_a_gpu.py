@@ -69,8 +69,20 @@ def test_a_capture_that_fails_costs_nothing(fault, monkeypatch):
     patch(model, cache=GRAPHED, linear=False)
     assert torch.equal(generate(model, left_padded(20, 11)), truth)
     assert said(model)["graphs"].startswith("off: ") and "graphs_replayed" not in said(model)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.equal(generate(model, left_padded(20, 11), do_sample=True), sampled)
     assert torch.rand(3, device="cuda").isfinite().all()
+
+
+def test_both_kinds_of_calls_without_gradients_record():
+    """What CUDA keeps of random numbers is written to by either."""
+    model = tiny("llama").to("cuda")
+    truth = generate(model, left_padded(20, 11))
+    patch(model, cache=GRAPHED)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(generate(model, left_padded(20, 11)), truth)
+    assert said(model)["graphs"] == "on" and said(model)["graphs_recorded"] >= 2
 
 
 def test_every_width_agrees(monkeypatch):

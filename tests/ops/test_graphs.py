@@ -1,6 +1,7 @@
 """What may be recorded, and whether the simulation that stands for CUDA graphs in other tests is as strict."""
 
 import gc
+import threading
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -151,6 +152,44 @@ class Told:
         return lambda *args: self.log.append((self.name, call, *(getattr(each, "name", each) for each in args)))
 
 
+class Generator:
+    """Its state, and which one is in use."""
+
+    def __init__(self, state="state of all"):
+        self.state = state
+
+    def graphsafe_get_state(self):
+        return Generator(self.state)
+
+    def clone_state(self):
+        return Generator(f"copy of the {self.state}")
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
+class Graph:
+    """One that CUDA may refuse to end."""
+
+    invalid = False  # once something was not permitted
+
+    def __init__(self, log, current, number):
+        self.log, self.current, self.name = log, current, f"graph {number}"
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+        draws = torch.cuda.default_generators[0].state
+        self.log.append(("capture", pool, self.current[0].name, capture_error_mode, gc.isenabled(), draws))
+
+    def capture_end(self):
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.log.append(("captured", self.current[0].name))
+
+    def replay(self):
+        self.log.append((self.name, "replay"))
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """What `torch.cuda` was asked for, in order; `current` says on which stream."""
@@ -159,29 +198,24 @@ def cuda(monkeypatch):
     @contextmanager
     def on(stream):
         before, current[0] = current[0], stream
-        yield
-        current[0] = before
-
-    @contextmanager
-    def capture(graph, pool, stream, capture_error_mode):
-        log.append(("capture", pool, stream.name, capture_error_mode, gc.isenabled()))
-        with on(stream):
+        try:
             yield
-        log.append(("captured",))
-
-    def graph():
-        made.append(Told(log, f"graph {len(made)}"))
-        return made[-1]
+        finally:
+            current[0] = before
 
     default = current[0]
     default.log = log
     replaced = {
         "current_device": lambda: 0, "graph_pool_handle": lambda: "pool", "Stream": lambda device: Told(log, "side"),
         "current_stream": lambda device=None: current[0], "stream": on, "device": lambda device: nullcontext(),
-        "CUDAGraph": graph, "graph": capture, "default_generators": [torch.Generator()],
+        "CUDAGraph": lambda: made.append(Graph(log, current, len(made))) or made[-1],
+        "synchronize": lambda: log.append("synchronize"), "empty_cache": lambda: log.append("empty_cache"),
+        "default_generators": [Generator()],
     }  # fmt: skip
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: log.append((name, *args)), raising=False)
     return log, current
 
 
@@ -192,16 +226,15 @@ def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
     runs = []
     recorded = recorder(lambda: (runs.append((current[0].name, recording())), X * 2)[1])
     assert [name for name, _ in runs] == ["side", "side"] and torch.equal(recorded.output, X * 2)
-    assert (
-        log
-        == [
-            ("side", "wait_stream", "default"),
-            ("default", "wait_stream", "side"),
-            ("capture", "pool", "side", "thread_local", False),
-            ("captured",),
-        ]
-        and gc.isenabled()
-    )
+    assert log == [
+        ("side", "wait_stream", "default"),
+        ("default", "wait_stream", "side"),
+        "synchronize",
+        "empty_cache",
+        ("capture", "pool", "side", "thread_local", False, "copy of the state of all"),
+        ("captured", "side"),
+    ]
+    assert gc.isenabled() and torch.cuda.default_generators[0].state == "state of all"
     log.clear()
     recorded.replay(), recorded.replay()
     assert log == [("graph 0", "replay")] * 2
@@ -210,18 +243,68 @@ def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
     assert log[-2:] == [("other", "wait_stream", first.name), ("graph 1", "replay")]
 
 
-def test_a_capture_that_fails_leaves_things_as_they_were(cuda):
-    log, _ = cuda
+def test_inference_mode_is_that_of_the_function_not_of_the_beginning(cuda):
+    """Of which a state of random numbers is left, that is written to in either mode."""
+    modes = []
+    with torch.inference_mode():
+        recorder_for(torch.device("cuda", 0))(lambda: (modes.append(torch.is_inference_mode_enabled()), X * 2)[1])
+    assert modes == [True, True]
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+def test_a_capture_that_fails_leaves_things_as_they_were(invalid, cuda, monkeypatch):
+    """The stream, the random numbers, and the memory, which the allocator records until it is told of the end. What is
+    raised is what happened, not that the end failed too."""
+    log, current = cuda
     recorder, runs = recorder_for(torch.device("cuda", 0)), []
 
     def function():
         runs.append(1)
         if len(runs) == 2:
+            monkeypatch.setattr(Graph, "invalid", invalid)
             raise RuntimeError("operation not permitted when stream is capturing")
         return X * 2
 
-    generator = torch.cuda.default_generators[0]
-    before = generator.get_state()
     with pytest.raises(RuntimeError, match="not permitted"):
         recorder(function)
-    assert gc.isenabled() and torch.equal(generator.get_state(), before) and ("captured",) not in log
+    assert current[0].name == "default" and len(runs) == 2
+    assert gc.isenabled() and torch.cuda.default_generators[0].state == "state of all"
+    ends = [("_cuda_endAllocateToPool", 0, "pool"), ("_cuda_releasePool", 0, "pool")]
+    assert log[-2:] == ends if invalid else log[-1] == ("captured", "side")
+
+
+def test_what_fails_before_the_capture_is_waited_for(cuda):
+    """What was computed until then may write to memory that the next ordinary step uses."""
+    log, current = cuda
+
+    def function():
+        raise Refused("why")
+
+    with pytest.raises(Refused):
+        recorder_for(torch.device("cuda", 0))(function)
+    assert log == [("side", "wait_stream", "default"), ("default", "wait_stream", "side")]
+    assert current[0].name == "default"
+
+
+def test_nobody_replays_between_a_replay_and_its_copy(cuda, monkeypatch):
+    """The other graph's output lies where this one computes."""
+    recorder = recorder_for(torch.device("cuda", 0))
+    first, second = recorder(lambda: X * 2), recorder(lambda: X * 3)
+    started, other = threading.Event(), []
+
+    def interfere():
+        started.set()
+        second.replay()
+        first.output.fill_(-1)
+
+    def replay(self):
+        if self is first.graph:
+            other.append(threading.Thread(target=interfere))
+            other[0].start()
+            assert started.wait(10)
+            other[0].join(0.05)
+
+    monkeypatch.setattr(Graph, "replay", replay)
+    assert torch.equal(first.replay(), X * 2)
+    other[0].join()
+    assert torch.equal(first.output, torch.full_like(X, -1)), "it has had its turn"

@@ -41,6 +41,15 @@ def test_a_kernel_that_cannot_start_is_tried_once():
     assert launch("another", CPU, lambda: torch.ones(1)).item() == 1
 
 
+def test_what_ends_a_capture_is_no_fault_of_the_kernel(monkeypatch):
+    load("triton_linear")
+    run, calls = failing(importlib.import_module("triton").OutOfResources(300, 200, "shared memory"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(Exception, match="out of resource"):
+        launch("kernel", torch.device("cuda"), run)
+    assert launch("kernel", torch.device("cuda"), lambda: torch.ones(2)).tolist() == [1, 1] and len(calls) == 1
+
+
 def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
     """What Triton raises then is no error of its own."""
     pytest.importorskip("triton")

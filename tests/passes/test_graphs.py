@@ -5,6 +5,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cases import build, entry, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import SimulatedRecorder
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
@@ -22,7 +23,7 @@ from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes import drafting, graphs, replaying, rooms
 from hf_accel_patch.passes.attention import attention_forward
-from hf_accel_patch.passes.graphs import GRAPHS, decoding_call
+from hf_accel_patch.passes.graphs import GRAPHS, decoding_call, identity
 
 RECORDED = KVCache(graphs=True)
 SLOW = pytest.mark.slow
@@ -176,6 +177,25 @@ def test_beams_and_chunks_are_as_before(made):
     patch(model, cache=RECORDED)
     assert torch.equal(generate(model, num_beams=3), beams)
     assert torch.equal(generate(model, prefill_chunk_size=6), chunks) and replays(made) > 10
+
+
+def test_a_cache_that_others_move_is_left_alone(made):
+    """As where sequences change places at every step. It is not recorded again and again."""
+
+    class Reordering(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if cache.get_seq_length():
+                cache.reorder_cache(torch.tensor([1, 0]))
+                cache.reorder_cache(torch.tensor([1, 0]))
+            return scores
+
+    model, inputs, moving = small(), left_padded(20, 11), LogitsProcessorList([Reordering()])
+    truth = generate(model, inputs, 30)
+    patch(model, cache=RECORDED)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(generate(model, inputs, 30, past_key_values=cache, logits_processor=moving), truth)
+    found = said(model)
+    assert found["graphs_recorded"] <= 1 + replaying.MOVES and any("move" in why for why in found["graphs_not_used"])
 
 
 def test_inference_mode_and_ordinary_calls_share_a_model(made):
@@ -374,6 +394,20 @@ def test_adapters_that_are_switched_are_recorded_anew(made):
     assert torch.equal(generate(model, new=14), off) and replays(made) > count
 
 
+def test_a_number_is_known_by_its_value(made):
+    """Not by where it lies: another one may lie there later."""
+    model = small()
+    held = float("3.5"), float("3.5")
+    model.model.norm.extra = held[0]
+    first = identity(model)
+    model.model.norm.extra = held[1]
+    assert held[0] is not held[1] and identity(model) == first
+    model.model.norm.extra = [held[0]]
+    second = identity(model)
+    model.model.norm.extra[0] = 2.5
+    assert identity(model) != second != first
+
+
 def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     model = small()
     truth, before = generate(model), fingerprint(model)
@@ -394,6 +428,21 @@ def test_copies_record_for_themselves_and_the_patch_comes_off(made):
     assert GRAPHS not in vars(twin) and "get_compiled_call" not in vars(twin)
 
 
+def test_a_room_goes_when_nobody_needs_it(made):
+    """At once: its buffers may be gigabytes, and where a collector finds a graph it may be in the middle of another."""
+    model = small()
+    patch(model, cache=RECORDED)
+    generate(model, left_padded(20, 11))
+    (room,) = map(weakref.ref, vars(model)[GRAPHS].rooms)
+    gc.collect()
+    gc.disable()
+    try:
+        unpatch(model)
+        assert room() is None
+    finally:
+        gc.enable()
+
+
 # What goes wrong
 
 
@@ -404,7 +453,7 @@ class Lying(SimulatedRecorder):
         found = super().__call__(function)
         found.replay()
         first = found.output.clone()
-        replay, found.replay = found.replay, lambda: (replay(), found.output.copy_(first))
+        replay, found.replay = found.replay, lambda: (replay(), found.output.copy_(first))[1]
         return found
 
 
@@ -494,6 +543,15 @@ def test_what_the_benchmark_measures(made, monkeypatch):
         rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))
     assert [row["width"] for row in rows] == list(replaying.WIDTHS)
     assert all(row["replays"] == 2 and row["difference"] < 1e-3 and "reason" not in row for row in rows)
+
+
+def test_the_benchmark_says_why_there_is_nothing(made, monkeypatch):
+    monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
+    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 1, "prompt": 9, "rounds": 1}
+    options = argparse.Namespace(**asked, dtype="float32", device="cpu")
+    monkeypatch.setattr(graphs, "why_not", lambda *_: "a reason of this call")
+    with torch.no_grad():
+        assert benchmark.measured(options) == [{"reason": "a reason of this call"}]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted on the CPU")
