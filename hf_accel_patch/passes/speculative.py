@@ -58,7 +58,7 @@ class Speculative:
     """
 
     method: Method = "ngram"
-    most: int = MOST  # drafted tokens of a pass
+    most: int = MOST  # drafted tokens of a pass, up to 31
     history: int | str = 0  # bytes of earlier texts, or like "64MB"
     scheme: Literal["int4", "nf4"] | None = "int4"  # of the copy that "self" makes; None: as the model
     skip_layers: tuple[int, ...] = ()  # that this copy leaves out
