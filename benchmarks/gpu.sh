@@ -3,6 +3,7 @@
 #
 #   OUT=results bash benchmarks/gpu.sh        # OUT: the folder for rows and logs (default: benchmarks/results)
 #   DEVICE=cpu SHAPE=tiny LARGE=tiny LONG=64 bash benchmarks/gpu.sh    # tries the script itself without a GPU
+#   PARTS="machine decode graphs" bash benchmarks/gpu.sh               # some parts only
 #
 # Every part has a time limit; one that fails or runs out of time is named in the summary, and the next one goes on.
 # Triton compiles for seconds what it has not compiled before, so what the benchmarks need is compiled beside the tests.
@@ -17,9 +18,14 @@ log="$OUT/gpu.log" scratch=$(mktemp -d) summary=() signal=TERM
 trap 'rm -rf "$scratch"' EXIT
 : >"$log"
 
+asked() { # asked NAME: whether this part is to run
+    [[ -z "${PARTS:-}" || " $PARTS " == *" $1 "* ]]
+}
+
 part() { # part NAME SECONDS COMMAND...: runs it, its output in the log and its end on the terminal
     local name=$1 seconds=$2 begin=$SECONDS code lines
     shift 2
+    asked "$name" || return 0
     echo "== $name (at most $seconds s)" | tee -a "$log"
     lines=$(wc -l <"$log")
     timeout --signal="$signal" --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
@@ -42,6 +48,7 @@ compiling=()
 compile() { # compile NAME COMMAND...: beside what follows; no row of it counts
     local name=$1
     shift
+    asked tests || return 0
     timeout --kill-after=10 120 "$@" --device "$device" --out "$scratch/compiled.jsonl" >"$scratch/$name.log" 2>&1 &
     compiling+=($!)
 }
@@ -65,8 +72,9 @@ part tests 130 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 
     tests/kernels/test_models_on_a_gpu.py tests/kernels/test_triton_linear.py tests/kernels/test_triton_prefill.py \
     tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
 signal=TERM
-wait "${compiling[@]}"
+[ ${#compiling[@]} -eq 0 ] || wait "${compiling[@]}"
 for each in "$scratch"/*.log; do
+    [ -e "$each" ] || continue
     echo "== compiled beside the tests: $(basename "$each" .log)"
     cat "$each"
 done >>"$log"
