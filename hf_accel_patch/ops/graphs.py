@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -142,14 +144,22 @@ class CudaRecorded:
             return self.output.clone()
 
 
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """One for all captures on a device: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
 class CudaRecorder:
-    """Makes CUDA graphs that share the memory of what they compute in between."""
+    """Makes CUDA graphs that share the memory of what they compute in between. That memory goes with the last of them,
+    and its handle is of no use afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.pool: Any = None
+        self.made: list[weakref.ref[CudaRecorded]] = []
+        self.stream = _side_stream(index)
         self.last: torch.cuda.Stream | None = None
 
     def __call__(self, function: Callable[[], Tensor]) -> CudaRecorded:
@@ -162,8 +172,13 @@ class CudaRecorder:
             finally:
                 current.wait_stream(self.stream)
             with LOCK, _uncollected():
+                self.made = [each for each in self.made if each() is not None]
+                if not self.made:
+                    self.pool = torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
-                return CudaRecorded(self._capture(graph, function), graph, self)
+                recorded = CudaRecorded(self._capture(graph, function), graph, self)
+                self.made.append(weakref.ref(recorded))
+                return recorded
 
     def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor:
         """What `torch.cuda.graph` does, which leaves its stream in use, and its memory in recording, if CUDA has

@@ -48,7 +48,7 @@ def test_memory_comes_back():
         assert vars(model)[GRAPHS].counts["replayed"]
         unpatch(model)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() - before < 1 << 25
+    assert torch.cuda.memory_allocated() - before < 1 << 26  # a workspace of cuBLAS for the side stream stays
 
 
 @pytest.mark.parametrize("fault", ["waits", "within"])

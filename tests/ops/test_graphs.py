@@ -8,6 +8,7 @@ import pytest
 import torch
 from simulated_graphs import SimulatedRecorder
 
+from hf_accel_patch.ops import graphs
 from hf_accel_patch.ops.graphs import Refused, Watching, marked, recorder_for, recording
 
 CPU = torch.device("cpu")
@@ -193,6 +194,7 @@ class Graph:
 @pytest.fixture
 def cuda(monkeypatch):
     """What `torch.cuda` was asked for, in order; `current` says on which stream."""
+    graphs._side_stream.cache_clear()
     log, current, made = [], [Told([], "default")], []
 
     @contextmanager
@@ -206,7 +208,7 @@ def cuda(monkeypatch):
     default = current[0]
     default.log = log
     replaced = {
-        "current_device": lambda: 0, "graph_pool_handle": lambda: "pool", "Stream": lambda device: Told(log, "side"),
+        "current_device": lambda: 0, "graph_pool_handle": lambda: log.append("handle") or "pool", "Stream": lambda device: Told(log, "side"),
         "current_stream": lambda device=None: current[0], "stream": on, "device": lambda device: nullcontext(),
         "CUDAGraph": lambda: made.append(Graph(log, current, len(made))) or made[-1],
         "synchronize": lambda: log.append("synchronize"), "empty_cache": lambda: log.append("empty_cache"),
@@ -229,6 +231,7 @@ def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
     assert log == [
         ("side", "wait_stream", "default"),
         ("default", "wait_stream", "side"),
+        "handle",
         "synchronize",
         "empty_cache",
         ("capture", "pool", "side", "thread_local", False, "copy of the state of all"),
@@ -241,6 +244,20 @@ def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
     first, current[0] = current[0], Told(log, "other")
     recorder(lambda: X * 3).replay()
     assert log[-2:] == [("other", "wait_stream", first.name), ("graph 1", "replay")]
+
+
+def test_a_pool_goes_with_its_last_graph(cuda):
+    log, _ = cuda
+    recorder = recorder_for(torch.device("cuda", 0))
+    first = recorder(lambda: X * 2)
+    second = recorder(lambda: X * 3)
+    assert log.count("handle") == 1
+    del first
+    third = recorder(lambda: X * 4)
+    assert log.count("handle") == 1
+    del second, third
+    recorder(lambda: X * 5)
+    assert log.count("handle") == 2
 
 
 def test_inference_mode_is_that_of_the_function_not_of_the_beginning(cuda):
