@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import FORMATS, RECORDED, SYSTEMS, missing
+from benchmarks.baselines import EAGER, FORMATS, SYSTEMS, missing
 from benchmarks.measure import Workload, git_commit, hardware, read_bandwidth, versions
 from benchmarks.shapes import SHAPES
 from benchmarks.table import markdown
@@ -38,8 +38,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable (default: llama-3.2-1b)")
     every = [name for name in SYSTEMS if name not in FORMATS]
-    usual = [name for name in every if name not in RECORDED]
-    parser.add_argument("--systems", nargs="+", choices=every, default=usual, help="default: all but the graphs")
+    usual = [name for name in every if name not in EAGER]
+    parser.add_argument("--systems", nargs="+", choices=every, default=usual, help="default: all but the eager ones")
     parser.add_argument("--layers", type=int, help="cut each shape to this many layers")
     parser.add_argument("--rounds", type=int, default=9, help="generations timed per system (default: 9)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")

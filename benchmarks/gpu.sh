@@ -78,12 +78,12 @@ for each in "$scratch"/*.log; do
     echo "== compiled beside the tests: $(basename "$each" .log)"
     cat "$each"
 done >>"$log"
-decode decode 90 --shape "$shape" --systems stock exact graphs int8 int8-graphs int4 int4-graphs --rounds 4 --limit 40
-decode decode-large 75 --shape "$large" --systems stock exact graphs --rounds 4 --limit 60
+decode decode 90 --shape "$shape" --systems stock exact eager int8 int4 --rounds 4 --limit 40
+decode decode-large 80 --shape "$large" --systems stock exact eager --rounds 4 --limit 60
 part graphs 30 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" --rounds 20
 part graphs-large 35 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$large" \
     --prompt "$long" --rounds 10
-decode padded 45 --shape "$shape" --systems stock exact graphs --batch 8 --prompt "$long" --padded --tokens 17 --rounds 4 --limit 40
+decode padded 45 --shape "$shape" --systems stock exact eager --batch 8 --prompt "$long" --padded --tokens 17 --rounds 4 --limit 40
 decode long 30 --shape "$shape" --systems stock exact --prompt "$((4 * long))" --tokens 5 --rounds 5 --limit 30
 part attention 25 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
     --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.baselines import FORMATS, RECORDED, SYSTEMS, missing
+from benchmarks.baselines import EAGER, FORMATS, SYSTEMS, missing
 from benchmarks.decode import RESULTS, compare, dropped, record, start, stop
 from benchmarks.measure import Workload
 from benchmarks.plot import plot
@@ -42,7 +42,7 @@ MOST_TEXTS, TEXT_CHARACTERS = 64, 1500  # to calibrate with: about a window of t
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=("perplexity", "speed"), default=["perplexity", "speed"])
-    every = [name for name in SYSTEMS if name not in RECORDED]
+    every = [name for name in SYSTEMS if name not in EAGER]
     parser.add_argument("--systems", nargs="+", choices=every, default=every, help="default: all")
     parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW_TOKENS} tokens, scored (default: 64)")
     parser.add_argument("--calibrate", nargs="+", type=Path, metavar="FILE", help="texts (default: of the package)")

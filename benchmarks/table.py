@@ -28,9 +28,9 @@ NAMES = {
     "nf4": '**`patch(model, quantize="nf4")`**',
     "llm.int8": '**`patch(model, quantize="llm.int8")`**',
     "int4-calibrated": '**`patch(model, quantize=Quantize("int4", calibrate=texts))`**',
-    "graphs": "**`patch(model, cache=KVCache(graphs=True))`**",
-    "int8-graphs": '**`patch(model, quantize="int8", cache=KVCache(graphs=True))`**',
-    "int4-graphs": '**`patch(model, quantize="int4", cache=KVCache(graphs=True))`**',
+    "eager": "**`patch(model, cache=KVCache(graphs=False))`**",
+    "int8-eager": '**`patch(model, quantize="int8", cache=KVCache(graphs=False))`**',
+    "int4-eager": '**`patch(model, quantize="int4", cache=KVCache(graphs=False))`**',
 }
 COLUMNS = (
     "system",

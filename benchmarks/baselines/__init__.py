@@ -56,9 +56,9 @@ SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
     "nf4": ("ours", "nf4"),
     "llm.int8": ("ours", "llm.int8"),
     "int4-calibrated": ("ours", "int4-calibrated"),
-    "graphs": ("ours", "graphs"),
-    "int8-graphs": ("ours", "int8-graphs"),
-    "int4-graphs": ("ours", "int4-graphs"),
+    "eager": ("ours", "eager"),
+    "int8-eager": ("ours", "int8-eager"),
+    "int4-eager": ("ours", "int4-eager"),
     "quanto-int8": ("quanto", "int8"),
     "quanto-int4": ("quanto", "int4"),
     "torchao-int8": ("torchao", "int8"),
@@ -70,7 +70,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {  # name: module, variant
     "llama.cpp-q4_0": ("llama_cpp", "Q4_0"),
     "llama.cpp-q4_k_m": ("llama_cpp", "Q4_K_M"),
 }
-RECORDED = ("graphs", "int8-graphs", "int4-graphs")  # systems that only a GPU runs, to be asked for by name
+EAGER = ("eager", "int8-eager", "int4-eager")  # systems that are others on a GPU only, to be asked for by name
 FORMATS = {"int4-calibrated": "int4"}  # systems that keep another one's format and run its code: other codes, no more
 
 

@@ -1,4 +1,4 @@
-"""`patch(model)` with options: the same model object, patched in place; calibrated, or replayed as CUDA graphs."""
+"""`patch(model)` with options: the same model object, patched in place; calibrated, or on a GPU without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ distributions: tuple[str, ...] = ()
 
 
 def available(variant: str, device: str) -> str | None:
-    if variant.endswith("graphs") and not device.startswith("cuda"):
-        return "CUDA graphs need an NVIDIA GPU"
     return missing("hf_accel_patch")
 
 
@@ -21,9 +19,9 @@ def load(model: Any, variant: str, texts: Sequence[str]) -> Loaded:
 
     if variant == "exact":
         return hugging_face(patch(model))
-    if variant.endswith("graphs"):
+    if variant.endswith("eager"):
         scheme = variant.rpartition("-")[0] or None
-        return hugging_face(patch(model, quantize=scheme, cache=KVCache(graphs=True)))
+        return hugging_face(patch(model, quantize=scheme, cache=KVCache(graphs=False)))
     scheme, _, calibrated = variant.partition("-")
     if calibrated and not texts:
         raise ValueError("it needs texts to calibrate with")

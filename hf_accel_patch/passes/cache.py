@@ -26,11 +26,12 @@ from hf_accel_patch.families.rotation import Moves, moves
 from hf_accel_patch.families.tables import table_modules
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.kv import BLOCK, Bits, block_bytes
-from hf_accel_patch.passes.graphs import asked, counted, install
+from hf_accel_patch.passes.graphs import asked, by_default, counted, install
 from hf_accel_patch.passes.hybrid_layers import QUANTIZED
 from hf_accel_patch.passes.layers import IN_PLACE
 from hf_accel_patch.passes.offloaded_layers import HOST, OFFLOADED
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes, PrefixCache
+from hf_accel_patch.passes.replaying import Graphs
 from hf_accel_patch.passes.streaming import STREAM, STREAMING, Advancing, PrefillInChunks, Stream
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
@@ -57,7 +58,7 @@ class KVCache:
 
     `graphs`: on an NVIDIA GPU, steps of `generate` over an exact cache are recorded and replayed as CUDA graphs, which
     the host launches as one. Buffers then have room for all tokens to come, and stay where they are. What does not fit
-    runs as before; `report` says why. It is off by default because it has not been measured on a GPU.
+    runs as before; `report` says why. False switches it off; True is an error where there is no such GPU.
 
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
@@ -71,7 +72,7 @@ class KVCache:
     sinks: int = 4  # tokens
     offload: int | None = None  # tokens that stay on the model's device, at least a block of 64; None: all
     prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
-    graphs: bool = False  # steps are replayed as CUDA graphs
+    graphs: bool | None = None  # steps are replayed as CUDA graphs; None: where the model is on an NVIDIA GPU
 
     name = "cache"
 
@@ -108,7 +109,7 @@ class KVCache:
         found = self._moves(view) if self.kind == "sinks" else self._rotations(view)
         if self.prefixes is not None:
             self._check_prefixes(view)
-        graphs = asked(view) if self.graphs else None
+        graphs = self._graphs(view)
         facts = {"exact": self.kind == "exact", **self._facts(view), **(graphs.facts() if graphs else {})}
         return Step(self, facts, (view, module, found, context_tokens(view.config), graphs), of_weights=False)
 
@@ -136,6 +137,11 @@ class KVCache:
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """What was recorded and replayed so far, if that was asked for."""
         return counted(model)
+
+    def _graphs(self, view: View) -> Graphs | None:
+        if self.graphs is None:
+            return by_default(view) if self.kind == "exact" and self.offload is None else None
+        return asked(view) if self.graphs else None
 
     def layer_classes(self) -> Mapping[type, type]:
         """What a layer of each of transformers' classes becomes."""

@@ -40,6 +40,12 @@ def asked(view: View) -> Graphs:
     return Graphs(never(view))
 
 
+def by_default(view: View) -> Graphs | None:
+    """The same where nobody has asked: None where there are no graphs."""
+    device = view.model.device
+    return None if device.type == "meta" or recorder_for(device) is None else Graphs(never(view))
+
+
 def install(graphs: Graphs, model: PreTrainedModel, journal: Journal) -> None:
     """From here on `generate` comes to what is recorded."""
     journal.set_attribute(model, GRAPHS, graphs)

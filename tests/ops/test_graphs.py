@@ -208,7 +208,8 @@ def cuda(monkeypatch):
     default = current[0]
     default.log = log
     replaced = {
-        "current_device": lambda: 0, "graph_pool_handle": lambda: log.append("handle") or "pool", "Stream": lambda device: Told(log, "side"),
+        "current_device": lambda: 0, "graph_pool_handle": lambda: log.append("handle") or "pool",
+        "Stream": lambda device: Told(log, "side"),
         "current_stream": lambda device=None: current[0], "stream": on, "device": lambda device: nullcontext(),
         "CUDAGraph": lambda: made.append(Graph(log, current, len(made))) or made[-1],
         "synchronize": lambda: log.append("synchronize"), "empty_cache": lambda: log.append("empty_cache"),

@@ -269,6 +269,18 @@ def test_windows_go_on_after_drafts_and_ordinary_calls(family, made, monkeypatch
     assert torch.allclose(*after, atol=1e-4)
 
 
+def test_graphs_are_on_where_there_are_any_and_nobody_says_otherwise(made):
+    model = small()
+    truth = generate(model)
+    assert torch.equal(generate(patch(model)), truth) and replays(made)
+    before = replays(made)
+    unpatch(model)
+    for cache in (KVCache(graphs=False), "int8", False):
+        generate(patch(model, cache=cache))
+        unpatch(model)
+    assert replays(made) == before
+
+
 def test_passes_that_record_are_no_measure(made, monkeypatch):
     timed = []
 
