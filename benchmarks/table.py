@@ -214,6 +214,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     from benchmarks.attention_table import attention_markdown
     from benchmarks.cache_table import cache_markdown  # which are made with what stands above
     from benchmarks.compatibility import compatibility_markdown
+    from benchmarks.gpu_table import gpu_markdown
     from benchmarks.gqa_table import heads_markdown
     from benchmarks.planner_table import MEASURED_PLANS, estimates_markdown, planner_markdown
     from benchmarks.positions_table import exactness_markdown, positions_markdown
@@ -221,7 +222,10 @@ def tables(rows: list[Row]) -> dict[str, str]:
     from benchmarks.startup_table import startup_markdown
     from benchmarks.summary_table import summary_markdown
 
+    on_gpus = [row for row in rows if row.get("hardware", {}).get("gpu")]
+    rows = [row for row in rows if row not in on_gpus]
     return {
+        "gpu-table": gpu_markdown(on_gpus),
         "benchmark-table": markdown([row for row in rows if "part" not in row]),
         "quantize-table": quantize_markdown([row for row in rows if row.get("part") in ("perplexity", "speed")]),
         "attention-table": attention_markdown([row for row in rows if str(row.get("part")).startswith("attention-")]),

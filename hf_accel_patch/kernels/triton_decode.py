@@ -22,7 +22,7 @@ per int4 code with its scales. As Triton 3.9 compiles it for sm_90, with keys an
 takes 3.4, 2.9 and 3.7 (int4 with a mask 4.2) in 104, 220 and 229 registers, so two programs of four warps fit on a
 processor. Words come from shared memory with four lanes on a bank: by that count 2,000 cycles per 256 tokens of int8,
 where reading takes 4,600. So exact numbers and int8 should be limited by memory, and int4 by both. A guess for 32k
-tokens is 80, 75 and 60 % of the bandwidth. NOT MEASURED: there was no GPU.
+tokens is 80, 75 and 60 % of the bandwidth. Not measured.
 
 It is fast where D and V are multiples of 16 and rows are aligned to 16 bytes: others are not read 16 bytes at a time.
 """

@@ -24,7 +24,7 @@ from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, 
 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
-PASSES = 8  # that are to come at least, for a recording to pay: it costs three or four ordinary ones
+PASSES = 64  # for a recording to pay, which takes about so many: those to come, and those that went the ordinary way
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
@@ -42,6 +42,7 @@ class Graphs:
         self.rooms: list[Room] = []
         self.lock = threading.RLock()
         self.counts: Counter[str] = Counter()
+        self.waited: Counter[tuple[int, int]] = Counter()  # passes that might have been replayed, by batch and width
         self.eager: Counter[str] = Counter()  # calls that went the ordinary way, by the reason
         self.pending: dict[int, Decoding] = {}  # by thread
         self.made_of: object = None  # see `identity` in passes/graphs.py
@@ -152,7 +153,9 @@ class Decoding:
             room = self.graphs.room_for(layers, given.stop + SPARE)
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
         step = None if room is None else room.step(width, given.stop)
-        if step is None and to_come < PASSES * max(1, width // 2):
+        alike = len(given.tokens), width
+        if step is None and to_come + self.graphs.waited[alike] < PASSES * max(1, width // 2):
+            self.graphs.waited[alike] += 1
             return given.plain()
         if room is None or room is not self.room:
             most = given.stop + min(to_come, reserve(layers)) + SPARE
@@ -193,7 +196,7 @@ class Decoding:
         if returned != {"logits", CACHE}:
             self.other = ", ".join(sorted(returned - {"logits", CACHE}))
             return outputs
-        size = min(room.capacity, visible(given.stop + max(PASSES, min(self._to_come(given.stop), AHEAD))))
+        size = min(room.capacity, visible(given.stop + max(SPARE, min(self._to_come(given.stop), AHEAD))))
         try:
             room.fill(width, given)
             with self.graphs.lock, marked():
@@ -203,6 +206,7 @@ class Decoding:
             return outputs
         room.steps[width, size, torch.is_inference_mode_enabled()] = Step(recorded, type(outputs))
         self.graphs.counts["recorded"] += 1
+        self.graphs.waited[len(given.tokens), width] = 0
         return outputs
 
     def _forward(self, room: Room, width: int, size: int, cache: Any) -> Tensor:

@@ -12,6 +12,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 GRAPHED = KVCache(graphs=True)
 
 
+@pytest.fixture(autouse=True)
+def _texts_are_short(monkeypatch):
+    monkeypatch.setattr(replaying, "PASSES", 8)
+
+
 def generate(model, inputs, new=60, **kwargs):
     torch.manual_seed(0)
     inputs = {name: each.to("cuda") for name, each in inputs.items()}
@@ -29,13 +34,16 @@ def test_replayed_tokens_are_those_of_ordinary_steps(family, options):
     runs = [({"input_ids": torch.cat([prompt(12)] * 3, 1)}, {}), (left_padded(20, 11), {}), (left_padded(20, 11), {})]
     runs.append((left_padded(24, 7), {"do_sample": True, "top_k": 0}))
     model = tiny(family).to("cuda")
-    patch(model, **options)
+    patch(model, cache=KVCache(graphs=False), **options)
     truths = [generate(model, inputs, **more) for inputs, more in runs]
     model = tiny(family).to("cuda")
     patch(model, cache=GRAPHED, **options)
     for (inputs, more), truth in zip(runs, truths, strict=True):
         assert torch.equal(generate(model, inputs, **more), truth)
-    assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] > 50
+    if family == "gpt_oss" and "quantize" in options:  # quantized experts look at their tokens
+        assert "waits for its numbers" in said(model)["graphs"]
+    else:
+        assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] > 50
 
 
 def test_memory_comes_back():

@@ -49,6 +49,7 @@ def made(monkeypatch):
         return recorders[-1]
 
     monkeypatch.setattr(graphs, "recorder_for", recorder_for)
+    monkeypatch.setattr(replaying, "PASSES", 8)  # texts of tests are short
     return recorders
 
 
@@ -279,6 +280,18 @@ def test_graphs_are_on_where_there_are_any_and_nobody_says_otherwise(made):
         generate(patch(model, cache=cache))
         unpatch(model)
     assert replays(made) == before
+
+
+def test_short_texts_are_recorded_once_there_were_many(made, monkeypatch):
+    monkeypatch.setattr(replaying, "PASSES", 40)
+    model = small()
+    truth = generate(model)
+    patch(model, cache=RECORDED)
+    recorded = []
+    for _ in range(4):  # of 22 tokens each
+        assert torch.equal(generate(model), truth)
+        recorded.append(said(model).get("graphs_recorded", 0))
+    assert recorded[0] == 0 < recorded[1] and replays(made)
 
 
 def test_passes_that_record_are_no_measure(made, monkeypatch):
