@@ -127,3 +127,21 @@ def warned(logged: Callable[[int], list[tuple[str, str]]]) -> Callable[[], list[
     """What the package has warned of so far."""
     said = logged(logging.WARNING)
     return lambda: [message for _, message in said]
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets variables, and patches what is made from then on."""
+    from transformers import PreTrainedModel
+
+    from hf_accel_patch import starting
+
+    for name in starting.METHODS:  # put back afterwards as they are now
+        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])
+
+    def switch(**variables: object) -> None:
+        for name, text in ({"PATCH": "1"} | variables).items():
+            monkeypatch.setenv(f"HF_ACCEL_{name}", str(text))
+        starting.start()
+
+    return switch

@@ -57,20 +57,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def on(monkeypatch):
-    """Sets variables, and patches what is made from then on."""
-    for name in starting.METHODS:  # put back afterwards as they are now
-        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])
-
-    def switch(**variables):
-        for name, text in ({"PATCH": "1"} | variables).items():
-            monkeypatch.setenv(f"HF_ACCEL_{name}", text)
-        starting.start()
-
-    return switch
-
-
 def rows(model):
     return {row["pass"]: row for row in report(model).to_dict()["passes"]}
 

@@ -15,7 +15,7 @@ import torch
 from cases import build, entry, greedy, left_padded, prompt, relative_error
 from planned_sizes import IN_PIECES, LONG, PIECE
 from test_planner import CLOSE
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin
 
 from hf_accel_patch import (
     GQA,
@@ -28,7 +28,6 @@ from hf_accel_patch import (
     patch,
     plan,
     report,
-    starting,
     unpatch,
 )
 from hf_accel_patch.api import parse
@@ -90,20 +89,6 @@ def lengths(model, call):
     call()
     hook.remove()
     return found
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Sets variables, and patches what is made from then on."""
-    for name in starting.METHODS:  # put back afterwards as they are now
-        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])
-
-    def switch(**variables):
-        for name, text in ({"PATCH": "1"} | variables).items():
-            monkeypatch.setenv(f"HF_ACCEL_{name}", str(text))
-        starting.start()
-
-    return switch
 
 
 # What is chosen

@@ -27,6 +27,7 @@ WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 PASSES = 64  # for a recording to pay, which takes about so many: those to come, and those that went the ordinary way
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
+NEAR = 8  # the same where fewer are to come
 RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
 UNKNOWN = 1024  # the same where nothing says how many are to come
 LEAST_TOLERANCE = 1e-2  # of the spread of the logits
@@ -196,7 +197,7 @@ class Decoding:
         if returned != {"logits", CACHE}:
             self.other = ", ".join(sorted(returned - {"logits", CACHE}))
             return outputs
-        size = min(room.capacity, visible(given.stop + max(SPARE, min(self._to_come(given.stop), AHEAD))))
+        size = min(room.capacity, visible(given.stop + max(NEAR, min(self._to_come(given.stop), AHEAD))))
         try:
             room.fill(width, given)
             with self.graphs.lock, marked():

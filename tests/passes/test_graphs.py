@@ -39,6 +39,11 @@ def _operators_only(monkeypatch):
     monkeypatch.setattr(replaying, "AHEAD", 8)
 
 
+@pytest.fixture(autouse=True)
+def _texts_are_short(monkeypatch):
+    monkeypatch.setattr(replaying, "PASSES", 8)
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The recorders that were asked for."""
@@ -49,7 +54,6 @@ def made(monkeypatch):
         return recorders[-1]
 
     monkeypatch.setattr(graphs, "recorder_for", recorder_for)
-    monkeypatch.setattr(replaying, "PASSES", 8)  # texts of tests are short
     return recorders
 
 
