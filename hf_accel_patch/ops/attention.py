@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.ops.case import Mask, Variant
-from hf_accel_patch.ops.fused import fused_attention
+from hf_accel_patch.ops.fused import attention_and_sums, fused_attention
 
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
 GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
 FOLD = 64.0  # times which a bias fits into float16
 PADDED_FROM = 4096  # keys, from which on PyTorch's fused kernel is faster with zeros than blocks of scores without,
 PADDED_ROWS = 128  # where there are as many queries: for fewer of them, zeros behind all keys cost more than they save
-MAX_ROWS = 512  # longer blocks gain nothing, and compute more above the diagonal
+ROWS, MORE_ROWS, LONG = 128, 256, 4096  # of a block on a CPU, and from so many queries on: short blocks compute less
+GPU_ROWS = 512  # above the diagonal, long ones read keys and values less often; on a GPU short ones leave it idle
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Variant) -> Tensor:
@@ -33,12 +34,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
     """
     (B, H, T, D), (S, V) = query.shape, value.shape[-2:]
     biased = _takes_bias(query, key, value, variant)
-    fused = variant.plain or biased
+    sunk = _sinks_follow(query, key, value, variant)
+    fused = variant.plain or biased or sunk
     if fused and query.is_cpu and pads(T, S, D, V):
         return attend(*equal_sizes(query, key, value), mask, variant)[..., :V]
     fused = fused and D == V
     if fused and biased and variant.bias is not None and variant.bias.shape[2] == 1 and mask.square:
         return _row_and_causal(query, key, value, variant.bias, mask.padding, variant.scale)
+    if fused and sunk and mask.square and mask.padding is None:
+        return _fused(query, key, value, None, variant, causal=True)
     folds = not query.is_cpu and mask.square and _folds(query, key, value, variant)
     spans = mask.spans() if folds or (fused and not biased) else None
     if spans is not None:
@@ -47,14 +51,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         return _row_as_channels(query, key, value, variant)
     outputs = []
     row_bytes = key.shape[2] * B * (5 if fused and not biased else 8 * H)
-    for start, stop in blocks(T, row_bytes, SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES):
+    for start, stop in blocks(T, row_bytes, cpu=query.is_cpu):
         first, last = mask.keys(start, stop)
         block, part = mask.block(start, stop, first, last), query[:, :, start:stop]
         keys, values = key[:, :, first:last], value[:, :, first:last]
         bias = part_of_bias(variant.bias, start, stop, first, last)
         if fused:
             added = block if bias is None else _added(bias, block)
-            outputs.append(fused_attention(part, keys, values, added, variant.dropout, variant.scale))
+            outputs.append(_fused(part, keys, values, added, variant))
         else:
             sinks = variant.sinks
             if sinks is not None and sinks.shape[2] != 1:
@@ -68,7 +72,7 @@ def scored(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, T, V] and the attention weights [B, H, T, S], with every score in memory, in float32."""
     scores = products(query, key).float()
-    scores = scores * variant.scale if torch.is_grad_enabled() else scores.mul_(variant.scale)
+    scores = scores * variant.factor if torch.is_grad_enabled() else scores.mul_(variant.factor)
     return weighed(scores, value, mask, bias, variant, query.dtype)
 
 
@@ -81,14 +85,15 @@ def products(query: Tensor, key: Tensor) -> Tensor:
 def weighed(
     scores: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, variant: Variant, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The output and the weights of scaled scores [B, H, T, S] in float32. `dtype`: of the queries.
+    """The output and the weights of scores [B, H, T, S] in float32, which are times `variant.factor`. `dtype`: of the
+    queries.
 
     Without gradients the scores are overwritten: at this size a new tensor costs as much as what is computed for it.
     """
     (B, H, T, S), K = scores.shape, value.shape[1]
     keep, cap, sinks = torch.is_grad_enabled(), variant.softcap, variant.sinks
     if cap is not None:
-        scores = cap * torch.tanh(scores / cap) if keep else scores.div_(cap).tanh_().mul_(cap)
+        scores = cap * torch.tanh(scores) if keep else scores.tanh_().mul_(cap)
     if bias is not None:
         scores = scores + bias if keep else scores.add_(bias)
     if mask is not None and mask.dtype != torch.bool:
@@ -142,6 +147,24 @@ def _takes_bias(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> 
         return False
     same = query.is_cpu and query.dtype == key.dtype == value.dtype
     return same and not variant.dropout and variant.softcap is None and variant.sinks is None
+
+
+def _sinks_follow(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> bool:
+    """Whether sinks are taken into account behind PyTorch's fused kernel: on a CPU, where it gives its sums away."""
+    if variant.sinks is None or variant.softcap is not None or variant.bias is not None or variant.dropout:
+        return False
+    same = query.is_cpu and query.dtype == key.dtype == value.dtype
+    return same and variant.sinks.shape[2] == 1 and not torch.is_grad_enabled()
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, variant: Variant, *, causal: bool = False
+) -> Tensor:
+    """By PyTorch's fused kernel. A sink takes its share of the weights from all keys alike, so it may come last."""
+    if variant.sinks is None:
+        return fused_attention(query, key, value, mask, variant.dropout, variant.scale, causal=causal)
+    output, sums = attention_and_sums(query, key, value, mask, variant.scale, causal=causal)
+    return output.mul_(torch.sigmoid(sums - variant.sinks.float()[..., 0])[..., None])
 
 
 def _row_and_causal(
@@ -220,14 +243,21 @@ def _by_sequence(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[in
                 own = (bias[row : row + 1] if len(bias) > 1 else bias)[..., start:stop]
                 output[row : row + 1, :, start:stop] = _row_as_channels(q, k, v, replace(variant, bias=own))
                 continue
-            done = fused_attention(q, k, v, None, variant.dropout, variant.scale, causal=True)
+            sinks = variant.sinks if variant.sinks is None or len(variant.sinks) == 1 else variant.sinks[row : row + 1]
+            done = _fused(q, k, v, None, replace(variant, sinks=sinks), causal=True)
             output[row : row + 1, :, start:stop] = done
     return output
 
 
-def blocks(length: int, bytes_per_row: int, room: int) -> Iterator[tuple[int, int]]:
-    """Of queries: the first of each, and the one behind its last."""
-    rows = max(1, min(MAX_ROWS, room // max(1, bytes_per_row)))
-    rows = math.ceil(length / math.ceil(length / rows)) if length else 1  # blocks of equal size
+def blocks(length: int, bytes_per_row: int, *, cpu: bool) -> Iterator[tuple[int, int]]:
+    """Of queries: the first of each, and the one behind its last. `bytes_per_row`: of scores and masks."""
+    most = (MORE_ROWS if length >= LONG else ROWS) if cpu else GPU_ROWS
+    room = SCORE_BYTES if cpu else GPU_SCORE_BYTES
+    return evenly(length, max(1, min(most, room // max(1, bytes_per_row))))
+
+
+def evenly(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """Blocks of at most so many rows, all about as long."""
+    rows = math.ceil(length / math.ceil(length / most)) if length else 1
     for start in range(0, length, rows):
         yield start, min(start + rows, length)

@@ -114,3 +114,8 @@ class Variant:
     @property
     def plain(self) -> bool:
         return self.softcap is None and self.sinks is None and self.bias is None
+
+    @property
+    def factor(self) -> float:
+        """Times which a product of query and key is a score, in units of the soft cap if there is one."""
+        return self.scale if self.softcap is None else self.scale / self.softcap

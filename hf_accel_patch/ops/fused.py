@@ -6,6 +6,8 @@ float32, for heads above 256 and on old GPUs, `enable_gqa` ends in the kernel th
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,23 @@ def fused_attention(
         mask = mask.repeat(1, 1, H // K, 1)
     folded = query.reshape(B, K, H // K * T, D)
     return attend(folded, key, value, mask, dropout, scale=scale).reshape(B, H, T, -1)
+
+
+def attention_and_sums(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """On a CPU, without gradients, of one dtype and head size: attention [B, H, T, D] with a mask or causal or neither,
+    and the logarithms of the sums of exp(score), float32 [B, H, T], -inf where no key is seen."""
+    nothing = None
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+        nothing = hidden.all(-1)
+        added = torch.zeros_like(mask, dtype=query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
+        mask = added.masked_fill(hidden, -math.inf)
+    inputs = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, sums = kernel(*inputs, 0.0, causal, attn_mask=mask, scale=scale)
+    return output, sums if nothing is None else sums.masked_fill(nothing, -math.inf)
 
 
 def _groups_store_scores(

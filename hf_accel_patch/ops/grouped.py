@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.attention import GPU_SCORE_BYTES, SCORE_BYTES, blocks, part_of_bias, products, weighed
+from hf_accel_patch.ops.attention import blocks, evenly, part_of_bias, products, weighed
 from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import attend_part
+from hf_accel_patch.ops.fused import attention_and_sums
 
-LEAST_ROWS = 256  # of a block of queries for the fused kernels
+LEAST_ROWS, MOST_ROWS = 256, 512  # of a block of queries for the fused kernels
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def attend_grouped(
     if query.is_cpu and variant.plain and not variant.dropout and one_size and not torch.is_grad_enabled():
         given = [_joined(query, far_query, keys, value, mask, variant, window, *some) for some in _rows(T, window)]
     else:
-        room = SCORE_BYTES if query.is_cpu else GPU_SCORE_BYTES
-        some = blocks(T, S * B * H * 8, room)
+        some = blocks(T, S * B * H * 8, cpu=query.is_cpu)
         given = [_block(query, far_query, keys, value, mask, variant, window, *each)[0] for each in some]
     return given[0] if len(given) == 1 else torch.cat(given, dim=2)
 
@@ -111,7 +111,7 @@ def _block(
     block, bias = mask.block(start, stop, 0, last), part_of_bias(variant.bias, start, stop, 0, last)
     if variant.sinks is not None and variant.sinks.shape[2] != 1:
         variant = replace(variant, sinks=variant.sinks[:, :, start:stop])
-    return weighed(scores.float() * variant.scale, value[:, :, :last], block, bias, variant, query.dtype)
+    return weighed(scores.float() * variant.factor, value[:, :, :last], block, bias, variant, query.dtype)
 
 
 def _far(queries: Tensor, pieces: Sequence[Tensor], count: int) -> Tensor:
@@ -127,7 +127,7 @@ def _far(queries: Tensor, pieces: Sequence[Tensor], count: int) -> Tensor:
 
 def _rows(length: int, window: int) -> Iterator[tuple[int, int]]:
     """Blocks of queries as long as the window: what lies between is then scored twice at most once more than once."""
-    return blocks(length, 1, max(LEAST_ROWS, window))
+    return evenly(length, min(max(LEAST_ROWS, window), MOST_ROWS))
 
 
 def _joined(
@@ -191,13 +191,4 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, varia
     found = attend_part(query, key, value, mask, variant)
     if found is not None:
         return found[0].transpose(1, 2), found[1].transpose(1, 2)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    nothing = None
-    if mask is not None:
-        hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-        nothing = hidden.all(-1)
-        added = torch.zeros_like(mask, dtype=query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
-        mask = added.masked_fill(hidden, -math.inf)
-    inputs = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    output, sums = kernel(*inputs, 0.0, False, attn_mask=mask, scale=variant.scale)
-    return output, sums if nothing is None else sums.masked_fill(nothing, -math.inf)
+    return attention_and_sums(query, key, value, mask, variant.scale)

@@ -21,7 +21,7 @@ def unattended(query: Tensor, key: Tensor, value: Tensor, plain: bool, masked: b
     padded = equal_sizes(query, key, value) if plain and pads(T, S, D, V) else None
     fused = plain and (D == V or padded is not None)
     row_bytes = S * B * (5 if fused else 8 * H)
-    rows = next((stop - start for start, stop in blocks(T, row_bytes, SCORE_BYTES)), 0)
+    rows = next((stop - start for start, stop in blocks(T, row_bytes, cpu=True)), 0)
     block = query.new_empty(rows * row_bytes, dtype=torch.uint8) if masked or not fused else None
     output = query.new_empty(B, T, H, V if padded is None else max(D, V))
     del block, padded
@@ -43,7 +43,7 @@ def unattended_parts(query: Tensor, content: Content, mask: Mask, softcap: float
 def unattended_biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """`attend` [B, T, H, V] with a bias [B or 1, H or 1, T or 1, S] into which the mask is written, block by block."""
     (B, H, T, _), S = query.shape, key.shape[2]
-    rows = next((stop - start for start, stop in blocks(T, 8 * B * H * S, SCORE_BYTES)), 0)
+    rows = next((stop - start for start, stop in blocks(T, 8 * B * H * S, cpu=True)), 0)
     mask = query.new_empty(B * rows * S, dtype=torch.uint8)
     written = query.new_empty(B, bias.shape[1], rows, S, dtype=torch.float32)
     output = query.new_empty(B, T, H, value.shape[-1])

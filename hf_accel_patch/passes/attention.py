@@ -159,7 +159,7 @@ def attention_forward(
         (key, value), latents = latents.expanded, None
     stored = key.content if isinstance(key, Stored) and isinstance(value, Stored) and not answer else None
     if query.is_meta and not answer:  # only planned
-        plain = softcap is None and s_aux is None and sinks is None
+        plain = softcap is None and sinks is None and (s_aux is None or position_bias is None)
         if stored is not None:
             mask = mask_of(attention_mask, T, S, False, query.device)
             return unattended_parts(query, stored, mask, softcap), None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from hf_accel_patch.passes.handwritten import KEY
 from hf_accel_patch.passes.replaying import Decoding, Graphs
 
 GRAPHS = "_hf_accel_graphs"  # on a model
+THEMSELVES, CONTAINERS = frozenset({int, float, str}), (dict, list)
 KINDS = {"full_attention", "sliding_attention"}  # of layers, as configurations call them
 
 
@@ -156,24 +158,27 @@ def identity(model: nn.Module) -> object:
     """Equal as long as the model is in the same place, with the same modules, attributes and weights, which may have
     other values: a recorded step knows no more."""
     found: list[Any] = []
+    configurations: dict[int, Any] = {}  # each once, for most modules hold the same
     for module in model.modules():
         own = vars(module)
-        found.append((id(module), type(module)))
+        found += (id(module), module.__class__)
+        _note(own.values(), found)
         for each in own.values():
-            found.append(_known(each))
-            if isinstance(each, dict | list):
-                found.extend(map(_known, each.values() if isinstance(each, dict) else each))
+            if isinstance(each, CONTAINERS) and each:
+                _note(each.values() if isinstance(each, dict) else each, found)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found.append((tensor.data_ptr(), tensor.dtype, tensor.device))
+                found += (tensor.data_ptr(), tensor.dtype, tensor.device)
         if "config" in own:
-            found.extend(map(_known, vars(own["config"]).values()))
+            configurations[id(own["config"])] = own["config"]
+    for each in configurations.values():
+        _note(vars(each).values(), found)
     return found
 
 
-def _known(value: Any) -> object:
-    """A number or a name itself, because another one may come to lie at its address; the address of all else."""
-    return repr(value) if isinstance(value, int | float | str) else id(value)
+def _note(values: Iterable[Any], found: list[Any]) -> None:
+    """Numbers and names themselves, because another one may come to lie at their address; the address of all else."""
+    found += [each if each.__class__ in THEMSELVES else id(each) for each in values]
 
 
 def _harmless(hook: Any) -> bool:

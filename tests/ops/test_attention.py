@@ -64,6 +64,53 @@ def test_scores_are_overwritten_without_gradients(variant, additive):
     assert (found[1] - found[0])[real].abs().max() < TOLERANCE and found[1].isfinite().all()
 
 
+SEEN = {
+    "causal": lambda: (Causal(T, torch.device("cpu")), causal()),
+    "holes": lambda: (described(T, T, HOLES, square=True), causal() & HOLES[:, None, None]),
+    "window": lambda: (described(T, T).windowed(4), windowed(4).expand(B, 4, T, T)),
+    "bool": lambda: (Dense(causal()[:, :1]), causal()),
+    "additive": lambda: (Dense(torch.zeros(T, T).masked_fill(~causal(), -torch.inf)), causal()),
+    "lowest": lambda: (Dense(~causal() * torch.finfo(torch.float32).min), causal()),
+}
+
+
+@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("V", [D, 5, 20])
+@torch.no_grad()
+def test_sinks_behind_the_fused_kernel(V, heads, seen, monkeypatch):
+    """It gives the sums away, of which a sink takes its share; without gradients. A query that sees nothing gives all
+    its weight to the sink."""
+    monkeypatch.setattr(attention, "PADDED_FROM", 0)
+    monkeypatch.setattr(attention, "PADDED_ROWS", 1)
+    monkeypatch.setattr(attention, "scored", None)
+    (query, key, value), (mask, dense) = inputs(*heads, V=V), seen()
+    for sinks in (torch.tensor([0.5, -1.0, 20.0, -torch.inf]).view(1, 4, 1, 1), torch.randn(B, 4, 1, 1)):
+        variant = Variant(0.3, sinks=sinks)
+        ours = attend(query, key, value, mask, variant)
+        assert (ours - reference(query, key, value, dense, variant)).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_sinks_of_sequences_apart():
+    query, key, value = inputs()
+    mask = DescribedMask((B, 1, T, T), query.device, pytest.fail, causal=True, runs=lambda: contiguous_runs(PADDING))
+    variant = Variant(0.3, sinks=torch.randn(B, 4, 1, 1))
+    ours = attend(query, key, value, mask, variant)
+    expected = reference(query, key, value, causal() & PADDING[:, None, None], variant)
+    assert (ours - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_sinks_in_16_bits_are_as_exact_as_where_all_scores_are_stored():
+    query, key, value = inputs(dtype=torch.bfloat16)
+    variant = VARIANTS["sinks"]
+    exact = reference(query, key, value, causal(), variant)
+    stored = scored(query, key, value, causal(), None, variant)[0]
+    ours = attend(query, key, value, Causal(T, query.device), variant)
+    assert (ours - exact).square().mean() < 1.5 * (stored - exact).square().mean()
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["mha", "gqa"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("padded", [False, True], ids=["scores", "zeros behind"])
@@ -72,7 +119,8 @@ def test_values_of_another_size(V, padded, biased, heads, monkeypatch):
     monkeypatch.setattr(attention, "PADDED_FROM", 0 if padded else 1 << 30)
     monkeypatch.setattr(attention, "PADDED_ROWS", 1)
     fused, called = attention.fused_attention, []
-    monkeypatch.setattr(attention, "fused_attention", lambda *args: called.append(args) or fused(*args))
+    spy = lambda *args, **options: called.append(args) or fused(*args, **options)  # noqa: E731
+    monkeypatch.setattr(attention, "fused_attention", spy)
     query, key, value = inputs(*heads, V=V)
     variant = VARIANTS["bias" if biased else "plain"]
     ours = attend(query, key, value, Causal(T, query.device), variant)
@@ -193,10 +241,11 @@ def described(T_, S, padding=None, square=False):
 
 
 PADDING = torch.arange(T) >= torch.tensor([[0], [5]])
+HOLES = ~PADDING | (torch.arange(T) < 3)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("padding", [None, PADDING, ~PADDING | (torch.arange(T) < 3)], ids=["whole", "left", "holes"])
+@pytest.mark.parametrize("padding", [None, PADDING, HOLES], ids=["whole", "left", "holes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_bias_that_is_the_same_for_all_queries(heads, padding, dtype):
     query, key, value = inputs(*heads, dtype=dtype)

@@ -20,7 +20,7 @@ def described(monkeypatch):
     """Describe every mask, however small, and attend in small blocks; returns the sizes of the dense blocks built."""
     monkeypatch.setattr(described_masks, "DENSE_ELEMENTS", 0)
     monkeypatch.setattr(attention, "SCORE_ELEMENTS", 0)
-    monkeypatch.setattr(ops, "MAX_ROWS", 7)
+    monkeypatch.setattr(ops, "ROWS", 7)
     sizes, real = [], described_masks.sdpa_mask
 
     def counted(**kwargs):

@@ -275,7 +275,7 @@ def test_memory_is_linear(monkeypatch):
         return counted
 
     monkeypatch.setattr(grouped, "LEAST_ROWS", 7)
-    monkeypatch.setattr(grouped, "SCORE_BYTES", 100 * 2 * 4 * 8 * 7)
+    monkeypatch.setattr("hf_accel_patch.ops.attention.SCORE_BYTES", 100 * 2 * 4 * 8 * 7)
     for name in ("_fused", "weighed"):  # without gradients and with them
         monkeypatch.setattr(grouped, name, counting(getattr(grouped, name)))
         found = logits(model, LONG) if name == "_fused" else model(LONG).logits.detach()
