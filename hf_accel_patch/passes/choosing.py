@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from hf_accel_patch.ops.pacing import Guess, Pace
 
@@ -104,7 +106,7 @@ class Chooser:
         streamer: Any,
     ) -> None:
         self.input_ids, self.finished = input_ids, False
-        self.processor, self.criteria, self.streamer = logits_processor, stopping_criteria, streamer
+        self.processor, self.criteria, self.streamer = _processing(logits_processor), stopping_criteria, streamer
         self.samples = generation_config.do_sample
         self.answers = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if self.answers and generation_config.output_scores else None
@@ -142,3 +144,17 @@ class Chooser:
     def room(self) -> int:
         """How many tokens may follow the next one; 0 if nothing says so."""
         return self.criteria.max_length - self.input_ids.shape[1] - 1 if self.criteria.max_length else 0
+
+
+def _processing(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a list of processors does, which looks at the signature of each at every step: here once."""
+    plain = type(processors) is LogitsProcessorList
+    if not plain or any(len(inspect.signature(each.__call__).parameters) > 2 for each in processors):
+        return processors
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        for each in processors:
+            scores = each(input_ids, scores)
+        return scores
+
+    return process
