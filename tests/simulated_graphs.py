@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_accel_patch.ops.graphs import Refused, Watching, check
+from hf_accel_patch.ops.graphs import Watching
+from hf_accel_patch.ops.refusing import Refused, check
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,9 @@ class Simulated:
 
 class SimulatedRecorder:
     """Records as `CudaRecorder` does: a first run that is watched, then the capture."""
+
+    passes: int = 64
+    most_bytes: int | None = None
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.device = device

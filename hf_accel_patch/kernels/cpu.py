@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_accel_patch.kernels.noting import Call, notes, unnoted
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 FEATURES = {64: {"avx512f", "avx512bw", "f16c"}, 32: {"avx2", "fma", "f16c"}}  # by rows per block of int4 codes
@@ -64,8 +66,12 @@ def readable(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def recorded_or_replaced() -> bool:
-    """Whether anything records or replaces the operators of PyTorch, which must then be all that computes."""
-    return bool(torch.compiler.is_compiling() or _dispatch_modes() or _tracing_state() or _transforms())
+    """Whether anything records or replaces the operators of PyTorch, which must then be all that computes. What notes
+    our calls beside them does not count."""
+    modes = _dispatch_modes()
+    if modes == 1 and notes() is not None:
+        modes = 0
+    return bool(torch.compiler.is_compiling() or modes or _tracing_state() or _transforms())
 
 
 def linear_int4(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:
@@ -78,6 +84,8 @@ def linear_int4(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, 
             out.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
+    if (tell := notes()) is not None:
+        tell(Call(kernels.linear_int4, x, out, (codes, scales, table), K // groups))
     return out
 
 
@@ -91,6 +99,8 @@ def linear_int8(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor) 
             torch.get_num_threads(),
         )
     )  # fmt: skip
+    if (tell := notes()) is not None:
+        tell(Call(kernels.linear_int8, x, out, (codes, scales)))
     return out
 
 
@@ -105,6 +115,8 @@ def linear_float(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor |
             torch.get_num_threads(),
         )
     )  # fmt: skip
+    if (tell := notes()) is not None:
+        tell(Call(kernels.linear_float, x, out, (weight, bias)))
     return out
 
 
@@ -112,6 +124,7 @@ def unpack_int4(
     kernels: ctypes.CDLL, codes: Tensor, scales: Tensor, table: Tensor | None, start: int, stop: int
 ) -> Tensor:
     """Blocks start..stop as bfloat16 [K, rows], which last until this thread unpacks the next."""
+    unnoted("unpack_int4")
     (groups, N), K, block = scales.shape[:2], codes.shape[1], codes.shape[2] * 2
     rows = (stop - start) * block
     out = scratch(K * (rows + STRIDE), torch.bfloat16).view(K, rows + STRIDE)
@@ -124,6 +137,7 @@ def unpack_int4(
 
 def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
     """Contiguous int8 codes as bfloat16, which holds them exactly. It lasts until this thread unpacks the next."""
+    unnoted("unpack_int8")
     out = scratch(codes.numel(), torch.bfloat16).view(codes.shape)
     kernels.unpack_int8(codes.data_ptr(), codes.numel(), out.data_ptr(), torch.get_num_threads())
     return out
@@ -131,6 +145,7 @@ def unpack_int8(kernels: ctypes.CDLL, codes: Tensor) -> Tensor:
 
 def narrow_rows(kernels: ctypes.CDLL, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] as int8 with a float32 scale [M] per row; input features where `skip` (bool [K]) is set become 0."""
+    unnoted("narrow_rows")
     q = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scales = torch.empty(len(x), dtype=torch.float32, device="cpu")
     kernels.narrow_rows(
@@ -142,6 +157,7 @@ def narrow_rows(kernels: ctypes.CDLL, x: Tensor, skip: Tensor) -> tuple[Tensor, 
 
 def scale_products(kernels: ctypes.CDLL, products: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
     """out [M, n] = products int32 [M, n] * rows float32 [M] * columns bfloat16 [n]. The rows of `out` may be apart."""
+    unnoted("scale_products")
     kernels.scale_products(
         products.data_ptr(), *products.shape, rows.data_ptr(), columns.data_ptr(), DTYPES[out.dtype], out.data_ptr(),
         out.stride(0), torch.get_num_threads(),

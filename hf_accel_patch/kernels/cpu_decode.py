@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels.noting import Call, notes, unnoted
 
 SOURCE = Path(__file__).with_name("decode.c")
 BLOCK = 64  # tokens
@@ -86,6 +87,9 @@ def attend(
     )  # fmt: skip
     if kernels.attend(arguments):
         raise MemoryError("no memory for the parts of an attention")
+    if (tell := notes()) is not None:
+        read = (keys, values, *(packed or ()), mask, sinks, bias, rest, added, sums)
+        tell(Call(kernels.attend, query, out, read, argument=arguments))
     return out
 
 
@@ -99,6 +103,7 @@ def _broadcast(tensor: Tensor | None) -> tuple[int, list[int]]:
 def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packed:
     """What ops.kv.pack makes, to the bit, of keys [B, K, 64 N, D] and values [B, K, 64 N, V] of one dtype, with the
     last dimension contiguous."""
+    unnoted("pack")
     (B, K, S, D), V = keys.shape, values.shape[3]
     N, D_packed, V_packed = S // BLOCK, -(-D // 8) * 8, -(-V // 16) * 16
     groups = V_packed // 64 if bits == 4 and V_packed % 64 == 0 else 1

@@ -1,4 +1,5 @@
-"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one.
+"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one; on a CPU
+as what ops/tape.py makes of them.
 
 A replay does to the same memory what the recorded function did, and runs nothing of Python. So the function has to read
 what changes between its calls from tensors that stay where they are, and must neither wait for the device nor keep a
@@ -19,22 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-aten = torch.ops.aten
-WAITS = frozenset(  # what gives the host a number, or a size that follows from numbers
-    {
-        aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.masked_select, aten.equal, aten.bincount,
-        aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive,
-        aten.allclose,
-    }
-)  # fmt: skip
+from hf_accel_patch.kernels import cpu_steps
+from hf_accel_patch.ops.refusing import check
+from hf_accel_patch.ops.tape import TapeRecorder
+
 STATE = threading.local()
 LOCK = threading.RLock()  # of captures and replays of all models: a capture waits for the whole device
-
-
-class Refused(Exception):
-    """Why a function cannot be recorded."""
 
 
 class Recorded(Protocol):
@@ -49,12 +41,17 @@ class Recorder(Protocol):
     function raises; the function may have run by then."""
 
     device: torch.device
+    passes: int  # in which a recording pays
+    most_bytes: int | None  # of buffers that a cache is moved to for it
 
     def __call__(self, function: Callable[[], Tensor]) -> Recorded: ...
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on this device; None where nothing does."""
+    if device.type == "cpu":
+        kernels = cpu_steps.library()
+        return None if kernels is None else TapeRecorder(kernels)
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return CudaRecorder(device)
@@ -89,41 +86,6 @@ class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
-    """Raise Refused for an operator that no capture on this device takes."""
-    packet = func.overloadpacket
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    why = ""
-    if packet in WAITS and any(each.device.type == device.type for each in tensors):
-        why = "waits for its numbers"
-    elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-        indices = [each for each in args[1] if each is not None]
-        if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
-            why = "with a mask waits for its numbers"
-        elif any(each.device != args[0].device for each in indices):
-            why = "with indices elsewhere copies them"
-    elif packet is aten.repeat_interleave and func is not aten.repeat_interleave.self_int:
-        if kwargs.get("output_size") is None:
-            why = "waits for its numbers"
-    elif (
-        packet is aten.lift_fresh
-        and tensors[0].device.type == device.type
-        and (tensors[0].ndim or device.type != "cpu")
-    ):
-        why = "of a new constant copies from the host's memory"
-    elif packet in (aten._to_copy, aten.copy_):
-        if _from_elsewhere(packet, args, kwargs):
-            why = "copies from or to other memory"
-    if why:
-        raise Refused(f"{packet} {why}")
-
-
-def _from_elsewhere(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    source = args[1] if packet is aten.copy_ else args[0]
-    target = args[0].device if packet is aten.copy_ else kwargs.get("device")
-    return target is not None and torch.device(target).type != source.device.type
-
-
 @dataclass
 class CudaRecorded:
     """A CUDA graph."""
@@ -153,6 +115,8 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 class CudaRecorder:
     """Makes CUDA graphs that share the memory of what they compute in between. That memory goes with the last of them,
     and its handle is of no use afterwards."""
+
+    passes, most_bytes = 64, None  # a recording takes about as long as so many passes
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index

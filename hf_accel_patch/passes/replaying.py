@@ -24,7 +24,6 @@ from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, 
 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
-PASSES = 64  # for a recording to pay, which takes about so many: those to come, and those that went the ordinary way
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 NEAR = 8  # the same where fewer are to come
@@ -155,7 +154,7 @@ class Decoding:
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
         step = None if room is None else room.step(width, given.stop)
         alike = len(given.tokens), width
-        if step is None and to_come + self.graphs.waited[alike] < PASSES * max(1, width // 2):
+        if step is None and to_come + self.graphs.waited[alike] < self.recorder.passes * max(1, width // 2):
             self.graphs.waited[alike] += 1
             return given.plain()
         if room is None or room is not self.room:

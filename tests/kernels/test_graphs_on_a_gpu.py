@@ -14,7 +14,7 @@ GRAPHED = KVCache(graphs=True)
 
 @pytest.fixture(autouse=True)
 def _texts_are_short(monkeypatch):
-    monkeypatch.setattr(replaying, "PASSES", 8)
+    monkeypatch.setattr(CudaRecorder, "passes", 8)
 
 
 def generate(model, inputs, new=60, **kwargs):

@@ -9,7 +9,8 @@ import torch
 from simulated_graphs import SimulatedRecorder
 
 from hf_accel_patch.ops import graphs
-from hf_accel_patch.ops.graphs import Refused, Watching, marked, recorder_for, recording
+from hf_accel_patch.ops.graphs import Watching, marked, recorder_for, recording
+from hf_accel_patch.ops.refusing import Refused
 
 CPU = torch.device("cpu")
 X = torch.arange(6.0)

@@ -41,7 +41,7 @@ def _operators_only(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _texts_are_short(monkeypatch):
-    monkeypatch.setattr(replaying, "PASSES", 8)
+    monkeypatch.setattr(SimulatedRecorder, "passes", 8)
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def as_many_as(limit):
 @pytest.mark.parametrize("drafted", [1, 3, 6, 12])
 def test_drafts_are_verified_by_recorded_passes(drafted, made, monkeypatch):
     monkeypatch.setattr(Pace, "choose", as_many_as(drafted))
-    monkeypatch.setattr(replaying, "PASSES", 3)
+    monkeypatch.setattr(SimulatedRecorder, "passes", 3)
     model, inputs = small(), torch.cat([prompt(10)] * 3, 1)
     truth = generate(model, inputs, 44)
     patch(model, cache=RECORDED, speculative="ngram")
@@ -287,7 +287,7 @@ def test_graphs_are_on_where_there_are_any_and_nobody_says_otherwise(made):
 
 
 def test_short_texts_are_recorded_once_there_were_many(made, monkeypatch):
-    monkeypatch.setattr(replaying, "PASSES", 40)
+    monkeypatch.setattr(SimulatedRecorder, "passes", 40)
     model = small()
     truth = generate(model)
     patch(model, cache=RECORDED)
@@ -566,7 +566,7 @@ def test_prefixes_and_a_copy_that_drafts(made):
 
 def test_what_the_benchmark_measures(made, monkeypatch):
     monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
-    monkeypatch.setattr(replaying, "PASSES", 4)
+    monkeypatch.setattr(SimulatedRecorder, "passes", 4)
     asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2}
     with torch.no_grad():
         rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))
