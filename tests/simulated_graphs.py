@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops.graphs import Watching
 from hf_accel_patch.ops.refusing import Refused, check
+from hf_accel_patch.ops.tape import Tape, TapeRecorder
 
 CPU = torch.device("cpu")
 
@@ -67,6 +69,33 @@ class SimulatedRecorder:
                 output = function()
         capture.end(output)
         self.made.append(Simulated(output, capture.run))
+        return self.made[-1]
+
+
+class CountedTape:
+    """What is replayed on a CPU, counted."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape, self.replays = tape, 0
+
+    def replay(self) -> Tensor:
+        self.replays += 1
+        return self.tape.replay()
+
+
+class CountingTapes(TapeRecorder):
+    """The recorder for CPUs, with what it has made."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__(cpu_steps.library(), device)
+        self.made: list[CountedTape] = []
+
+    @property
+    def replays(self) -> int:
+        return sum(each.replays for each in self.made)
+
+    def __call__(self, function: Callable[[], Tensor]) -> CountedTape:
+        self.made.append(CountedTape(super().__call__(function)))
         return self.made[-1]
 
 

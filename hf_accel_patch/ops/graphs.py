@@ -1,5 +1,5 @@
-"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one; on a CPU
-as what ops/tape.py makes of them.
+"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one, on a
+CPU as ops/tape.py says.
 
 A replay does to the same memory what the recorded function did, and runs nothing of Python. So the function has to read
 what changes between its calls from tensors that stay where they are, and must neither wait for the device nor keep a
@@ -41,8 +41,14 @@ class Recorder(Protocol):
     function raises; the function may have run by then."""
 
     device: torch.device
-    passes: int  # in which a recording pays
-    most_bytes: int | None  # of buffers that a cache is moved to for it
+
+    @property
+    def passes(self) -> int:
+        """In which a recording pays."""
+
+    @property
+    def most_bytes(self) -> int | None:
+        """Of buffers that a cache is moved to for it."""
 
     def __call__(self, function: Callable[[], Tensor]) -> Recorded: ...
 

@@ -85,7 +85,7 @@ def translated(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list
     if func is aten.pow.Tensor_Scalar and args[1] == 2:
         return _elementwise(Kind.SQUARE, outputs[0], args[0])
     if func in COPIES:
-        return _copy(Operand(outputs[0]), outputs[0], args[1 if func is aten.copy_.default else 0])
+        return _copy(Operand(outputs[0].detach()), outputs[0], args[1 if func is aten.copy_.default else 0])
     if func in OTHERS:
         return OTHERS[func](args, kwargs, outputs)
     return None

@@ -1,4 +1,4 @@
-"""Operators that no recording takes: what they give depends on numbers that the host has to wait for, or lies elsewhere."""
+"""Operators that no recording takes: they give the host numbers, or copy from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Steps of a model on a CPU, noted once and run again by compiled code: what CUDA graphs are on a GPU.
 
 A decode step of a small model is bound by Python: hundreds of operators on a few thousand numbers each. Here they are
-noted, with the memory that they read and write, beside the calls of compiled kernels. A replay runs them in C, one after
-another (kernels/steps.c); what that does not know runs as the operator of PyTorch that it is. What is computed in between
-shares one piece of memory, small enough to stay in the cache.
+noted, with the memory that they read and write, beside the calls of compiled kernels. A replay runs them in C, one
+after another (kernels/steps.c); what that does not know runs as the operator of PyTorch that it is. What is computed in
+between shares one piece of memory, small enough to stay in the cache.
 
 What a function reads from the host is noted as it was: so it has to read what changes between its calls from tensors
 that stay where they are. It is refused where it asks a tensor for numbers.
@@ -12,7 +12,9 @@ that stay where they are. It is refused where it asks a tensor for numbers.
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +60,18 @@ class Notes:
 
     entries: list[Operator | Plain] = field(default_factory=list)
     made: dict[int, Tensor] = field(default_factory=dict)  # kept, so that no address comes twice
+    given: list[weakref.ref[Tensor]] = field(default_factory=list)  # what the function has got of it
+
+    def check_nothing_kept(self, output: Tensor) -> None:
+        """Raise Refused where a tensor other than the output is left: no replay would renew it."""
+        for collect in (False, True):
+            if collect:
+                gc.collect()
+            alive = [each for ref in self.given if (each := ref()) is not None and each is not output]
+            left = [tuple(each.shape) for each in alive if _address(each) != _address(output)]
+            if not left:
+                return
+        raise Refused(f"tensors of shapes {left} are kept outside of it")
 
 
 class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -76,14 +90,15 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = [each for each in outputs if _address(each) not in known and each.numel()]
         for each in fresh:
             self.notes.made[_address(each)] = each.detach()
+            self.notes.given.append(weakref.ref(each))
         if outputs and not fresh and not func._schema.is_mutable:
             return result  # views
         found = translated(func, args, kwargs, outputs)
         if found is None:
-            alias = Tensor.detach
-            mine = tree_map_only(Tensor, alias, args), tree_map_only(Tensor, alias, kwargs)
-            found = [Plain(func, *mine, [each.detach() for each in outputs] if fresh else [])]
-        self.notes.entries += found
+            mine = tree_map_only(Tensor, Tensor.detach, args), tree_map_only(Tensor, Tensor.detach, kwargs)
+            self.notes.entries.append(Plain(func, *mine, [each.detach() for each in outputs] if fresh else []))
+        else:
+            self.notes.entries += found
         return result
 
 
@@ -113,6 +128,7 @@ class TapeRecorder:
                 output = function()
         except Unnoted as error:
             raise Refused(str(error)) from error
+        notes.check_nothing_kept(output)
         return Tape(self.kernels, notes, output)
 
 

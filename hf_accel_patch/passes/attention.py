@@ -18,6 +18,7 @@ from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
 from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
 from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.kernels.noting import notes
 from hf_accel_patch.ops.attention import attend, scored
 from hf_accel_patch.ops.backends import BACKENDS, DECODED_ROWS, Asked, Backend, attend_by, missing
 from hf_accel_patch.ops.case import Dense, Variant
@@ -232,6 +233,8 @@ def _direct(
 def _split(asked: Asked, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, variant: Variant) -> Tensor | None:
     """Of a step that is recorded, with a mask over more keys than there are tokens: by the Triton kernel that splits
     the keys, if it is there and takes the case, for PyTorch's kernels leave most of a GPU idle at few queries."""
+    if notes() is not None:
+        return None
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     suits = mask.dtype == torch.bool and rows <= DECODED_ROWS and variant.bias is None
     if asked.backend not in ("auto", "triton") or not suits or missing("triton") is not None:

@@ -56,9 +56,9 @@ class KVCache:
     `offload`: of long texts only so many of the latest tokens stay where the model is; the older ones go to the host's
     memory, as they are or in 8 or 4 bits. Every step reads them over the bus: for GPUs whose memory is short.
 
-    `graphs`: on an NVIDIA GPU, steps of `generate` over an exact cache are recorded and replayed as CUDA graphs, which
-    the host launches as one. Buffers then have room for all tokens to come, and stay where they are. What does not fit
-    runs as before; `report` says why. False switches it off; True is an error where there is no such GPU.
+    `graphs`: steps of `generate` over an exact cache are recorded once and replayed without Python: on an NVIDIA GPU as
+    CUDA graphs, on an x86 CPU by compiled code. Buffers then have room for all tokens to come, and stay where they are.
+    What does not fit runs as before; `report` says why. False switches it off; True is an error where it cannot be.
 
     Nothing is new to its users: caches are `DynamicCache` objects, whoever makes them; their layers change when a
     model's first layer meets them. A cache that crops, reorders, repeats or resets its tokens goes on doing that.
@@ -72,7 +72,7 @@ class KVCache:
     sinks: int = 4  # tokens
     offload: int | None = None  # tokens that stay on the model's device, at least a block of 64; None: all
     prefixes: PrefixCache | int | str | None = None  # bytes, as a number or like "2GiB", for prompts that begin alike
-    graphs: bool | None = None  # steps are replayed as CUDA graphs; None: where the model is on an NVIDIA GPU
+    graphs: bool | None = None  # steps are recorded and replayed; None: where the model is on an NVIDIA GPU or x86 CPU
 
     name = "cache"
 

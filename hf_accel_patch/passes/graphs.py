@@ -1,9 +1,10 @@
-"""Decode steps and verification passes replayed as CUDA graphs: whether, and where `generate` comes to them.
+"""Decode steps and verification passes recorded and replayed: whether, and where `generate` comes to them.
 
-On a GPU a small step is bound by the host: every kernel is launched from Python. A step that was recorded once is
-launched as a whole. transformers' loops, and those of speculative decoding, call the model through a `Decoding`
-(passes/replaying.py): where a step fits and pays it is recorded and from then on replayed, on buffers that stay where
-they are (passes/rooms.py), over tokens, places and positions that it reads from the device. All else runs as before.
+A small step is bound by Python, which launches every kernel of a GPU, or calls every operator of a CPU. A step that was
+recorded once is launched as a CUDA graph, or run by compiled code, as a whole. transformers' loops, and those of
+speculative decoding, call the model through a `Decoding` (passes/replaying.py): where a step fits and pays it is
+recorded and from then on replayed, on buffers that stay where they are (passes/rooms.py), over tokens, places and
+positions that it reads from the device. All else runs as before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import WIDENS_MASKS, View
 from hf_accel_patch.families.handwritten import handwritten_modules
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops.graphs import recorder_for
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.handwritten import KEY
@@ -35,11 +37,12 @@ def asked(view: View) -> Graphs:
     """What a model is to carry. Raises UnsupportedModel where there are no graphs at all."""
     device = view.model.device
     if device.type != "meta" and recorder_for(device) is None:
+        reason = cpu_steps.why_not() if device.type == "cpu" else f"the model is on {device.type}"
         raise UnsupportedModel(
-            f"cache: graphs=True: the model is on {device.type}, and CUDA graphs are for NVIDIA GPUs",
-            "move the model to a GPU before it is patched, or leave graphs out",
+            f"cache: graphs=True: steps are replayed on NVIDIA GPUs and, by compiled code, on x86 processors: {reason}",
+            "leave graphs out, or move the model before it is patched",
         )
-    return Graphs(never(view))
+    return Graphs(never(view), asked=True)
 
 
 def by_default(view: View) -> Graphs | None:

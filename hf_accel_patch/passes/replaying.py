@@ -19,6 +19,7 @@ from hf_accel_patch.families import dtype_of
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
+from hf_accel_patch.ops.refusing import Refused
 from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
 from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, visible
 
@@ -36,8 +37,9 @@ KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "log
 class Graphs:
     """What was recorded of one model. One object serves all threads; a copy of the model gets its own."""
 
-    def __init__(self, never: str = "") -> None:
+    def __init__(self, never: str = "", asked: bool = False) -> None:
         self.never = self.off = never  # why nothing is recorded
+        self.asked = asked  # whether somebody wants it
         self.recorder: Recorder | None = None
         self.rooms: list[Room] = []
         self.lock = threading.RLock()
@@ -49,10 +51,10 @@ class Graphs:
         self.hooked = ""  # why a model that is made of this replays nothing
 
     def __reduce__(self) -> Any:
-        return Graphs, (self.never,)
+        return Graphs, (self.never, self.asked)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return Graphs(self.never)
+        return Graphs(self.never, self.asked)
 
     def room_for(self, layers: list[_InPlace], need: int) -> Room | None:
         """The room that these layers are in or could move into, with `need` entries."""
@@ -81,11 +83,12 @@ class Graphs:
     def _vacant(self, room: Room, layers: list[_InPlace], need: int) -> bool:
         return room in self.rooms and room.capacity >= need and room.free() and room.suits(layers)
 
-    def stop(self, reason: str) -> None:
-        """Nothing is recorded or replayed any more."""
+    def stop(self, reason: str, *, refused: bool = False) -> None:
+        """Nothing is recorded or replayed any more. `refused`: because this model cannot be."""
         with self.lock:
             if not self.off:
-                logger.warning(f"steps are not replayed as CUDA graphs any more, and run as before: {reason}")
+                say = logger.info if refused and not self.asked else logger.warning
+                say(f"steps are not recorded and replayed any more, and run as before: {reason}")
             self.off, self.rooms, self.recorder = reason, [], None
 
     def facts(self) -> dict[str, Any]:
@@ -159,6 +162,8 @@ class Decoding:
             return given.plain()
         if room is None or room is not self.room:
             most = given.stop + min(to_come, reserve(layers)) + SPARE
+            if room is None and (limit := self.recorder.most_bytes) and token_bytes(layers) * most > limit:
+                return self._refuse(f"the cache would be moved to more than {limit >> 20} MiB for it", given.plain)
             try:
                 self.room = room = self.graphs.enter(room, layers, given.stop + SPARE, most)
             except torch.OutOfMemoryError:
@@ -202,7 +207,7 @@ class Decoding:
             with self.graphs.lock, marked():
                 recorded = self.recorder(partial(self._forward, room, width, size, given.cache))
         except Exception as error:
-            self.graphs.stop(_line(error))
+            self.graphs.stop(_line(error), refused=isinstance(error, Refused))
             return outputs
         room.steps[width, size, torch.is_inference_mode_enabled()] = Step(recorded, type(outputs))
         self.graphs.counts["recorded"] += 1
@@ -247,9 +252,12 @@ class Decoding:
 
 def reserve(layers: Sequence[_InPlace]) -> int:
     """For how many tokens to come a room has space: as many as the cache holds, or of a gigabyte, if that is more."""
-    held = [each for layer in layers for each in layer.placed() or ()]
-    token_bytes = sum(each.buffer[:, :, :1].nbytes for each in held)
-    return max(LEAST_VISIBLE, min(RESERVE, max(RESERVE_BYTES // token_bytes, layers[0].get_seq_length())))
+    return max(LEAST_VISIBLE, min(RESERVE, max(RESERVE_BYTES // token_bytes(layers), layers[0].get_seq_length())))
+
+
+def token_bytes(layers: Sequence[_InPlace]) -> int:
+    """What a token takes in the cache."""
+    return sum(each.buffer[:, :, :1].nbytes for layer in layers for each in layer.placed() or ())
 
 
 def masks(model: PreTrainedModel, room: Room, places: Tensor, size: int, cache: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from cases import entry, left_padded, prompt, tiny
 
 from hf_accel_patch import KVCache, patch, report, unpatch
+from hf_accel_patch.ops.graphs import CudaRecorder
 from hf_accel_patch.passes import replaying
 from hf_accel_patch.passes.graphs import GRAPHS
 

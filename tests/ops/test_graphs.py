@@ -8,9 +8,11 @@ import pytest
 import torch
 from simulated_graphs import SimulatedRecorder
 
+from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops import graphs
 from hf_accel_patch.ops.graphs import Watching, marked, recorder_for, recording
 from hf_accel_patch.ops.refusing import Refused
+from hf_accel_patch.ops.tape import TapeRecorder
 
 CPU = torch.device("cpu")
 X = torch.arange(6.0)
@@ -63,8 +65,12 @@ def test_what_does_not_wait_is_taken(function):
         assert isinstance(function(), torch.Tensor)
 
 
-def test_nothing_records_on_a_cpu():
-    assert recorder_for(CPU) is None and recorder_for(torch.device("meta")) is None
+def test_what_records(monkeypatch):
+    assert recorder_for(torch.device("meta")) is None
+    monkeypatch.setattr(cpu_steps, "_load", lambda: (object(), ""))
+    assert isinstance(recorder_for(CPU), TapeRecorder)
+    monkeypatch.setattr(cpu_steps, "_load", lambda: (None, "there is no C compiler"))
+    assert recorder_for(CPU) is None
 
 
 def test_whether_a_function_is_being_recorded():

@@ -1,4 +1,4 @@
-"""Recorded steps give the tokens of the ordinary ones: with a simulated CUDA graph, which replays operators only."""
+"""Recorded steps give the tokens of the ordinary ones: on a CPU, and with a simulated CUDA graph."""
 
 import argparse
 import copy
@@ -12,12 +12,12 @@ import torch
 from cases import build, entry, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
-from simulated_graphs import SimulatedRecorder
+from simulated_graphs import CountingTapes, SimulatedRecorder
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
-from hf_accel_patch.kernels import cpu, cpu_decode
+from hf_accel_patch.kernels import cpu, cpu_decode, cpu_steps
 from hf_accel_patch.ops import backends
 from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
@@ -29,11 +29,20 @@ RECORDED = KVCache(graphs=True)
 SLOW = pytest.mark.slow
 
 
+@pytest.fixture(params=["graph", "tape"])
+def kind(request):
+    """What records."""
+    if request.param == "tape" and cpu_steps.library() is None:
+        pytest.skip(cpu_steps.why_not())
+    return SimulatedRecorder if request.param == "graph" else CountingTapes
+
+
 @pytest.fixture(autouse=True)
-def _operators_only(monkeypatch):
-    """What compiled kernels do, no dispatcher sees."""
-    for module in (cpu, cpu_decode):
-        monkeypatch.setattr(module, "library", lambda width=None: None)
+def _operators_only(monkeypatch, request):
+    """What compiled kernels do, no dispatcher sees; on a CPU it is noted."""
+    if "kind" not in request.fixturenames or request.getfixturevalue("kind") is SimulatedRecorder:
+        for module in (cpu, cpu_decode):
+            monkeypatch.setattr(module, "library", lambda width=None: None)
     monkeypatch.setattr(backends, "_triton", lambda: None)
     monkeypatch.setattr(rooms, "LEAST_VISIBLE", 16)  # so that short texts pass several of the lengths that steps see
     monkeypatch.setattr(replaying, "AHEAD", 8)
@@ -41,16 +50,21 @@ def _operators_only(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _texts_are_short(monkeypatch):
-    monkeypatch.setattr(SimulatedRecorder, "passes", 8)
+    passes(monkeypatch, 8)
+
+
+def passes(monkeypatch, count):
+    for kind in (SimulatedRecorder, CountingTapes):
+        monkeypatch.setattr(kind, "passes", count)
 
 
 @pytest.fixture
-def made(monkeypatch):
+def made(monkeypatch, kind):
     """The recorders that were asked for."""
     recorders = []
 
     def recorder_for(device):
-        recorders.append(SimulatedRecorder(device))
+        recorders.append(kind(device))
         return recorders[-1]
 
     monkeypatch.setattr(graphs, "recorder_for", recorder_for)
@@ -225,7 +239,7 @@ def as_many_as(limit):
 @pytest.mark.parametrize("drafted", [1, 3, 6, 12])
 def test_drafts_are_verified_by_recorded_passes(drafted, made, monkeypatch):
     monkeypatch.setattr(Pace, "choose", as_many_as(drafted))
-    monkeypatch.setattr(SimulatedRecorder, "passes", 3)
+    passes(monkeypatch, 3)
     model, inputs = small(), torch.cat([prompt(10)] * 3, 1)
     truth = generate(model, inputs, 44)
     patch(model, cache=RECORDED, speculative="ngram")
@@ -287,7 +301,7 @@ def test_graphs_are_on_where_there_are_any_and_nobody_says_otherwise(made):
 
 
 def test_short_texts_are_recorded_once_there_were_many(made, monkeypatch):
-    monkeypatch.setattr(SimulatedRecorder, "passes", 40)
+    passes(monkeypatch, 40)
     model = small()
     truth = generate(model)
     patch(model, cache=RECORDED)
@@ -372,15 +386,16 @@ def test_short_outputs_are_not_recorded(made):
     assert "graphs_recorded" not in said(model)
 
 
-def test_other_options():
+def test_other_options(monkeypatch):
     for options in ({"kind": "int8"}, {"kind": "sinks", "window": 64}, {"offload": 64}):
         with pytest.raises(ValueError, match=r"graphs with .*; allowed: the exact cache"):
             KVCache(graphs=True, **options)
     model = small()
     before = fingerprint(model)
-    with pytest.raises(UnsupportedModel, match="graphs=True: the model is on cpu") as raised:
+    monkeypatch.setattr(cpu_steps, "_load", lambda: (None, "there is no C compiler"))
+    with pytest.raises(UnsupportedModel, match=r"graphs=True: .* there is no C compiler") as raised:
         patch(model, cache=RECORDED)
-    assert "move the model to a GPU" in raised.value.hint and not changes(before, fingerprint(model))
+    assert "leave graphs out" in raised.value.hint and not changes(before, fingerprint(model))
 
 
 # Weights, copies, and the way back
@@ -566,7 +581,7 @@ def test_prefixes_and_a_copy_that_drafts(made):
 
 def test_what_the_benchmark_measures(made, monkeypatch):
     monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
-    monkeypatch.setattr(SimulatedRecorder, "passes", 4)
+    passes(monkeypatch, 4)
     asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2}
     with torch.no_grad():
         rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))

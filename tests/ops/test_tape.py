@@ -1,0 +1,270 @@
+"""What compiled code runs again on a CPU, against PyTorch on the same numbers."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_accel_patch.kernels import cpu, cpu_decode, cpu_steps
+from hf_accel_patch.kernels.noting import unnoted
+from hf_accel_patch.ops.linear import linear_int4, linear_int8
+from hf_accel_patch.ops.packing import int4_block, pack
+from hf_accel_patch.ops.products import as_floats
+from hf_accel_patch.ops.refusing import Refused
+from hf_accel_patch.ops.tape import Plain, TapeRecorder
+
+pytestmark = pytest.mark.skipif(cpu_steps.library() is None, reason=cpu_steps.why_not())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def record(function):
+    return TapeRecorder(cpu_steps.library())(function)
+
+
+def plain(tape):
+    """Operators that PyTorch runs."""
+    return [str(piece.func) for piece in tape.pieces if isinstance(piece, Plain)]
+
+
+def renew(*tensors):
+    """Other numbers in the same memory."""
+    for index, each in enumerate(tensors):
+        each.copy_(normal(*each.shape, seed=10 + index))
+
+
+def rms_norm(x, w):
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+ALIKE = {  # to the bit
+    "add": lambda x, y, w: x + y,
+    "numbers": lambda x, y, w: (x * 0.3 + 1e-6) / 3 - 2,
+    "broadcast": lambda x, y, w: (x * w) - y[:1, :, :1],
+    "weight first": lambda x, y, w: w * x,
+    "in place": lambda x, y, w: x.clone().mul_(y).add_(w).div_(2).sub_(y),
+    "square": lambda x, y, w: x.pow(2) + 0.1,
+    "signs": lambda x, y, w: F.relu(-x),
+    "transposed": lambda x, y, w: (x.transpose(0, 1) * y.transpose(0, 1)).transpose(0, 1).contiguous(),
+    "halves": lambda x, y, w: torch.cat((-x[..., 20:], x[..., :20]), dim=-1) * y,
+    "rows": lambda x, y, w: torch.cat((x, y[:1]), dim=0),
+    "types": lambda x, y, w: (x.float() * y.float()).to(x.dtype) + x.to(torch.bfloat16).to(x.dtype),
+    "a copy with gaps": lambda x, y, w: y.clone().copy_(x[:, :1]) + y,
+    "many dimensions": lambda x, y, w: (x.view(3, 5, 2, 2, 10).permute(2, 0, 4, 1, 3) + 1).reshape(-1, 5),
+}
+CLOSE = {
+    "silu": lambda x, y, w: F.silu(x * 8),
+    "sigmoid": lambda x, y, w: torch.sigmoid(x * 8),
+    "exp": lambda x, y, w: torch.exp(x * 2),
+    "root": lambda x, y, w: torch.rsqrt(x.abs() + 0.1),
+    "mean": lambda x, y, w: x.mean(-1, keepdim=True) + y,
+    "mean without the dimension": lambda x, y, w: x.mean(-1),
+    "mean of a view": lambda x, y, w: x.transpose(0, 2).mean(-1, keepdim=True),
+    "layer norm": lambda x, y, w: F.layer_norm(x, (40,), w, w, 1e-5),
+    "layer norm, bare": lambda x, y, w: F.layer_norm(x, (40,)),
+    "rms norm": lambda x, y, w: rms_norm(x, w),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*ALIKE, *CLOSE])
+def test_operators(name, dtype):
+    function = {**ALIKE, **CLOSE}[name]
+    x, y = (normal(3, 5, 40, dtype=dtype, seed=seed) for seed in (0, 1))
+    w = torch.nn.Parameter(normal(40, dtype=dtype, seed=2), requires_grad=False)
+    tape = record(lambda: function(x, y, w))
+    assert not plain(tape)
+    for _ in range(2):
+        renew(x, y)
+        found, expected = tape.replay(), function(x, y, w)
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        if name in ALIKE:
+            assert torch.equal(found, expected)
+        else:  # sums in another order
+            exact = function(x.double(), y.double(), w.double())
+            assert ((found - exact).abs() <= 3 * torch.finfo(dtype).eps * (exact.abs() + 1)).all()
+
+
+def test_extremes():
+    x = torch.tensor([-200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, float("inf"), float("-inf"), float("nan")])
+    for function in (torch.exp, torch.sigmoid, F.silu):
+        found, expected = record(lambda f=function: f(x)).replay(), function(x)
+        assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+        finite = expected.isfinite()
+        assert torch.allclose(found[finite], expected[finite], rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("size", [1, 16, 511, 512, 513, 2000])
+def test_lengths_around_what_is_loaded_at_a_time(size):
+    x = normal(2, size)
+    tape = record(lambda: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    renew(x)
+    expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert (tape.replay() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
+def test_rows_of_a_table(dtype):
+    table, index = normal(7, 6).mul(9).to(dtype), torch.tensor([[0, 3], [6, 3]])
+    tape = record(lambda: F.embedding(index, table))
+    assert not plain(tape)
+    index.copy_(torch.tensor([[5, 1], [2, 0]]))
+    assert torch.equal(tape.replay(), F.embedding(index, table))
+    index[1, 1] = 7
+    with pytest.raises(IndexError, match="out of range"):
+        tape.replay()
+
+
+@pytest.mark.parametrize("B, T", [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_entries_of_a_cache(B, T):
+    buffer, new = torch.zeros(B, 2, 9, 4), normal(B, 2, T, 4)
+    rows, places = torch.arange(B)[:, None], torch.zeros(B, T, dtype=torch.int64)
+
+    def write():
+        buffer[rows, :, places] = new.transpose(1, 2)
+        return buffer[:, :, :8] * 2
+
+    tape = record(write)
+    assert not plain(tape)
+    renew(new)
+    places.copy_(torch.arange(T) + 3 + torch.arange(B)[:, None])
+    expected = buffer.clone()
+    expected[rows, :, places] = new.transpose(1, 2)
+    assert torch.equal(tape.replay(), expected[:, :, :8] * 2) and torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "float"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(scheme, dtype):
+    kernels, x, weight = cpu.library(int4_block()), normal(3, 256, dtype=dtype), normal(128, 256, seed=3)
+    if scheme == "float":
+        dense, bias = weight.to(dtype), normal(128, dtype=dtype, seed=4)
+        function = lambda: cpu.linear_float(kernels, x * 2, dense, bias) + 1  # noqa: E731
+    else:
+        from hf_accel_patch.ops.linear import Backend
+        from hf_accel_patch.ops.quantize import TABLES
+
+        codes, bits = pack(weight, scheme, 64, int4_block())
+        scales, backend = as_floats(bits), Backend(True, 16)
+        more = () if scheme == "int8" else (TABLES.get(scheme),)
+        multiply = linear_int8 if scheme == "int8" else linear_int4
+        function = lambda: multiply(x * 2, codes, scales, *more, backend) + 1  # noqa: E731
+    tape = record(function)
+    assert not plain(tape)
+    renew(x)
+    assert torch.equal(tape.replay(), function())
+
+
+def test_attention():
+    query, keys, values = normal(1, 4, 2, 16), normal(1, 2, 9, 16, seed=1), normal(1, 2, 9, 16, seed=2)
+    mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
+
+    def attend():
+        given = (query * 2, None, 8, 0, keys, values, mask, 0.25, None, None)
+        return cpu_decode.attend(cpu_decode.library(), *given) + 1
+
+    tape = record(attend)
+    assert not plain(tape)
+    renew(query, keys, values)
+    mask[..., 5:] = False
+    assert torch.equal(tape.replay(), attend())
+
+
+def test_what_only_pytorch_runs_is_run_by_it():
+    x = normal(4, 32)
+
+    def function():
+        best, at = (x * 2).topk(3)
+        return torch.softmax(best + 1, -1) * at + (x * 3).cumsum(-1)[:, :3].sigmoid()
+
+    tape = record(function)
+    assert {"aten.topk.default", "aten._softmax.default", "aten.cumsum.default"} <= set(plain(tape))
+    renew(x)
+    assert torch.allclose(tape.replay(), function(), rtol=1e-6)
+
+
+def test_memory_is_shared_by_what_does_not_meet():
+    x, weights = normal(64, 64), [normal(64, seed=seed) for seed in range(50)]
+
+    def chain():
+        y, kept = x + 1, x * 0.5
+        for each in weights:
+            y = (y * each).sigmoid() + kept[:1]
+        return y - kept
+
+    tape = record(chain)
+    assert not plain(tape) and tape.arena.numel() < 6 * x.nbytes
+    renew(x)
+    assert torch.allclose(tape.replay(), chain(), rtol=1e-5)
+
+
+def test_what_it_gives_is_the_callers():
+    x = normal(8)
+    tape = record(lambda: x * 2)
+    first = tape.replay()
+    renew(x)
+    second = tape.replay()
+    assert torch.equal(second, x * 2) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.sum().item(), lambda x: bool(x.any()),
+        lambda x: x[x > 0].sum(), lambda x: x.nonzero(), lambda x: float(x[0]), lambda x: unnoted("unpack_int4"),
+    ],
+    ids=["list", "numpy", "item", "bool", "mask", "nonzero", "float", "a kernel"],
+)  # fmt: skip
+def test_numbers_for_the_host_are_refused(read):
+    x = normal(8)
+    with pytest.raises(Refused):
+        record(lambda: (read(x * 2), x)[1])
+    assert torch.equal(record(lambda: x * 2).replay(), x * 2), "nothing is left behind"
+
+
+def test_what_somebody_keeps_is_refused():
+    x, kept = normal(8), []
+    with pytest.raises(Refused, match="kept outside"):
+        record(lambda: (kept.append(x * 3), x * 2)[1])
+
+
+def test_weights_last_as_long_as_what_reads_them():
+    x, weights = normal(8), [normal(8, seed=1)]
+    tape = record(lambda: x * weights[0])
+    weights.clear()
+    normal(8, seed=5)  # takes the memory, if it is free
+    assert torch.equal(tape.replay(), x * normal(8, seed=1))
+
+
+def test_threads_take_turns():
+    x = normal(64, 64)
+    tape, found = record(lambda: (x * 2).sigmoid() + 1), []
+    expected = tape.replay()
+
+    def run():
+        found.extend(torch.equal(tape.replay(), expected) for _ in range(50))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(found) == 200 and all(found)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x = normal(8)
+        tape = record(lambda: x * 2)
+    assert torch.equal(tape.replay(), x * 2) and tape.replay().is_inference()
