@@ -250,7 +250,7 @@ class Generating:
         return [sum(same), len(same)]
 
     def _make_copy(self) -> None:
-        from hf_accel_patch.passes.drafts import own_copy
+        from hf_accel_patch.passes.own_copy import own_copy
 
         self.copy = own_copy(self.model, "int4", ())
 

@@ -114,8 +114,13 @@ def _binary(kind: Kind, args: Any, kwargs: Any, out: Tensor) -> list[Operator] |
         return None
     a, b = args[:2]
     if isinstance(b, Tensor):
-        return _elementwise(kind, out, a, b) if isinstance(a, Tensor) else None
-    return _elementwise(kind, out, a, scalar=float(b)) if isinstance(b, int | float) else None
+        alone = any(isinstance(each, Tensor) and not each.ndim and each.dtype != out.dtype for each in (a, b))
+        return _elementwise(kind, out, a, b) if isinstance(a, Tensor) and not alone else None
+    if not isinstance(b, int | float):
+        return None
+    if kind in (Kind.ADD, Kind.SUBTRACT) and out.dtype in DTYPES:  # PyTorch rounds the number first, and not for others
+        b = torch.tensor(b, dtype=out.dtype, device="cpu").item()
+    return _elementwise(kind, out, a, scalar=float(b))
 
 
 def _elementwise(kind: Kind, out: Tensor, *inputs: Any, scalar: float = 0.0) -> list[Operator] | None:

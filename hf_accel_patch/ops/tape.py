@@ -91,8 +91,8 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for each in fresh:
             self.notes.made[_address(each)] = each.detach()
             self.notes.given.append(weakref.ref(each))
-        if outputs and not fresh and not func._schema.is_mutable:
-            return result  # views
+        if not fresh and not func._schema.is_mutable:
+            return result  # views, or nothing
         found = translated(func, args, kwargs, outputs)
         if found is None:
             mine = tree_map_only(Tensor, Tensor.detach, args), tree_map_only(Tensor, Tensor.detach, kwargs)

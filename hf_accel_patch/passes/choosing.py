@@ -28,6 +28,10 @@ class Draft:
 class Drafter(Protocol):
     """Where drafts come from, for one call of `generate`."""
 
+    def replay(self, decoding: Any) -> None:
+        """Steps of a model may be recorded and replayed as those that this `Decoding` calls."""
+        ...
+
     def add(self, tokens: list[list[int]], live: list[bool], pace: Pace) -> None:
         """These tokens were chosen, for each sequence, of which these go on."""
         ...

@@ -53,6 +53,8 @@ def decode(
         whole = whole and "logits_to_keep" in model_kwargs and prompt.shape[1] < WHOLE
     draft = drafter.first(room, pace) if fresh and whole and room > 0 else None
     decoding = begin(model, generation_config, pace)
+    if decoding is not None:
+        drafter.replay(decoding)
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
     cache = returned_cache(outputs)
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, take_back
-from hf_accel_patch.families import bind, context_tokens, layer_list
-from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.linear import backend_for
-from hf_accel_patch.ops.modules import QuantizedLinear, Specs
+from hf_accel_patch.families import context_tokens
 from hf_accel_patch.ops.ngrams import LONGEST, History, NGrams
 from hf_accel_patch.ops.pacing import Guess, Pace
-from hf_accel_patch.ops.packing import block_on, pack
-from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.ops.rehearsing import Rehearsal
 from hf_accel_patch.passes.choosing import DecodingState, Draft
-from hf_accel_patch.passes.quantize import Quantize
+from hf_accel_patch.passes.replaying import Decoding
 
 FIRST = 8  # tokens that are drafted with the prompt
 MODEL_MOST = 8  # tokens that a model drafts at a time
@@ -41,6 +35,9 @@ class NGramDrafter:
         self.most, self.history = most, history
         self.texts: list[NGrams] = []
         self.rehearsals: list[Rehearsal] = []
+
+    def replay(self, decoding: Decoding) -> None:
+        """Nothing runs here that could be replayed."""
 
     def add(self, tokens: list[list[int]], live: list[bool], pace: Pace) -> None:
         if not self.texts:
@@ -134,6 +131,9 @@ class ModelDrafter(NGramDrafter):
         super().__init__(most, history)
         self.source = source
 
+    def replay(self, decoding: Decoding) -> None:
+        self.source.replay(decoding)
+
     def draft(self, most: int, running: list[bool], state: DecodingState, pace: Pace) -> Draft | None:
         found = super().draft(most, running, state, pace)
         if found is not None:
@@ -158,20 +158,28 @@ class ModelSource:
         """[B, at most width], or None if it cannot read the text."""
         raise NotImplementedError
 
+    def replay(self, decoding: Decoding) -> None:
+        """Record and replay steps, if they work on the cache of the model that this decodes."""
+
 
 class OwnCopy(ModelSource):
     """A copy of the model in 4 bits, or without some layers, that works on the model's own cache; what it has cached is
     dropped before the model verifies."""
 
-    def __init__(self, copy: PreTrainedModel) -> None:
-        self.copy = copy
+    def __init__(self, copy: PreTrainedModel, *, whole: bool = True) -> None:
+        self.copy, self.whole = copy, whole
+        self.decoding: Decoding | None = None
+
+    def replay(self, decoding: Decoding) -> None:
+        if self.whole:  # with all layers, or the others would not have what it writes
+            self.decoding = decoding.beside(self.copy)
 
     def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor:
         cache = state.model_kwargs[CACHE]
         record_past(cache)
         before = [layer.get_seq_length() for layer in cache.layers]
         try:
-            return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running)
+            return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running, self.decoding)
         finally:
             for layer, length in zip(cache.layers, before, strict=True):
                 take_back(layer, layer.get_seq_length() - length)
@@ -209,34 +217,17 @@ class OtherModel(ModelSource):
         return tokens
 
 
-def own_copy(model: PreTrainedModel, scheme: str | None, skip_layers: Sequence[int]) -> PreTrainedModel:
-    """The model once more, with the same parameters; its linear weights in 4 bits, and without some layers."""
-    copied: dict[nn.Module, nn.Module] = {}
-    copy: Any = _mirror(model, copied)
-    copy.eval()  # dropout would draw random numbers
-    if skip_layers:
-        layers = layer_list(bind(copy))
-        kept = [layer for index, layer in enumerate(layers) if index not in set(skip_layers)]
-        vars(layers)["_modules"] = {str(index): layer for index, layer in enumerate(kept)}
-    if scheme is None:
-        return copy
-    view = bind(copy)
-    for module in copied.values():
-        if isinstance(module, QuantizedLinear):
-            _requantize(module, scheme)
-    quantize = Quantize(scheme, originals="keep")  # type: ignore[arg-type]
-    targets, _ = quantize.choose(view)
-    journal = Journal()
-    for target in targets:
-        quantize.install(target, quantize.packed(target), journal)
-    return copy
-
-
 def _greedy(
-    model: PreTrainedModel, ids: Tensor, new: int, kwargs: dict[str, Any], width: int, running: list[bool]
+    model: PreTrainedModel,
+    ids: Tensor,
+    new: int,
+    kwargs: dict[str, Any],
+    width: int,
+    running: list[bool],
+    decoding: Decoding | None = None,
 ) -> Tensor:
     """At most `width` tokens after `ids`, of which the model has read all but the last `new`. It stops where it is not
-    sure."""
+    sure. `decoding` calls the model."""
     drafted: list[Tensor] = []
     live = torch.tensor(running, device=ids.device)
     kwargs = dict(kwargs)
@@ -244,7 +235,7 @@ def _greedy(
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **kwargs)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1
-        outputs = model(**inputs, return_dict=True)
+        outputs = (decoding or model)(**inputs, return_dict=True)
         record_past(kwargs[CACHE])  # what a window drops from here on may be needed again
         logits = outputs.logits[:, -1].float()
         tokens = logits.argmax(-1)
@@ -257,32 +248,6 @@ def _greedy(
         ids, new = torch.cat([ids, tokens[:, None]], dim=1), 1
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
     return torch.stack(drafted, dim=1)
-
-
-def _mirror(module: nn.Module, copied: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Modules of their own, without hooks, over the same parameters and buffers."""
-    if module in copied:
-        return copied[module]
-    new = copied[module] = object.__new__(type(module))
-    own = {key: OrderedDict() if key.endswith("_hooks") else value for key, value in vars(module).items()}
-    vars(new).update(own)
-    for store in ("_parameters", "_buffers"):
-        vars(new)[store] = dict(vars(module)[store])
-    children = {name: None if child is None else _mirror(child, copied) for name, child in module._modules.items()}
-    vars(new)["_modules"] = children
-    return new
-
-
-def _requantize(module: QuantizedLinear, scheme: str) -> None:
-    """The weights of an 8-bit layer in 4 bits."""
-    spec = module.specs["weight"]
-    if spec.scheme == scheme or module.in_features % 32 or "weight_order" in module._buffers:
-        return
-    dense = module.dequantize(module.like.dtype)
-    size = next(size for size in (64, 32) if module.in_features % size == 0)
-    codes, scales = pack(dense, scheme, size, block_on(dense.device))
-    module._buffers.update(weight=codes, weight_scales=scales)
-    vars(module)["specs"] = Specs({"weight": Spec(scheme, spec.shape, backend_for(scheme, True))})
 
 
 def _kind(length: int, running: int) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,14 +21,13 @@ from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.ops.refusing import Refused
 from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
-from hf_accel_patch.passes.rooms import LEAST_VISIBLE, SPARE, Pass, Room, Step, visible
+from hf_accel_patch.passes.rooms import SPARE, Of, Pass, Room, Step, reserve, token_bytes, visible
 
 logger = get_logger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 NEAR = 8  # the same where fewer are to come
-RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
 UNKNOWN = 1024  # the same where nothing says how many are to come
 LEAST_TOLERANCE = 1e-2  # of the spread of the logits
 KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict"}
@@ -44,7 +43,7 @@ class Graphs:
         self.rooms: list[Room] = []
         self.lock = threading.RLock()
         self.counts: Counter[str] = Counter()
-        self.waited: Counter[tuple[int, int]] = Counter()  # passes that might have been replayed, by batch and width
+        self.waited: Counter[tuple[int, int, Of]] = Counter()  # passes that might have been replayed
         self.eager: Counter[str] = Counter()  # calls that went the ordinary way, by the reason
         self.pending: dict[int, Decoding] = {}  # by thread
         self.made_of: object = None  # see `identity` in passes/graphs.py
@@ -114,6 +113,11 @@ class Decoding:
     moves: int = 0  # how often somebody else has taken the cache out of its room
     refused: set[str] = field(default_factory=set)
     other: str = ""  # what else the model returns
+    of: Of = None  # the model, where it is not the one whose cache this is
+
+    def beside(self, model: PreTrainedModel) -> Decoding:
+        """The same for another model that works on this cache."""
+        return Decoding(self.graphs, model, self.recorder, self.limit, self.pace, of=weakref.ref(model))
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """As the model is called: all sequences go on at the same place."""
@@ -155,8 +159,8 @@ class Decoding:
                 return self._refuse("others move the cache between passes", given.plain)
             room = self.graphs.room_for(layers, given.stop + SPARE)
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
-        step = None if room is None else room.step(width, given.stop)
-        alike = len(given.tokens), width
+        step = None if room is None else room.step(width, given.stop, self.of)
+        alike = len(given.tokens), width, self.of
         if step is None and to_come + self.graphs.waited[alike] < self.recorder.passes * max(1, width // 2):
             self.graphs.waited[alike] += 1
             return given.plain()
@@ -168,7 +172,7 @@ class Decoding:
                 self.room = room = self.graphs.enter(room, layers, given.stop + SPARE, most)
             except torch.OutOfMemoryError:
                 return self._refuse("there is no memory for buffers that stay where they are", given.plain)
-            step = room.step(width, given.stop)
+            step = room.step(width, given.stop, self.of)
         if step is None:
             return self._record(room, width, given)
         return self._replay(room, step, width, given)
@@ -209,9 +213,9 @@ class Decoding:
         except Exception as error:
             self.graphs.stop(_line(error), refused=isinstance(error, Refused))
             return outputs
-        room.steps[width, size, torch.is_inference_mode_enabled()] = Step(recorded, type(outputs))
+        room.add(width, size, Step(recorded, type(outputs)), self.of)
         self.graphs.counts["recorded"] += 1
-        self.graphs.waited[len(given.tokens), width] = 0
+        self.graphs.waited[len(given.tokens), width, self.of] = 0
         return outputs
 
     def _forward(self, room: Room, width: int, size: int, cache: Any) -> Tensor:
@@ -248,16 +252,6 @@ class Decoding:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self.recorder.device.type):
             return "gradients or autocast are on"
         return f"the model returns {self.other}" if self.other else ""
-
-
-def reserve(layers: Sequence[_InPlace]) -> int:
-    """For how many tokens to come a room has space: as many as the cache holds, or of a gigabyte, if that is more."""
-    return max(LEAST_VISIBLE, min(RESERVE, max(RESERVE_BYTES // token_bytes(layers), layers[0].get_seq_length())))
-
-
-def token_bytes(layers: Sequence[_InPlace]) -> int:
-    """What a token takes in the cache."""
-    return sum(each.buffer[:, :, :1].nbytes for layer in layers for each in layer.placed() or ())
 
 
 def masks(model: PreTrainedModel, room: Room, places: Tensor, size: int, cache: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_accel_patch.ops.graphs import Recorded
 from hf_accel_patch.ops.growing import Growing
@@ -20,6 +20,8 @@ from hf_accel_patch.passes.layers import _InPlace
 
 SPARE = 16  # entries behind the last one, for tokens that fill up a pass
 LEAST_VISIBLE = 256  # entries; recorded steps see a few lengths only
+Of = weakref.ref[nn.Module] | None
+RESERVE, RESERVE_BYTES = 4096, 1 << 30  # tokens to come that a room has space for at most; then the cache moves again
 CHANGES = object()  # in the place of a mask that is another one at every pass
 
 
@@ -64,7 +66,7 @@ class Room:
 
     def __init__(self, layers: Sequence[_InPlace], capacity: int) -> None:
         self.capacity = capacity
-        self.steps: dict[tuple[int, int, bool], Step] = {}  # by tokens, visible entries, whether in inference mode
+        self.steps: dict[tuple[int, int, bool, Of], Step] = {}  # by tokens, visible entries, whether in inference mode
         self._held: list[tuple[Growing, Growing]] = []
         self._holders: list[weakref.ref[_InPlace]] = []
         self._inputs: dict[int, Inputs] = {}
@@ -127,14 +129,19 @@ class Room:
             self.seen.fill_(True)
         self._told = None
 
-    def step(self, width: int, stop: int) -> Step | None:
+    def step(self, width: int, stop: int, of: Of = None) -> Step | None:
         """The recorded step of so many tokens that sees the fewest entries, of those that see `stop`."""
-        inference = torch.is_inference_mode_enabled()
-        sizes = [size for tokens, size, mode in self.steps if tokens == width and mode == inference and size >= stop]
+        mode = torch.is_inference_mode_enabled()
+        sizes = [key[1] for key in self.steps if (key[0], *key[2:]) == (width, mode, of) and key[1] >= stop]
         size = min(sizes, default=None)
         if size is None or size > 2 * visible(stop):
             return None
-        return self.steps[width, size, inference]
+        return self.steps[width, size, mode, of]
+
+    def add(self, width: int, size: int, step: Step, of: Of = None) -> None:
+        """A step of the model, or of another one that works on the same cache, with what it sees."""
+        self.steps = {key: each for key, each in self.steps.items() if key[3] is None or key[3]() is not None}
+        self.steps[width, size, torch.is_inference_mode_enabled(), of] = step
 
     def inputs(self, width: int) -> Inputs:
         """The inputs of steps of so many tokens."""
@@ -180,6 +187,16 @@ def visible(length: int) -> int:
     """How many entries a step sees that has to see so many: at most an eighth more, or a few hundred."""
     grain = max(LEAST_VISIBLE, 1 << max(0, length.bit_length() - 4))
     return -(-length // grain) * grain
+
+
+def reserve(layers: Sequence[_InPlace]) -> int:
+    """For how many tokens to come a room has space: as many as the cache holds, or of a gigabyte, if that is more."""
+    return max(LEAST_VISIBLE, min(RESERVE, max(RESERVE_BYTES // token_bytes(layers), layers[0].get_seq_length())))
+
+
+def token_bytes(layers: Sequence[_InPlace]) -> int:
+    """What a token takes in the cache."""
+    return sum(each.buffer[:, :, :1].nbytes for layer in layers for each in layer.placed() or ())
 
 
 def _placed(layer: _InPlace) -> tuple[Growing, Growing]:

@@ -23,8 +23,9 @@ from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
-from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy, own_copy
+from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
 from hf_accel_patch.passes.graphs import GRAPHS, takes_places
+from hf_accel_patch.passes.own_copy import own_copy
 from hf_accel_patch.passes.replaying import WIDTHS
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
@@ -227,7 +228,7 @@ class Speculating:
             return NGramDrafter(most, self.history)
         if self.options.method == "model":
             return ModelDrafter(most, self.history, OtherModel(find_model(self.options.draft)))
-        return ModelDrafter(most, self.history, OwnCopy(self.renew(model)))
+        return ModelDrafter(most, self.history, OwnCopy(self.renew(model), whole=not self.options.skip_layers))
 
     def renew(self, model: PreTrainedModel) -> Any:
         """The copy, made anew if the weights are others since."""

@@ -67,7 +67,7 @@ CLOSE = {
     "silu": lambda x, y, w: F.silu(x * 8),
     "sigmoid": lambda x, y, w: torch.sigmoid(x * 8),
     "exp": lambda x, y, w: torch.exp(x * 2),
-    "root": lambda x, y, w: torch.rsqrt(x.abs() + 0.1),
+    "root": lambda x, y, w: torch.rsqrt(F.relu(x) + 0.1),
     "mean": lambda x, y, w: x.mean(-1, keepdim=True) + y,
     "mean without the dimension": lambda x, y, w: x.mean(-1),
     "mean of a view": lambda x, y, w: x.transpose(0, 2).mean(-1, keepdim=True),
