@@ -14,6 +14,7 @@ from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import CountingTapes, SimulatedRecorder
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
@@ -21,7 +22,7 @@ from hf_accel_patch.kernels import cpu, cpu_decode, cpu_steps
 from hf_accel_patch.ops import backends
 from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes import drafting, graphs, replaying, rooms
+from hf_accel_patch.passes import drafting, drafts, graphs, replaying, rooms
 from hf_accel_patch.passes.attention import attention_forward
 from hf_accel_patch.passes.graphs import GRAPHS, decoding_call, identity
 
@@ -250,6 +251,26 @@ def test_drafts_are_verified_by_recorded_passes(drafted, made, monkeypatch):
     assert entry(report(model).to_dict(), "speculative")["acceptance"] >= 0
 
 
+def test_drafts_of_a_copy_are_recorded_too(made, monkeypatch):
+    """On the model's own cache, beside its steps; another copy records anew."""
+    monkeypatch.setattr(Pace, "choose", as_many_as(3))
+    monkeypatch.setattr(drafts, "DOUBT", 0.0)
+    passes(monkeypatch, 3)
+    model, inputs = small(), prompt(20)
+    truth = generate(model, inputs, 44)
+    patch(model, cache=RECORDED, speculative="self")
+    for _ in range(2):
+        found = generate(model, inputs, 44)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1)  # which may be another weight now
+        (room,) = vars(model)[GRAPHS].rooms
+        theirs = [step for (*_, of), step in room.steps.items() if of is not None]
+        assert sum(step.recorded.replays for step in theirs) > 5 and len(theirs) <= 3
+        assert torch.equal(found, truth)
+    unpatch(model)
+    assert GRAPHS not in vars(model)
+
+
 def test_sequences_apart_are_recorded(made, monkeypatch):
     """Each at its own place, padded on the left."""
     monkeypatch.setattr(Pace, "choose", as_many_as(3))
@@ -384,6 +405,23 @@ def test_short_outputs_are_not_recorded(made):
     patch(model, cache=RECORDED)
     generate(model, new=7)
     assert "graphs_recorded" not in said(model)
+
+
+def test_a_large_cache_is_not_moved_on_a_cpu(monkeypatch, made, kind):
+    monkeypatch.setattr(kind, "most_bytes", 10_000)
+    model = small()
+    truth = generate(model)
+    assert torch.equal(generate(patch(model, cache=RECORDED)), truth) and not replays(made)
+    assert any("more than 0 MiB" in reason for reason in said(model)["graphs_not_used"])
+
+
+@pytest.mark.parametrize("cache", [True, RECORDED], ids=["by default", "asked for"])
+def test_what_cannot_be_recorded_is_no_warning_unless_asked_for(cache, made, monkeypatch, warned):
+    model, inner = small(), LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: inner(self, x + 0 * x.sum().item()))
+    generate(patch(model, cache=cache, linear=False))
+    assert not replays(made) and "waits for its numbers" in said(model)["graphs"]
+    assert any("run as before" in line for line in warned()) is (cache is RECORDED)
 
 
 def test_other_options(monkeypatch):
