@@ -13,13 +13,17 @@ Scores and sums are float32 and are added in one order, so results repeat bit fo
 of the values before they meet them. float32 is three products of tf32. The backward computes the weights again from the
 log-sum-exp (kernels/triton_prefill_backward.py).
 
-Per block of N keys, M queries and head size 128 the tensor cores of an H100 take 4 * 128 * M * N / 4096 cycles of a
-processor (989 TFLOP/s in 16 bits) and its 16 exp2 per cycle M * N / 16: at most two thirds of the time is products, if
-nothing overlaps. Keys and values come from the L2 cache, 32 KB per 64 keys and 128 queries, at 400 TFLOP/s 13 of some
-25 bytes per cycle; with tiles of 64 queries that would be the limit. As Triton 3.9 compiles it for sm_90, head size 128
-takes wgmma, 128 KB and all 255 registers in 8 warps, and spills none. The FlashAttention-3 paper shows 395 TFLOP/s
-for such a kernel in Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
-This one reached 423 TFLOP/s on an H200 with 32 heads, causal (benchmarks/results/gpu.jsonl).
+Per block of N keys, M queries and head size 128 the tensor cores of an H100 take M * N / 8 cycles of a processor (989
+TFLOP/s in 16 bits); its exp2, 16 a cycle, M * N / 16; and 11.2 instructions per score, as Triton 3.6 compiles the loop,
+M * N / 11. Warps wait for one another at every block, so little of it overlaps: with nothing overlapped 59 % of the
+time is products. A soft cap adds two instructions per score, a tanh as slow as exp2 among them (M * N / 8 for both):
+49 %. Keys and values come from the L2 cache, 32 KB per 64 keys and 128 queries, at 400 TFLOP/s 13 of some 25 bytes per
+cycle; with tiles of 64 queries that would be the limit. For sm_90, head size 128 takes wgmma, 128 KB and all 255
+registers in 8 warps. The FlashAttention-3 paper shows 395 TFLOP/s for such a kernel in Triton, 370 for
+FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal). On an H200 with 32 heads, causal, this
+one reached 423 TFLOP/s in turns with PyTorch's at 647, and the same loop 469 in turns with one that leaves the GPU
+cool; 299 with a soft cap (benchmarks/results/gpu.jsonl). It took 12.1 instructions per score then, and 23.3 with a
+cap, three of them slow.
 """
 
 from __future__ import annotations
@@ -39,15 +43,29 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def to_logits(products, scale, cap):
-    """In base 2."""
+def approximate_tanh(x):
+    """Within 2^-11 of its size, by one instruction of NVIDIA GPUs since compute capability 7.5."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def to_scores(products, scale, cap, FAST: tl.constexpr):
+    """Scores before they are multiplied with `unit_of`: products of queries and keys, or with a soft cap their tanh."""
     if cap is None:
-        y = products * (scale * LOG2E)
+        y = products
+    elif FAST:
+        y = approximate_tanh(products * (scale / cap))
     else:
         e = tl.exp2(tl.abs(products) * (-2 * LOG2E * scale / cap))
         tanh = (1 - e) / (1 + e)
-        y = tl.where(products < 0, -tanh, tanh) * (cap * LOG2E)
+        y = tl.where(products < 0, -tanh, tanh)
     return y
+
+
+@triton.jit
+def unit_of(scale, cap):
+    """What `to_scores` is multiplied with to be scores in base 2."""
+    return (scale if cap is None else cap) * LOG2E
 
 
 @triton.jit
@@ -82,23 +100,27 @@ def bounds(seen, row, T, S, N: tl.constexpr):
 def _forward_blocks(
     sums, m, total, q, k, v, bias, first, last, start, stop, scale, cap, k_s, v_s, S,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    unit = unit_of(scale, cap)
+    if bias is not None:
+        unit = 1.0
     for begin in tl.range(start, stop, N, num_stages=STAGES):
         column = begin + tl.arange(0, N)
         keys = load_rows(k, begin, k_s, S, D, N, DP, WHOLE)
-        logits = to_logits(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap)
+        scores = to_scores(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap, FAST)
         if bias is not None:
-            logits += tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
+            added = tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
+            scores = scores * unit_of(scale, cap) + added
         if not WHOLE:
             seen = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-        most = tl.maximum(m, tl.max(logits, axis=1))
+            scores = tl.where(seen, scores, float("-inf"))
+        most = tl.maximum(m, tl.max(scores, axis=1))
         shift = most
         if not WHOLE:  # rows that have seen nothing yet
             shift = tl.where(most == float("-inf"), 0.0, most)
-        p = tl.exp2(logits - shift[:, None])
-        alpha = tl.exp2(m - shift)
+        p = tl.exp2(scores * unit - (shift * unit)[:, None])  # the largest need not be in base 2: one operation less
+        alpha = tl.exp2((m - shift) * unit)
         total = total * alpha + tl.sum(p, axis=1)
         values = load_rows(v, begin, v_s, S, V, N, VP, WHOLE)
         sums = tl.dot(p.to(values.dtype), values, sums * alpha[:, None], input_precision="tf32x3")
@@ -111,7 +133,7 @@ def _forward(
     q, k, v, seen, sinks, bias, out, lse, scale, cap, H, G, T, S,
     q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, bias_b, bias_h,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """M queries of one head: out [B, T, H, V] and the log-sum-exp [B, H, T]."""
     tiles = tl.cdiv(T, M)
@@ -130,13 +152,15 @@ def _forward(
     sums = tl.zeros([M, VP], tl.float32)
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, start, tl.minimum(inner, stop), scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, False, STAGES)  # fmt: skip
+        D, V, DP, VP, N, False, STAGES, FAST)  # fmt: skip
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, inner, outer, scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, True, STAGES)  # fmt: skip
+        D, V, DP, VP, N, True, STAGES, FAST)  # fmt: skip
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, tl.maximum(inner, outer), stop, scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, False, STAGES)  # fmt: skip
+        D, V, DP, VP, N, False, STAGES, FAST)  # fmt: skip
+    if bias is None:
+        m *= unit_of(scale, cap)
     if sinks is not None:
         sink = tl.load(sinks + head) * LOG2E
         most = tl.maximum(m, sink)
@@ -196,7 +220,7 @@ class _Attention(torch.autograd.Function):
                 _forward[(B * H * triton.cdiv(T, t.queries),)](
                     query, key, value, seen, sinks, bias, out, lse, scale, softcap, H, H // K, T, S,
                     *strides(query, key, value, seen, bias), D, V, room(D), room(V), t.queries, t.keys, t.stages,
-                    num_warps=t.warps,
+                    approximates(query), num_warps=t.warps,
                 )  # fmt: skip
         ctx.save_for_backward(query, key, value, sinks, seen, bias, out, lse)
         ctx.scale, ctx.softcap = scale, softcap
@@ -246,6 +270,12 @@ def tiling(key_size: int, value_size: int, float32: bool, shared_bytes: int, bac
     while stages > 1 and (stages * keys + held) * channels * width > shared_bytes * 7 // 8:
         stages -= 1
     return Tiling(queries, keys, warps, stages)
+
+
+def approximates(query: Tensor) -> bool:
+    """Whether a soft cap is computed to 11 bits: no fewer than 16-bit scores would have. The interpreter has no such
+    instruction."""
+    return query.dtype is not torch.float32 and not INTERPRETED
 
 
 @lru_cache(maxsize=16)

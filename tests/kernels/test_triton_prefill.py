@@ -1,5 +1,6 @@
 """Attention of many queries in Triton against float64: on the GPU, or interpreted where there is none."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch
 from interpreter import DEVICE, INTERPRETED, interpreted, load
 
 kernels = load("triton_prefill")
-load("triton_prefill_backward")
+backward = load("triton_prefill_backward")
+tl = importlib.import_module("triton.language")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,13 +52,13 @@ def packed(*lengths):
     return torch.cat(parts, 1)
 
 
-def exact(query, key, value, seen, scale, softcap=None, sinks=None, bias=None):
+def exact(query, key, value, seen, scale, softcap=None, sinks=None, bias=None, tanh=torch.tanh):
     """In float64, and the log-sum-exp."""
     H, K, S = query.shape[1], key.shape[1], key.shape[2]
     key, value = (each.double().repeat_interleave(H // K, 1) for each in (key, value))
     scores = query.double() @ key.mT * scale
     if softcap:
-        scores = softcap * (scores / softcap).tanh()
+        scores = softcap * tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     column = torch.arange(S)
@@ -171,6 +173,78 @@ def test_gradients_in_16_bits(dtype):
     check(packed(20, 13), dtype=dtype, gradients=True, softcap=3.0, S=40)
 
 
+ERROR = 2.0**-11  # of tanh.approx.f32, relative
+
+
+class Approximate(torch.autograd.Function):
+    """tanh with the largest error that the instruction may have, and the gradient that the kernels take for its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        y = y * torch.where(y.abs() > 0.5, 1 + ERROR, 1 - ERROR)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+def approximate(x):
+    """The same for the interpreter."""
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    y = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e)
+    return y * tl.where(tl.abs(y) > 0.5, 1 + ERROR, 1 - ERROR)
+
+
+@pytest.fixture
+def approximated(monkeypatch):
+    """Soft caps as 16-bit inputs have them on a GPU, but for the interpreter and with float32 inputs."""
+    if not INTERPRETED:
+        pytest.skip("a GPU has the instruction")
+    for module in (kernels, backward):
+        monkeypatch.setattr(module, "approximates", lambda query: True)
+    monkeypatch.setattr(kernels, "approximate_tanh", approximate)
+
+
+@pytest.mark.parametrize("softcap", [1.0, 4.0])
+@pytest.mark.parametrize("added", [{}, {"bias": row(2, 40)}], ids=["alone", "with a bias"])
+def test_the_instruction_for_tanh_is_used_right(approximated, softcap, added):
+    """In float32 nothing but its error is between the kernels and a reference that has the same error."""
+    seen = causal(40, window=30)
+    inputs = [3 * normal(1, heads, 40, 16, seed=heads + i) for i, heads in enumerate((2, 1, 1))]
+    ours, theirs = (
+        [each.to(dtype, copy=True).requires_grad_() for each in inputs] for dtype in (torch.float32, torch.float64)
+    )
+    output, lse = kernels.attend(*ours, seen.int(), 0.25, softcap, **added)
+    right, norm = exact(*theirs, seen, 0.25, softcap, **added, tanh=Approximate.apply)
+    assert torch.allclose(lse.double(), norm, atol=1e-5) and torch.allclose(output.double(), right, atol=1e-4)
+    assert (lse.double() - exact(*theirs, seen, 0.25, softcap, **added)[1]).abs().max() > softcap * ERROR / 4
+    wanted = normal(*output.shape, seed=7)
+    output.backward(wanted)
+    right.backward(wanted.double())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.grad.double() - other.grad).abs().max() <= 2**-16 * other.grad.abs().max()
+
+
+def test_the_instruction_for_tanh_costs_less_than_scores_in_16_bits(approximated):
+    """No score is further off than 2^-11 of itself, nor a weight than twice as much, and rounding each step of the
+    scores to bfloat16, as transformers does, costs more."""
+    seen, softcap = causal(40), 5.0
+    query, key, value = (4 * normal(1, 1, 40, 16, seed=i) for i in range(3))
+    output, lse = kernels.attend(query, key, value, seen.int(), 0.25, softcap)
+    right, norm = exact(query, key, value, seen, 0.25, softcap)
+    most = ERROR * softcap
+    assert (lse - norm).abs().max() <= most + 1e-5
+    assert (output - right).abs().max() <= 2 * most * value.abs().max()
+    scores = ((query.bfloat16() @ key.bfloat16().mT * 0.25 / softcap).tanh() * softcap).float()
+    scores = scores.masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -torch.inf)
+    stock = (scores.softmax(-1) @ value).transpose(1, 2)
+    assert (output - right).norm() < 0.5 * (stock - right).norm()
+
+
 def test_keys_outside_a_window_are_not_read():
     seen = causal(64, window=16)
     query, key, value = normal(1, 2, 64, 16), normal(1, 1, 64, 16), normal(1, 1, 64, 16)
@@ -215,12 +289,14 @@ def test_what_the_kernels_cannot_read():
 
 
 COMPILES = """
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from hf_accel_patch.kernels import triton_prefill as kernels, triton_prefill_backward as backward
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 def compile(function, type, t, **options):
     sizes = dict(D=128, V=128, DP=128, VP=128, M=t.queries, N=t.keys, STAGES=t.stages, cap=None, sinks=None, bias=None)
+    sizes["FAST"] = kernels.approximates(torch.empty(0, dtype=DTYPES[type]))
     sizes = {name: value for name, value in sizes.items() if name in function.arg_names and name not in options}
     types = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), type) | dict(seen="i32", tiles="i32")
     types |= dict.fromkeys(("lse", "delta", "sinks", "bias"), "fp32")
@@ -236,6 +312,7 @@ def compile(function, type, t, **options):
     binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=t.warps))
     assert binary.metadata.shared <= 227 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
     assert ("wgmma" in binary.asm["ptx"]) == (type != "fp32")
+    assert ("tanh.approx.f32" in binary.asm["ptx"]) == ("cap" in options and type != "fp32")
 
 for type in ("bf16", "fp32"):
     compile(kernels._forward, type, kernels.tiling(128, 128, type == "fp32", 227 << 10), cap=1, sinks=1, bias=1)
@@ -246,7 +323,7 @@ compile(backward._backward_keys, "fp16", t, cap=1, bias=1)
 
 
 def test_it_compiles_for_a_gpu_that_is_not_there():
-    """Within the shared memory of an H100, on its tensor cores."""
+    """Within the shared memory of an H100, on its tensor cores, and with its tanh for 16 bits alone."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
