@@ -14,17 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_accel_patch.kernels import triton_prefill
-from hf_accel_patch.kernels.triton_prefill import (
-    LOG2E,
-    approximates,
-    bounds,
-    load_rows,
-    room,
-    shared_memory,
-    strides,
-    to_scores,
-    unit_of,
-)
+from hf_accel_patch.kernels.triton_prefill import approximates, room, shared_memory, strides
+from hf_accel_patch.kernels.triton_prefill_parts import LOG2E, bounds, load_rows, to_scores, unit_of
 
 
 @triton.jit

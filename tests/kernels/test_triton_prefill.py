@@ -10,7 +10,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED, interpreted, load
 
 kernels = load("triton_prefill")
-backward = load("triton_prefill_backward")
+backward, parts = load("triton_prefill_backward"), load("triton_prefill_parts")
 tl = importlib.import_module("triton.language")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -206,7 +206,7 @@ def approximated(monkeypatch):
         pytest.skip("a GPU has the instruction")
     for module in (kernels, backward):
         monkeypatch.setattr(module, "approximates", lambda query: True)
-    monkeypatch.setattr(kernels, "approximate_tanh", approximate)
+    monkeypatch.setattr(parts, "approximate_tanh", approximate)
 
 
 @pytest.mark.parametrize("softcap", [1.0, 4.0])
