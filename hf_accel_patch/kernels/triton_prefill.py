@@ -205,16 +205,18 @@ def tiling(key_size: int, value_size: int, float32: bool, shared_bytes: int, bac
     channels = room(key_size) + room(value_size)
     queries, keys, warps = 128, 64, 4 if widest <= 64 else 8
     older = shared_bytes < HOPPER_BYTES  # queries stay in registers, of which there are too few for 128 of 256 channels
-    if backward:
-        queries, keys = (64, 64) if widest <= 128 else (32, 32)
+    if backward:  # 8 warps on 64 queries would compute each score twice, for the layout that the products want
+        queries, keys = (32, 32) if widest > 128 else (64 if older or warps == 4 else 128, 64)
     elif widest > 128:
         queries, keys = 64 if older else 128, 32
     if float32:
         queries, keys = (32, 32) if widest <= 128 else (16, 16)
         warps = 8 if backward and widest > 64 else 4
     stages = 3
-    held = 0 if older and not backward else queries
-    while stages > 1 and (stages * keys + held) * channels * width > shared_bytes * 7 // 8:
+    ahead, held = keys, 0 if older else queries
+    if backward:  # queries or keys are held, and the others come
+        ahead, held = max(queries, keys), min(queries, keys)
+    while stages > 1 and (stages * ahead + held) * channels * width > shared_bytes * 7 // 8:
         stages -= 1
     return Tiling(queries, keys, warps, stages)
 

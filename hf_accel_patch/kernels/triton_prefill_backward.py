@@ -4,6 +4,10 @@
 
 Weights are computed again from the log-sum-exp. Programs of their own go over the keys of a tile of queries, and over
 the queries and the heads of the group of a block of keys: nothing is added atomically.
+
+As Triton 3.6 compiles them for sm_90 and head size 128, they take 15 and 23 instructions per score with tiles of 128
+queries, 33 and 44 with 64, where both halves of the warps compute all scores, products included. The second one has
+more sums than registers and moves some of them through memory, with either.
 """
 
 from __future__ import annotations
