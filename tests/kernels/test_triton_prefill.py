@@ -13,6 +13,7 @@ kernels = load("triton_prefill")
 backward, parts = load("triton_prefill_backward"), load("triton_prefill_parts")
 tl = importlib.import_module("triton.language")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ERROR = 2.0**-11  # of tanh.approx.f32, relative
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,10 +89,11 @@ def check(seen, *, dtype=torch.float32, heads=(4, 2), B=1, S=None, D=16, V=16, g
     right, norm = exact(*theirs[:3], seen, D**-0.5, added[0], theirs[3] if len(theirs) > 3 else None, bias)
     assert output.dtype == dtype and output.shape == (B, T, H, V) and output.is_contiguous()
     eps = torch.finfo(dtype).eps if dtype != torch.float32 else 2**-18
-    assert (output.double().cpu() - right).abs().max() <= 2 * eps * inputs[2].abs().max()
+    rough = (added[0] or 0) * ERROR if kernels.approximates(ours[0]) else 0  # how far scores may be off
+    assert (output.double().cpu() - right).abs().max() <= 2 * (eps + rough) * inputs[2].abs().max()
     there = norm.isfinite()
     assert torch.equal(lse.isfinite().cpu(), there) and torch.allclose(
-        lse.double().cpu()[there], norm[there], atol=1e-5
+        lse.double().cpu()[there], norm[there], atol=1e-5 + rough
     )
     if gradients:
         wanted = normal(*output.shape, seed=7)
@@ -99,7 +101,7 @@ def check(seen, *, dtype=torch.float32, heads=(4, 2), B=1, S=None, D=16, V=16, g
         right.backward(wanted.to(dtype).double())
         for mine, other in zip(ours, theirs, strict=True):
             largest = other.grad.abs().max() if other.grad.abs().max() > 0 else 1
-            assert (mine.grad.double().cpu() - other.grad).abs().max() <= 4 * eps * largest
+            assert (mine.grad.double().cpu() - other.grad).abs().max() <= 4 * (eps + rough) * largest
     return output
 
 
@@ -162,6 +164,16 @@ def test_gradients(options):
     check(causal(40, window=18), V=24, gradients=True, **options)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_tiles_of_heads_of_128(softcap, window):
+    """On a GPU, tiles of 128 queries and keys: several, with whole blocks and masked ones."""
+    T = 40 if INTERPRETED else 700
+    options = {"bias": row(2, T)} if window is None else {}
+    check(causal(T, window=window), dtype=torch.bfloat16, heads=(2, 1), D=128, V=128, gradients=True,
+          softcap=softcap, **options)  # fmt: skip
+
+
 def test_gradients_of_padded_batches():
     """Where a query sees nothing they are zero. The bias is each sequence's own."""
     seen = SEEN["left and right padding"]
@@ -171,9 +183,6 @@ def test_gradients_of_padded_batches():
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradients_in_16_bits(dtype):
     check(packed(20, 13), dtype=dtype, gradients=True, softcap=3.0, S=40)
-
-
-ERROR = 2.0**-11  # of tanh.approx.f32, relative
 
 
 class Approximate(torch.autograd.Function):
