@@ -1,4 +1,5 @@
-"""The tables of what was measured on a GPU: tokens, steps replayed as CUDA graphs, attention of long prompts."""
+"""The tables of what was measured on a GPU: tokens, steps replayed as CUDA graphs, attention of long prompts,
+linear layers."""
 
 from __future__ import annotations
 
@@ -10,6 +11,14 @@ from benchmarks.table import line, markdown, number, origin
 
 Row = dict[str, Any]
 STEPS = ("tokens of a pass", "ordinary, ms", "replayed, ms", "times as fast", "recorded once in, ms")
+LINEAR = ("rows", "weights", "ms", "x bf16", "read, GB", "GB/s", "of the bandwidth")
+FORMATS = {
+    "int8": "**int8**",
+    "int4": "**int4, groups of 64**",
+    "nf4": "**nf4, groups of 64**",
+    "tinygemm-int4": "int4, groups of 64, by PyTorch",
+    "bitsandbytes-nf4": "nf4, by bitsandbytes",
+}
 KERNELS = ("attention", "PyTorch, ms", "TFLOP/s", "Triton, ms", "TFLOP/s", "times as fast as PyTorch")
 
 
@@ -23,6 +32,7 @@ def gpu_markdown(rows: list[Row]) -> str:
                 same = [row["hardware"], row.get("shape"), *(row.get(name) for name in ("batch", "prompt", "length"))]
                 groups.setdefault(json.dumps(same), []).append(row)
         tables += map(table, groups.values())
+    tables.append(linear_table([row for row in rows if row.get("part") == "linear-kernels"]))
     return "\n\n".join(filter(None, tables))
 
 
@@ -57,3 +67,40 @@ def _kernels(rows: list[Row]) -> str:
 
 def _timed(row: Row | None) -> tuple[str, str]:
     return ("", "") if row is None else (f"{row['ms']:.2f}", f"{row['tflops']:.0f}")
+
+
+def linear_table(rows: list[Row]) -> str:
+    """Of benchmarks.linear_kernels: the latest row of each system by shape, machine and number of rows. Ratios are
+    those of one run."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row["run"])):
+        if "reason" not in row:
+            name = json.dumps([row[name] for name in ("shape", "layers", "hardware", "device", "threads")])
+            groups.setdefault(name, {})[json.dumps([row["rows"], row["system"]])] = row
+    dense = {(row["run"], row["shape"], row["rows"]): row for row in rows if row["system"] == "bf16" and "ms" in row}
+    return "\n\n".join(_linear(list(group.values()), dense) for group in groups.values())
+
+
+def _linear(rows: list[Row], dense: dict[tuple[Any, ...], Row]) -> str:
+    first = rows[0]
+    single = first["copies"]
+    what = "one product, on copies beyond any cache" if single else "all linear layers of a step"
+    cut = f" cut to {first['layers']} layers" if first["layers"] else ""
+    gpu = first["hardware"].get("gpu")
+    where = f"{gpu}, replayed as one CUDA graph" if gpu else f"{first['hardware']['cpu']}, called in a row"
+    lines = [f"**{first['shape']}**{cut}, {what}; bfloat16; {where}; {origin(rows)}.", "", line(*LINEAR)]
+    lines.append(line("---:", "---", *(["---:"] * (len(LINEAR) - 2))))
+    for row in sorted(rows, key=lambda row: int(row["rows"])):  # stable: systems stay in order
+        each = row["products"] if single else 1
+        ms, size = median(row["ms"]) / each, row["weight_bytes"] / each
+        base = dense.get((row["run"], row["shape"], row["rows"]))
+        more = base["products"] / row["products"] if base and single else 1  # each system has copies of its own number
+        ratios = [a / b / more for a, b in zip(base["ms"], row["ms"], strict=False)] if base else []
+        speed = size / ms / 1e6
+        share = f"{1e9 * speed / row['bandwidth_bytes_per_s']:.0%}"
+        cells = f"{ms:.4f}" if single else f"{ms:.3f}", f"{median(ratios):.2f}" if ratios else ""
+        lines.append(
+            line(str(row["rows"]), FORMATS.get(row["system"], row["system"]), *cells, f"{size / 1e9:.3f}",
+                 f"{speed:.0f}", share)
+        )  # fmt: skip
+    return "\n".join(lines)

@@ -13,13 +13,18 @@ Scores and sums are float32 and are added in one order, so results repeat bit fo
 of the values before they meet them. float32 is three products of tf32. The backward computes the weights again from the
 log-sum-exp (kernels/triton_prefill_backward.py).
 
-Per block of N keys, M queries and head size 128 the tensor cores of an H100 take 4 * 128 * M * N / 4096 cycles of a
-processor (989 TFLOP/s in 16 bits) and its 16 exp2 per cycle M * N / 16: at most two thirds of the time is products, if
-nothing overlaps. Keys and values come from the L2 cache, 32 KB per 64 keys and 128 queries, at 400 TFLOP/s 13 of some
-25 bytes per cycle; with tiles of 64 queries that would be the limit. As Triton 3.9 compiles it for sm_90, head size 128
-takes wgmma, 128 KB and all 255 registers in 8 warps, and spills none. The FlashAttention-3 paper shows 395 TFLOP/s
-for such a kernel in Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
-This one reached 423 TFLOP/s on an H200 with 32 heads, causal (benchmarks/results/gpu.jsonl).
+Per block of N keys, M queries and head size 128 the tensor cores of an H100 take M * N / 8 cycles of a processor (989
+TFLOP/s in 16 bits); its exp2, 16 a cycle, M * N / 16; and 8.7 instructions per score, as Triton 3.6 compiles the loop,
+M * N / 15. Warps wait for one another at every block, so little of it overlaps: with nothing overlapped 65 % of the
+time is products. A soft cap adds two instructions per score, a tanh as slow as exp2 among them (M * N / 8 for both):
+half. Blocks of 64 keys take 11.2 instructions per score, since sums are scaled twice as often. Keys and values come
+from the L2 cache, 32 KB per 64 keys and 128 queries, at 400 TFLOP/s 13 of some 25 bytes per cycle; with tiles of 64
+queries that would be the limit. For sm_90, head size 128 takes wgmma, 160 KB and all 255 registers in 8 warps; what is
+spilled, is in masked blocks and beside the loops. The FlashAttention-3 paper shows 395 TFLOP/s for such a kernel in
+Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal). On an H200 with 32 heads,
+causal, this one reached 423 TFLOP/s in turns with PyTorch's at 647, and the same loop 469 in turns with one that leaves
+the GPU cool; 299 with a soft cap (benchmarks/results/gpu.jsonl). It took 12.1 instructions per score then, and 23.3
+with a cap, three of them slow.
 """
 
 from __future__ import annotations
@@ -32,73 +37,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel_patch.kernels.triton_prefill_parts import LOG2E, bounds, load_rows, to_scores, unit_of
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 MOST_CHANNELS = 256
 HOPPER_BYTES = 200 << 10  # of shared memory, that older GPUs do not have
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def to_logits(products, scale, cap):
-    """In base 2."""
-    if cap is None:
-        y = products * (scale * LOG2E)
-    else:
-        e = tl.exp2(tl.abs(products) * (-2 * LOG2E * scale / cap))
-        tanh = (1 - e) / (1 + e)
-        y = tl.where(products < 0, -tanh, tanh) * (cap * LOG2E)
-    return y
-
-
-@triton.jit
-def load_rows(x, start, stride, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows start.. of a matrix [rows, SIZE], as [ROWS, ROOM] with zeros around it. WHOLE: all rows exist."""
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, ROOM)[None, :]
-    at = x + tl.cast(start, tl.int64) * stride + row * stride + d
-    if WHOLE and SIZE == ROOM:
-        y = tl.load(at)
-    elif WHOLE:
-        y = tl.load(at, mask=d < SIZE, other=0)
-    else:
-        y = tl.load(at, mask=(start + row < rows) & (d < SIZE), other=0)
-    return y
-
-
-@triton.jit
-def bounds(seen, row, T, S, N: tl.constexpr):
-    """The intervals of rows, and of keys in whole blocks: those that any row sees, and those that all see."""
-    live = row < T
-    first = tl.load(seen + row * 2, mask=live, other=0)
-    last = tl.load(seen + row * 2 + 1, mask=live, other=0)
-    some = first < last
-    start = tl.min(tl.where(some, first, S), axis=0) // N * N
-    stop = tl.max(tl.where(some, last, 0), axis=0)
-    inner = tl.cdiv(tl.max(first, axis=0), N) * N
-    outer = tl.min(tl.where(live, last, S), axis=0) // N * N
-    return first, last, start, stop, inner, outer
 
 
 @triton.jit
 def _forward_blocks(
     sums, m, total, q, k, v, bias, first, last, start, stop, scale, cap, k_s, v_s, S,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    unit = unit_of(scale, cap)
+    if bias is not None:
+        unit = 1.0
     for begin in tl.range(start, stop, N, num_stages=STAGES):
         column = begin + tl.arange(0, N)
         keys = load_rows(k, begin, k_s, S, D, N, DP, WHOLE)
-        logits = to_logits(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap)
+        scores = to_scores(tl.dot(q, tl.trans(keys), input_precision="tf32x3"), scale, cap, FAST)
         if bias is not None:
-            logits += tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
+            added = tl.load(bias + column) if WHOLE else tl.load(bias + column, mask=column < S, other=0)
+            scores = scores * unit_of(scale, cap) + added[None, :] * LOG2E
         if not WHOLE:
             seen = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-        most = tl.maximum(m, tl.max(logits, axis=1))
+            scores = tl.where(seen, scores, float("-inf"))
+        most = tl.maximum(m, tl.max(scores, axis=1))
         shift = most
         if not WHOLE:  # rows that have seen nothing yet
             shift = tl.where(most == float("-inf"), 0.0, most)
-        p = tl.exp2(logits - shift[:, None])
-        alpha = tl.exp2(m - shift)
+        p = tl.exp2(scores * unit - (shift * unit)[:, None])  # the largest need not be in base 2: one operation less
+        alpha = tl.exp2((m - shift) * unit)
         total = total * alpha + tl.sum(p, axis=1)
         values = load_rows(v, begin, v_s, S, V, N, VP, WHOLE)
         sums = tl.dot(p.to(values.dtype), values, sums * alpha[:, None], input_precision="tf32x3")
@@ -111,7 +81,7 @@ def _forward(
     q, k, v, seen, sinks, bias, out, lse, scale, cap, H, G, T, S,
     q_b, q_h, q_t, k_b, k_k, k_s, v_b, v_k, v_s, seen_b, bias_b, bias_h,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """M queries of one head: out [B, T, H, V] and the log-sum-exp [B, H, T]."""
     tiles = tl.cdiv(T, M)
@@ -130,13 +100,15 @@ def _forward(
     sums = tl.zeros([M, VP], tl.float32)
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, start, tl.minimum(inner, stop), scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, False, STAGES)  # fmt: skip
+        D, V, DP, VP, N, False, STAGES, FAST)  # fmt: skip
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, inner, outer, scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, True, STAGES)  # fmt: skip
+        D, V, DP, VP, N, True, STAGES, FAST)  # fmt: skip
     sums, m, total = _forward_blocks(
         sums, m, total, queries, k, v, bias, first, last, tl.maximum(inner, outer), stop, scale, cap, k_s, v_s, S,
-        D, V, DP, VP, N, False, STAGES)  # fmt: skip
+        D, V, DP, VP, N, False, STAGES, FAST)  # fmt: skip
+    if bias is None:
+        m *= unit_of(scale, cap)
     if sinks is not None:
         sink = tl.load(sinks + head) * LOG2E
         most = tl.maximum(m, sink)
@@ -196,7 +168,7 @@ class _Attention(torch.autograd.Function):
                 _forward[(B * H * triton.cdiv(T, t.queries),)](
                     query, key, value, seen, sinks, bias, out, lse, scale, softcap, H, H // K, T, S,
                     *strides(query, key, value, seen, bias), D, V, room(D), room(V), t.queries, t.keys, t.stages,
-                    num_warps=t.warps,
+                    approximates(query), num_warps=t.warps,
                 )  # fmt: skip
         ctx.save_for_backward(query, key, value, sinks, seen, bias, out, lse)
         ctx.scale, ctx.softcap = scale, softcap
@@ -234,18 +206,28 @@ def tiling(key_size: int, value_size: int, float32: bool, shared_bytes: int, bac
     channels = room(key_size) + room(value_size)
     queries, keys, warps = 128, 64, 4 if widest <= 64 else 8
     older = shared_bytes < HOPPER_BYTES  # queries stay in registers, of which there are too few for 128 of 256 channels
-    if backward:
-        queries, keys = (64, 64) if widest <= 128 else (32, 32)
+    if backward:  # 8 warps on 64 queries would compute each score twice, for the layout that the products want
+        queries, keys = (32, 32) if widest > 128 else (64 if older or warps == 4 else 128, 64)
     elif widest > 128:
         queries, keys = 64 if older else 128, 32
+    elif warps == 8 and not older:
+        keys = 128
     if float32:
         queries, keys = (32, 32) if widest <= 128 else (16, 16)
         warps = 8 if backward and widest > 64 else 4
     stages = 3
-    held = 0 if older and not backward else queries
-    while stages > 1 and (stages * keys + held) * channels * width > shared_bytes * 7 // 8:
+    ahead, held = keys, 0 if older else queries
+    if backward:  # queries or keys are held, and the others come
+        ahead, held = max(queries, keys), min(queries, keys)
+    while stages > 1 and (stages * ahead + held) * channels * width > shared_bytes * 7 // 8:
         stages -= 1
     return Tiling(queries, keys, warps, stages)
+
+
+def approximates(query: Tensor) -> bool:
+    """Whether a soft cap is computed to 11 bits: no fewer than 16-bit scores would have. The interpreter has no such
+    instruction."""
+    return query.dtype is not torch.float32 and not INTERPRETED
 
 
 @lru_cache(maxsize=16)
