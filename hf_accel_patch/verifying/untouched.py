@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_accel_patch.journal import Bound
 from hf_accel_patch.passes.choosing import Tally
+from hf_accel_patch.passes.graphs import GRAPHS
 from hf_accel_patch.passes.prefixes import PrefillWithPrefixes
+from hf_accel_patch.passes.replaying import Graphs
 from hf_accel_patch.passes.speculative import SPECULATING, Speculating
 
 ABSENT = object()
@@ -68,6 +70,8 @@ def _unlearning(model: PreTrainedModel) -> None:
         own[SPECULATING] = dataclasses.replace(
             speculating, history=None, tally=Tally(), paces=paces, warned=set(speculating.warned)
         )
+    if isinstance(graphs := own.get(GRAPHS), Graphs):
+        own[GRAPHS] = Graphs(graphs.off, graphs.asked)
     prefill = own.get("_prefill")
     if isinstance(prefill, Bound) and isinstance(prefill.__func__, PrefillWithPrefixes):
         inner = prefill.__func__.inner
