@@ -51,6 +51,12 @@ typedef __m256 floats;
 #define IN_ORDER(a) _mm256_permute4x64_epi64(a, 0xD8)
 #endif
 
+/* Whether to prefetch by hand is measured on each machine: it helps where memory is fast, and hinders where it is busy. */
+#ifdef PLAIN
+#define PREFETCH(p) ((void)(p))
+#else
+#define PREFETCH(p) __builtin_prefetch(p)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define HIGH_HALVES I(set1_epi32)((int32_t)0xFFFF0000)
 
@@ -248,7 +254,7 @@ INLINE void group_int4(const uint8_t *codes, const int16_t *table, integers (*ex
     for (int64_t k = 0; k < group; k += 8) {
         integers here[4][4], first[3], second[3];
         if (!expanded) {
-            for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
+            for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + k * HALF + AHEAD + i);
             expand_int4(codes + k * HALF, table, here);
         }
         integers(*const w)[4] = expanded ? expanded[k / 8] : here;
@@ -277,7 +283,7 @@ INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const int16_t
                      const activations *a, int64_t m, int rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
-        for (size_t i = 0; i < BLOCK * 4; i += 64) __builtin_prefetch((const char *)(scales + N * 2) + i);
+        for (size_t i = 0; i < BLOCK * 4; i += 64) PREFETCH((const char *)(scales + N * 2) + i);
         load_scales(scales, table != NULL, scale, start);
         group_int4(codes, table, NULL, a, m, rows, g, group, scale, start, total);
     }
@@ -291,7 +297,7 @@ INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const int16_
         integers expanded[GROUP_MOST / 8][4][4];
         load_scales(scales, table != NULL, scale, start);
         for (int64_t k = 0; k < group; k += 8) {
-            for (int i = 0; i < 8 * HALF; i += 64) __builtin_prefetch(codes + k * HALF + AHEAD + i);
+            for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + k * HALF + AHEAD + i);
             expand_int4(codes + k * HALF, table, expanded[k / 8]);
         }
         int64_t r = 0;
@@ -366,7 +372,7 @@ INLINE void rows_int8(const int8_t *codes, int count, int64_t K, const activatio
         for (int n = 0; n < count; n++) total[r][n] = I(setzero_ps)();
     for (; (g + 1) * GROUP <= K; g++) {
         integers sum[4][2];
-        for (int n = 0; n < count; n++) __builtin_prefetch(codes + n * K + g * GROUP + AHEAD);
+        for (int n = 0; n < count; n++) PREFETCH(codes + n * K + g * GROUP + AHEAD);
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < count; n++) sum[r][n] = ZERO();
         for (int k = 0; k < GROUP; k += 2 * LANES) {
@@ -466,7 +472,7 @@ INLINE void row_float(const void *row, enum dtype dtype, int64_t K, const void *
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = I(setzero_ps)();
     int64_t k = 0;
     for (; k + 4 * LANES <= K; k += 4 * LANES) {
-        for (int64_t i = 0; i < 4 * LANES * size; i += 64) __builtin_prefetch((const char *)row + k * size + AHEAD + i);
+        for (int64_t i = 0; i < 4 * LANES * size; i += 64) PREFETCH((const char *)row + k * size + AHEAD + i);
         for (int r = 0; r < rows; r++)
             multiply_add((const char *)x + (r * K + k) * wide, (const char *)row + k * size, dtype, total[r]);
     }

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_accel_patch.kernels.folder import cache_folder
 from hf_accel_patch.kernels.noting import Call, notes, unnoted
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -32,6 +35,7 @@ FEATURES = {64: {"avx512f", "avx512bw", "f16c"}, 32: {"avx2", "fma", "f16c"}}  #
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
 SECONDS = 120  # to compile, which takes one
+SPAN, TURNS = 1 << 26, 7  # bytes that are read to see what reads faster, and how often
 
 _threads = threading.local()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -169,7 +173,7 @@ def remembered(question: str, measure: Callable[[], list[int]]) -> list[int]:
     gives the same bits. Kept beside the library."""
     machine = (question, torch.__version__, torch.get_num_threads(), sorted(_features()))
     name = hashlib.sha256(SOURCE.read_bytes() + repr(machine).encode()).hexdigest()[:24]
-    path = _cache_folder() / f"measured-{name}.json"
+    path = cache_folder() / f"measured-{name}.json"
     try:
         answer = json.loads(path.read_text())
         if isinstance(answer, list) and all(type(number) is int for number in answer):
@@ -224,6 +228,16 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     kernels, reason = load(SOURCE, block)
     if kernels is None:
         return None, reason
+    _declare(kernels)
+    plain, _ = load(SOURCE, block, "-DPLAIN")
+    if plain is not None:
+        _declare(plain)
+        if remembered(f"plain {block}", lambda: [_reads_faster(plain, kernels)])[0]:
+            return plain, ""
+    return kernels, ""
+
+
+def _declare(kernels: ctypes.CDLL) -> None:
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, integer]
     kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
@@ -234,7 +248,20 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     kernels.scale_products.argtypes = [pointer, size, size, pointer, pointer, integer, pointer, size, integer]
     for name in ("unpack_int4", "unpack_int8", "narrow_rows", "scale_products"):
         getattr(kernels, name).restype = None
-    return kernels, ""
+
+
+@torch.no_grad()
+def _reads_faster(first: ctypes.CDLL, second: ctypes.CDLL) -> int:
+    """Whether the first multiplies a weight that no cache holds in less time, at its best."""
+    codes = torch.ones(SPAN // 2048, 2048, dtype=torch.int8, device="cpu")
+    scales = torch.ones(len(codes), dtype=torch.bfloat16, device="cpu")
+    x, least = torch.ones(1, 2048, dtype=torch.bfloat16, device="cpu"), [math.inf, math.inf]
+    for _ in range(TURNS):
+        for index, kernels in enumerate((first, second)):
+            started = time.perf_counter()
+            linear_int8(kernels, x, codes, scales)
+            least[index] = min(least[index], time.perf_counter() - started)
+    return int(least[0] < least[1])
 
 
 def _features() -> set[str]:
@@ -253,7 +280,7 @@ def _build(compiler: list[str], source: Path, block: int, flags: tuple[str, ...]
     flags = (*FLAGS, *flags)
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True, timeout=SECONDS)
     parts = (source.read_bytes(), repr((compiler, flags, block, version.stdout, sorted(features))).encode())
-    path = _cache_folder() / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
+    path = cache_folder() / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be building it too
@@ -263,22 +290,3 @@ def _build(compiler: list[str], source: Path, block: int, flags: tuple[str, ...]
         subprocess.run([*compiler, "-shared", made[0], "-o", made[1], "-lm"], **run)  # type: ignore[call-overload]
         os.replace(made[1], path)
     return path
-
-
-def _cache_folder() -> Path:
-    """A folder that only this user can write."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_accel_patch"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # a read-only or an unknown home
-        pass
-    return Path(_own_folder().name)
-
-
-@cache
-def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Gone when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="hf_accel_patch-")

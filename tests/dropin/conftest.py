@@ -42,7 +42,7 @@ def windows(tokenizer: Any) -> list[dict[str, Any]]:
 @pytest.fixture
 def at_work(attention_calls: list[type]) -> Callable[..., None]:
     """Called after a program: it fails unless the report has these passes besides the attention and the cache, none of
-    them skipped, and our attention was called `calls` times or more since it was asked last, replayed steps included."""
+    them skipped, and our attention was called `calls` times or more since it was asked last, in replayed steps too."""
     before: dict[int, int] = {}
 
     def asked(model: Any, *passes: str, calls: int = 1) -> None:
