@@ -95,7 +95,7 @@ static void store(const float *from, int64_t n, char *to, int64_t dtype, int64_t
 
 /* e^x within 2 units of the last place; 0 below -87.3. A loop of it is vectorized. */
 static inline float exponential(float x) {
-    const float t = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
+    const float t = x < -87.3f ? -87.3f : x > 88.7228f ? 88.7228f : x;
     const float n = rintf(t * 1.44269504f);
     const float r = (t - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -105,11 +105,12 @@ static inline float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    const float y = p * scale;
-    return x < -87.3f ? 0.0f : x > 88.7f ? INFINITY : y;
+    const int32_t power = (int32_t)(n == n ? n : 0.0f), half = power / 2; /* in two steps: 2^128 is no float */
+    const uint32_t bits[2] = {(uint32_t)(half + 127) << 23, (uint32_t)(power - half + 127) << 23};
+    float scale[2];
+    memcpy(scale, bits, sizeof scale);
+    const float y = p * scale[0] * scale[1];
+    return x < -87.3f ? 0.0f : x > 88.7228f ? INFINITY : y;
 }
 
 #define EACH(expression) \
@@ -282,7 +283,7 @@ typedef int (*linear_float)(const void *, int, int64_t, int64_t, const void *, c
 typedef int (*attention)(const void *);
 
 /* Products: sizes M, K, N, and the group of int4; extra: the function, codes or weight, scales or bias, table. Attention:
- * extra: the function and its argument. */
+ * extra: the function and its argument, whose eleventh number is that of threads. */
 static int call(const operator *o, int threads) {
     const int64_t *size = o->sizes, *e = o->extra;
     const int dtype = (int)o->dtypes[1];
@@ -296,7 +297,7 @@ static int call(const operator *o, int threads) {
         case LINEAR_FLOAT:
             return ((linear_float)e[0])(o->a, dtype, size[0], size[1], (void *)e[1], (void *)e[2], size[2], o->out,
                                         threads);
-        default: return ((attention)e[0])((void *)e[1]);
+        default: ((int64_t *)e[1])[10] = threads; return ((attention)e[0])((void *)e[1]);
     }
 }
 

@@ -57,6 +57,7 @@ class Operator:
     extra: tuple[int | Operand, ...] = ()
     fixed: tuple[Tensor, ...] = ()  # tensors whose addresses somebody else has noted
     argument: Any = None  # memory that must last as long as the list
+    unwritten: tuple[Tensor, ...] = ()  # what PyTorch's operator gives besides, and nobody may read
 
     @property
     def operands(self) -> list[Operand]:
@@ -148,7 +149,9 @@ def _copy(to: Operand, like: Tensor, source: Any) -> list[Operator] | None:
 
 
 def _plain(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, Parameter) and tensor.is_cpu and tensor.layout == torch.strided
+    """Whether it is memory of the CPU that says what the numbers are."""
+    kind = type(tensor) in (Tensor, Parameter) and tensor.is_cpu and tensor.layout == torch.strided
+    return kind and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _laid(every: Sequence[Tensor]) -> tuple[list[int], list[list[int]]] | None:
@@ -182,8 +185,8 @@ def _laid(every: Sequence[Tensor]) -> tuple[list[int], list[list[int]]] | None:
 
 def _mean(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None:
     x, dims, out = args[0], args[1] if len(args) > 1 else None, outputs[0]
-    last = dims is not None and [each % x.ndim for each in dims] == [x.ndim - 1]
-    if not last or x.dtype not in DTYPES or out.dtype not in DTYPES or not x.numel() or x.ndim > DIMS:
+    last = dims is not None and x.ndim and [each % x.ndim for each in dims] == [x.ndim - 1]
+    if not last or not _plain(x) or x.dtype not in DTYPES or out.dtype not in DTYPES or not x.numel() or x.ndim > DIMS:
         return None
     lead = list(out.stride())[: x.ndim - 1]
     return [
@@ -197,7 +200,9 @@ def _layer_norm(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator]
     x, shape, weight, bias, epsilon = args
     n, given = x.shape[-1], [each for each in (weight, bias) if each is not None]
     plain = list(shape) == [n] and x.is_contiguous() and outputs[0].is_contiguous() and x.dtype in DTYPES
-    if not plain or not x.numel() or any(each.dtype != x.dtype or not each.is_contiguous() for each in given):
+    if not plain or not x.numel() or not all(map(_plain, (x, *given))):
+        return None
+    if any(each.dtype != x.dtype or not each.is_contiguous() for each in given):
         return None
     strides = [n, 1]
     return [
@@ -205,7 +210,7 @@ def _layer_norm(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator]
             Kind.LAYER_NORM, Operand(outputs[0].detach()),
             (Operand(x.detach()), None if weight is None else Operand(weight.detach())),
             [x.numel() // n, n], [strides, strides, [0, 1]], epsilon,
-            (0 if bias is None else Operand(bias.detach()),),
+            (0 if bias is None else Operand(bias.detach()),), unwritten=tuple(each.detach() for each in outputs[1:]),
         )
     ]  # fmt: skip
 
@@ -227,7 +232,7 @@ def _cat(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None
 def _embedding(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None:
     weight, index, out = args[0], args[1], outputs[0]
     plain = index.dtype == torch.int64 and index.is_contiguous() and weight.stride(-1) == 1 and out.is_contiguous()
-    if not plain or not out.numel():
+    if not plain or not out.numel() or not _plain(weight) or not _plain(index):
         return None
     row_bytes = weight.shape[1] * weight.itemsize
     inputs = Operand(weight.detach()), Operand(index.detach())
@@ -243,7 +248,13 @@ def _put(args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None
     rows, places = indices[0], indices[2]
     if any(not _plain(each) or each.dtype != torch.int64 or each.ndim != 2 for each in (rows, places)):
         return None
-    if buffer.ndim != 4 or not _plain(values) or values.dtype != buffer.dtype or not values.numel():
+    if (
+        buffer.ndim != 4
+        or not _plain(buffer)
+        or not _plain(values)
+        or values.dtype != buffer.dtype
+        or not values.numel()
+    ):
         return None
     (B, T), shape = places.shape, buffer.shape
     values = values.expand(B, T, shape[1], shape[3])

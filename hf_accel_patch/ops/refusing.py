@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -16,6 +19,16 @@ WAITS = frozenset(  # what gives the host a number, or a size that follows from 
         aten.allclose,
     }
 )  # fmt: skip
+
+
+def overheard() -> str:
+    """Who looks on in this thread, or on all modules, and would not see a replay; or nothing."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if torch._C._len_torch_dispatch_stack() or not all(isinstance(each, DeviceContext) for each in modes):
+        return "a mode of PyTorch's looks at operators or replaces them"
+    if module._global_forward_hooks or module._global_forward_pre_hooks:
+        return "there are hooks on all modules, which a replay would not call"
+    return ""
 
 
 class Refused(Exception):

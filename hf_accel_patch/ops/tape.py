@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_accel_patch.kernels import cpu_steps
@@ -32,7 +32,11 @@ from hf_accel_patch.ops.refusing import Refused, check
 
 ALIGNED = 64  # bytes
 CPU = torch.device("cpu")
-READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})  # of the host, past PyTorch's dispatcher
+READS = frozenset(  # of the host, past PyTorch's dispatcher
+    {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tensor_split, torch.tensor_split}
+)
+OWN = {"aten", "prims", "prim"}  # operators that say what they do
+MOST_KEPT, MOST_MADE = 32 << 20, 1 << 30  # bytes of what PyTorch's operators give, and of all while it is noted
 
 
 @dataclass
@@ -61,6 +65,9 @@ class Notes:
     entries: list[Operator | Plain] = field(default_factory=list)
     made: dict[int, Tensor] = field(default_factory=dict)  # kept, so that no address comes twice
     given: list[weakref.ref[Tensor]] = field(default_factory=list)  # what the function has got of it
+    constants: set[int] = field(default_factory=set)  # that were made from numbers of the host
+    made_bytes: int = 0
+    kept_bytes: int = 0  # of them, what operators of PyTorch give
 
     def check_nothing_kept(self, output: Tensor) -> None:
         """Raise Refused where a tensor other than the output is left: no replay would renew it."""
@@ -82,23 +89,38 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.notes = notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, notes, tags = kwargs or {}, self.notes, set(func.tags)
         check(func, args, kwargs, CPU)
+        attends = "scaled_dot_product" in func.name()  # without dropout, as a model is that generates
+        if torch.Tag.nondeterministic_seeded in tags and not attends:
+            raise Refused(f"{func} draws random numbers")
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and _address(args[0]) in notes.constants:
+            raise Refused(f"{func} changes a constant")
         known = {_address(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
         result = func(*args, **kwargs)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         fresh = [each for each in outputs if _address(each) not in known and each.numel()]
         for each in fresh:
-            self.notes.made[_address(each)] = each.detach()
-            self.notes.given.append(weakref.ref(each))
+            notes.made[_address(each)] = each.detach()
+            notes.made_bytes += each.untyped_storage().nbytes()
+        notes.given += [weakref.ref(each) for each in outputs if _address(each) in notes.made]
+        if func is torch.ops.aten.lift_fresh.default:
+            notes.constants.add(_address(outputs[0]))
+        if torch.Tag.inplace_view in tags:
+            return result  # what it says of a tensor is noted where that is used
         if not fresh and not func._schema.is_mutable:
+            if func.namespace not in OWN:
+                raise Refused(f"{func} does not say what it does")
             return result  # views, or nothing
         found = translated(func, args, kwargs, outputs)
         if found is None:
             mine = tree_map_only(Tensor, Tensor.detach, args), tree_map_only(Tensor, Tensor.detach, kwargs)
-            self.notes.entries.append(Plain(func, *mine, [each.detach() for each in outputs] if fresh else []))
+            notes.entries.append(Plain(func, *mine, [each.detach() for each in outputs] if fresh else []))
+            notes.kept_bytes += sum(each.untyped_storage().nbytes() for each in fresh)
         else:
-            self.notes.entries += found
+            notes.entries += found
+        if notes.kept_bytes > MOST_KEPT or notes.made_bytes > MOST_MADE:
+            raise Refused(f"it would keep more than {MOST_KEPT >> 20} MiB of what it computes in between")
         return result
 
 
@@ -122,9 +144,14 @@ class TapeRecorder:
 
     def __call__(self, function: Callable[[], Tensor]) -> Tape:
         notes = Notes()
-        tell: Callable[[Call], None] = lambda call: notes.entries.append(called(call))  # noqa: E731
+
+        def tell(call: Call) -> None:
+            with _disable_current_modes():
+                notes.entries.append(called(call))
+
         try:
-            with NoReading(), Noting(notes), noting(tell):
+            # outside of inference mode, inside of which operators are not taken apart, and some wait for numbers
+            with torch.inference_mode(False), torch.no_grad(), NoReading(), Noting(notes), noting(tell):
                 output = function()
         except Unnoted as error:
             raise Refused(str(error)) from error
@@ -163,7 +190,7 @@ class Tape:
 
     def replay(self) -> Tensor:
         """Run it again. Returns a copy of what it computed."""
-        with self.lock, torch.inference_mode(self.output.is_inference()), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             for piece in self.pieces:
                 if isinstance(piece, Plain):
                     piece.run()
@@ -182,6 +209,7 @@ def _arranged(notes: Notes, output: Tensor) -> tuple[dict[int, int], Tensor]:
     """Where in one piece of memory each storage lies that only compiled code touches, by its address, and that memory:
     storages that are not needed at the same time share it."""
     first, last, apart = dict[int, int](), dict[int, int](), {_address(output)}
+    unwritten = {_address(each) for entry in notes.entries if isinstance(entry, Operator) for each in entry.unwritten}
     for index, entry in enumerate(notes.entries):
         movable = [each.tensor for each in entry.operands] if isinstance(entry, Operator) else []
         fixed: Iterable[Tensor] = entry.fixed if isinstance(entry, Operator) else entry.tensors()
@@ -189,6 +217,8 @@ def _arranged(notes: Notes, output: Tensor) -> tuple[dict[int, int], Tensor]:
         for tensor in (*movable, *fixed):
             first.setdefault(_address(tensor), index)
             last[_address(tensor)] = index
+    if unwritten & last.keys():
+        raise Refused("it reads what is not computed: the mean or the deviation of a layer norm")
     places, taken, size = dict[int, int](), list[tuple[int, int, int]](), 0  # start, stop, last
     for at in sorted((each for each in first if each in notes.made and each not in apart), key=first.__getitem__):
         bytes_ = -(-notes.made[at].untyped_storage().nbytes() // ALIGNED) * ALIGNED

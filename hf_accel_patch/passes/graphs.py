@@ -164,7 +164,7 @@ def identity(model: nn.Module) -> object:
     configurations: dict[int, Any] = {}  # each once, for most modules hold the same
     for module in model.modules():
         own = vars(module)
-        found += (id(module), module.__class__)
+        found += (id(module), module.__class__, module.__class__.forward)
         _note(own.values(), found)
         for each in own.values():
             if isinstance(each, CONTAINERS) and each:

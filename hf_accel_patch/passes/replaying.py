@@ -19,7 +19,7 @@ from hf_accel_patch.families import dtype_of
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.ops.refusing import Refused
+from hf_accel_patch.ops.refusing import Refused, overheard
 from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
 from hf_accel_patch.passes.rooms import SPARE, Of, Pass, Room, Step, reserve, token_bytes, visible
 
@@ -251,6 +251,8 @@ class Decoding:
         """Why no pass is recorded now."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self.recorder.device.type):
             return "gradients or autocast are on"
+        if reason := overheard():
+            return reason
         return f"the model returns {self.other}" if self.other else ""
 
 

@@ -13,6 +13,7 @@ from cases import build, entry, left_padded, prompt, tiny
 from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import CountingTapes, SimulatedRecorder
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -422,6 +423,26 @@ def test_what_cannot_be_recorded_is_no_warning_unless_asked_for(cache, made, mon
     generate(patch(model, cache=cache, linear=False))
     assert not replays(made) and "waits for its numbers" in said(model)["graphs"]
     assert any("run as before" in line for line in warned()) is (cache is RECORDED)
+
+
+def test_whoever_looks_on_sees_every_operator(made):
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            return found * 0 if func is torch.ops.aten.silu.default else found
+
+    model, hooked = patch(small(), cache=RECORDED), []
+    truth = generate(model)
+    count = replays(made)
+    with Zeros():
+        others = generate(model)
+    assert count and replays(made) == count and not torch.equal(others, truth)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: hooked.append(1))
+    try:
+        assert torch.equal(generate(model), truth) and replays(made) == count and len(hooked) > 22
+    finally:
+        handle.remove()
+    assert torch.equal(generate(model), truth) and replays(made) > count
 
 
 def test_other_options(monkeypatch):
