@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_accel_patch.families import View, context_tokens, dtype_of
@@ -98,7 +99,9 @@ class Estimates:
         if cache is None or cache.kind != "exact" or cache.offload is not None or cache.graphs is False:
             return 0
         device = self.view.model.device
-        recorder = None if device.type == "meta" else recorder_for(device)
+        recorder = recorder_for(
+            torch.device("cpu") if device.type == "meta" else device
+        )  # where a checkpoint is read to
         if recorder is None or (recorder.most_bytes is not None and held > recorder.most_bytes):
             return 0
         return held
