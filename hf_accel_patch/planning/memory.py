@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_accel_patch.families import View, context_tokens, dtype_of
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.graphs import recorder_for
 from hf_accel_patch.passes import GQA, Attention, KVCache, Prefill, Quantize
 from hf_accel_patch.passes.cache import BITS
 from hf_accel_patch.plan import Pass, Step
@@ -25,8 +23,8 @@ DEFAULT_TOKENS = 2048  # where neither the user nor the configuration says how m
 @dataclass(frozen=True)
 class Size:
     """Bytes. `activations` are those of the prompt at its widest, or of its last piece where `generate` reads it in
-    pieces; or of the last token's step, if that needs more with the room that a growing cache has, or with the buffers
-    that it moves to for steps that are replayed. `peak` is their sum with the weights and the cache."""
+    pieces; or of the last token's step, if that needs more with the room that a growing cache has. `peak` is their sum
+    with the weights and the cache."""
 
     weights: int
     cache: int
@@ -90,21 +88,8 @@ class Estimates:
         held, during = sizes.prompt + trace.states, trace.activations
         if cache is None:  # a window of stock's is a slice of the whole prompt until the next token
             during += max(0, int(trace.held * share) - held)
-        step = trace.activations // (piece or self.tokens)
-        after = step + max(sizes.grown - sizes.prompt, self._moved(cache, sizes.prompt))
+        after = sizes.grown - sizes.prompt + trace.activations // (piece or self.tokens)
         return Size(weights - saved * weights // self.view.weight_bytes(), held, max(during, after))
-
-    def _moved(self, cache: KVCache | None, held: int) -> int:
-        """What a cache of so many bytes takes once more, while it moves to buffers over which steps are replayed."""
-        if cache is None or cache.kind != "exact" or cache.offload is not None or cache.graphs is False:
-            return 0
-        device = self.view.model.device
-        recorder = recorder_for(
-            torch.device("cpu") if device.type == "meta" else device
-        )  # where a checkpoint is read to
-        if recorder is None or (recorder.most_bytes is not None and held > recorder.most_bytes):
-            return 0
-        return held
 
     def _weighed(self, quantize: Quantize | None) -> tuple[int, frozenset[str]]:
         key = None if quantize is None else (quantize.scheme, quantize.group_size, quantize.skip, quantize.originals)
