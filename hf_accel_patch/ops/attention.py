@@ -59,11 +59,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         if fused:
             added = block if bias is None else _added(bias, block)
             outputs.append(_fused(part, keys, values, added, variant))
+            del added  # or it would be there beside the next
         else:
             sinks = variant.sinks
             if sinks is not None and sinks.shape[2] != 1:
                 sinks = sinks[:, :, start:stop]
             outputs.append(scored(part, keys, values, block, bias, replace(variant, sinks=sinks))[0])
+        del block
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
