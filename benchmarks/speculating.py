@@ -1,7 +1,8 @@
 """The systems of `benchmarks.speculative`, what they continue, and the process in which one generates.
 
-Peers are transformers' own assisted decoding, on a stock model. Passes are those of the whole model, counted at its
-last layer: neither a copy that drafts nor a pass that leaves early comes that far.
+Peers are transformers' own assisted decoding, on a stock model. Passes are those of the whole model. A stock model's
+are counted at its last layer, where a pass that leaves early does not come; a patched model is left without such a
+hook, since steps of a hooked model are not replayed: it tells its passes itself.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Generating:
         if "assistant_early_exit" in self.given:
             self.given["assistant_early_exit"] = max(1, self.model.config.num_hidden_layers // 2)
         self.passes = 0
-        layer_list(bind(self.model))[-1].register_forward_pre_hook(self._count)
+        if self.kind.patched is None:
+            layer_list(bind(self.model))[-1].register_forward_pre_hook(self._count)
         self.batches: list[Tensor] = []
         self.tokens, self.temperature = 0, None
         self.copy: Any = None
@@ -170,7 +172,9 @@ class Generating:
         found = self.model.generate(ids, **given)
         synchronize(self.job.device)
         seconds = time.perf_counter() - start
-        drafted, accepted = (after - earlier for after, earlier in zip(self._tally(), before, strict=True))
+        passes, drafted, accepted = (after - earlier for after, earlier in zip(self._tally(), before, strict=True))
+        if self.kind.patched is not None:
+            self.passes = 1 + passes if passes else found.shape[1] - ids.shape[1]  # the prompt's; or one per token
         facts = {"seconds": round(seconds, 5), "passes": self.passes, "drafted": drafted, "accepted": accepted}
         return facts | {"tokens": found[:, ids.shape[1] :].tolist()}
 
@@ -262,9 +266,9 @@ class Generating:
         self.cache.crop(-width)
         return round(1000 * (time.perf_counter() - start), 3)
 
-    def _tally(self) -> tuple[int, int]:
+    def _tally(self) -> tuple[int, int, int]:
         found = self._speculating()
-        return (found.tally.drafted, found.tally.accepted) if found else (0, 0)
+        return (found.tally.passes, found.tally.drafted, found.tally.accepted) if found else (0, 0, 0)
 
     def _speculating(self) -> Any:
         from hf_accel_patch.passes.speculative import Speculating

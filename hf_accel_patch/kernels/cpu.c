@@ -1,4 +1,5 @@
-/* Products of a few rows of activations with int8, int4 and float weights, at the speed of reading the weights.
+/* Products of a few rows of activations with int8, int4 and float weights, at the speed of reading the weights, or of
+ * multiplying where that takes longer.
  *
  * The layouts are those of PyTorch's own CPU kernels (see ops/linear.py), so that either can work on the same bytes.
  * Products with float weights are summed in float32. For quantized weights, activations become 16-bit integers with a
@@ -68,6 +69,8 @@ enum {
     GROUP = 128,         /* input features per scale of the activations of an int8 product */
     MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
+    COLUMNS = BLOCK / 16, /* rows of float weights that go together */
+    MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights */
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
 };
 
@@ -93,6 +96,19 @@ static inline float sum_lanes(floats a) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #endif
 }
+
+#if BLOCK == 64
+/* The sums over the lanes of four vectors, in the order of additions of `sum_lanes`. */
+static inline void sum_four(const floats a[4], float *out) {
+    const floats x = _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x44), _mm512_shuffle_f32x4(a[0], a[1], 0xEE));
+    const floats y = _mm512_add_ps(_mm512_shuffle_f32x4(a[2], a[3], 0x44), _mm512_shuffle_f32x4(a[2], a[3], 0xEE));
+    floats z = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+    z = _mm512_add_ps(z, _mm512_permute_ps(z, 0x4E));
+    z = _mm512_add_ps(z, _mm512_permute_ps(z, 0xB1));
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, z)));
+}
+#endif
 
 static inline float from_bfloat16(uint16_t bits) {
     uint32_t u = (uint32_t)bits << 16;
@@ -433,101 +449,183 @@ int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *co
 #define PRODUCTS_OF_BFLOAT16 0
 #endif
 
-/* total + the products of 4 * LANES activations and weights, in two halves. bfloat16 is multiplied as it is where the
- * processor can; else activations are floats, and for every 2 * LANES of bfloat16 first the even ones, then the odd. */
-INLINE void multiply_add(const void *x, const void *w, enum dtype dtype, floats total[2]) {
-    for (int i = 0; i < 2; i++) {
-        if (dtype == BFLOAT16) {
-            const integers pairs = LOAD((const uint16_t *)w + 2 * LANES * i);
-#if PRODUCTS_OF_BFLOAT16
-            const integers values = LOAD((const uint16_t *)x + 2 * LANES * i);
-            total[i] = _mm512_dpbf16_ps(total[i], (__m512bh)pairs, (__m512bh)values);
-#else
-            const float *values = (const float *)x + 2 * LANES * i;
-            total[i] = I(fmadd_ps)(FLOATS(I(slli_epi32)(pairs, 16)), I(loadu_ps)(values), total[i]);
-            total[i] = I(fmadd_ps)(FLOATS(AND(pairs, HIGH_HALVES)), I(loadu_ps)(values + LANES), total[i]);
-#endif
-        } else
-            for (int k = 2 * LANES * i; k < 2 * LANES * (i + 1); k += LANES) {
-                const floats v = dtype == FLOAT16 ? LOAD_FLOAT16((const uint16_t *)w + k)
-                                                  : I(loadu_ps)((const float *)w + k);
-                total[i] = I(fmadd_ps)(v, I(loadu_ps)((const float *)x + k), total[i]);
-            }
-    }
-}
-
 static inline float get(const void *x, enum dtype dtype, int64_t i) {
     float f;
     widen((const char *)x + i * (dtype == FLOAT32 ? 4 : 2), dtype, 1, &f);
     return f;
 }
 
-/* `rows` rows of activations, in `x` as `multiply_add` takes them and in `plain` as they came, times a row of weights.
- */
-INLINE void row_float(const void *row, enum dtype dtype, int64_t K, const void *x, const void *plain, int rows,
-                      float *out) {
-    const int64_t size = dtype == FLOAT32 ? 4 : 2;
-    const int64_t wide = dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4;
-    floats total[4][2];
-    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = I(setzero_ps)();
-    int64_t k = 0;
-    for (; k + 4 * LANES <= K; k += 4 * LANES) {
-        for (int64_t i = 0; i < 4 * LANES * size; i += 64) PREFETCH((const char *)row + k * size + AHEAD + i);
-        for (int r = 0; r < rows; r++)
-            multiply_add((const char *)x + (r * K + k) * wide, (const char *)row + k * size, dtype, total[r]);
-    }
-    for (int r = 0; r < rows; r++) {
-        out[r] = sum_lanes(I(add_ps)(total[r][0], total[r][1]));
-        for (int64_t i = k; i < K; i++) out[r] += get(row, dtype, i) * get(plain, dtype, r * K + i);
+/* Bytes of an activation as `block_float` takes it. */
+#define WIDE(dtype) ((dtype) == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4)
+
+/* How many rows of activations go together, of those that are left: as evenly as can be. */
+static inline int64_t together(int64_t rows) { return (rows + (rows + 3) / 4 - 1) / ((rows + 3) / 4); }
+
+/* Activations [M, K] as `block_float` takes them: the rows that go together, chunk by chunk of 2 * LANES. Where bfloat16
+ * is not multiplied as it is they are floats, of bfloat16 in every chunk first the even ones, then the odd. */
+static void lay_out(const void *x, enum dtype dtype, int64_t M, int64_t K, char *out, int threads) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), chunk = 2 * LANES, chunks = K / chunk;
+#pragma omp parallel for num_threads(threads) if (M > 8)
+    for (int64_t m = 0; m < M; m++) {
+        int64_t first = 0, rows = together(M);
+        while (first + rows <= m) first += rows, rows = together(M - first);
+        for (int64_t i = 0; i < chunks; i++) {
+            const char *from = (const char *)x + (m * K + i * chunk) * size;
+            char *to = out + (first * chunks + i * rows + m - first) * chunk * wide;
+            if (wide == size) {
+                memcpy(to, from, chunk * size);
+                continue;
+            }
+            float values[2 * LANES], *floats_ = (float *)to;
+            widen(from, dtype, chunk, values);
+            for (int j = 0; j < chunk; j++) floats_[dtype == BFLOAT16 ? j / 2 + j % 2 * LANES : j] = values[j];
+        }
     }
 }
 
-INLINE void tile_float(const void *x, const void *plain, enum dtype dtype, int64_t M, int64_t K, const char *weights,
-                       const void *bias, int64_t N, int64_t start, void *out) {
-    const int64_t size = dtype == FLOAT32 ? 4 : 2;
-    const int64_t wide = dtype == BFLOAT16 && PRODUCTS_OF_BFLOAT16 ? 2 : 4;
-    for (int64_t m = 0, rows; m < M; m += rows) {
-        const char *xm = (const char *)x + m * K * wide, *pm = (const char *)plain + m * K * size;
-        rows = M - m >= 4 ? 4 : 1;
-        for (int64_t n = start; n < N && n < start + TILE; n++) {
-            float total[4];
-            if (rows == 4)
-                row_float(weights + n * K * size, dtype, K, xm, pm, 4, total);
-            else
-                row_float(weights + n * K * size, dtype, K, xm, pm, 1, total);
-            const float b = bias ? get(bias, dtype, n) : 0;
-            for (int r = 0; r < rows; r++) put(out, dtype, (m + r) * N + n, total[r] + b);
+/* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, whole chunks.
+ * A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there are: so a
+ * row gives the same bits among others as it does alone. Behind `next` lie weights to prefetch, `ahead` rows of them. */
+INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *x, int rows, int columns,
+                        const char *next, int ahead, float (*out)[TILE]) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), step = 2 * LANES;
+    floats total[4][COLUMNS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) total[r][c] = I(setzero_ps)();
+    for (int64_t k = 0; k + step <= K; k += step, x += rows * step * wide) {
+        for (int i = 0; i < ahead; i++)
+            for (int64_t j = 0; j < step * size; j += 64) PREFETCH(next + (i * K + k) * size + j);
+#if PRODUCTS_OF_BFLOAT16
+        if (dtype == BFLOAT16) {
+            integers pairs[COLUMNS];
+            for (int c = 0; c < columns; c++) pairs[c] = LOAD(w + (c * K + k) * size);
+            for (int r = 0; r < rows; r++) {
+                const integers values = LOAD(x + r * step * wide);
+                for (int c = 0; c < columns; c++)
+                    total[r][c] = _mm512_dpbf16_ps(total[r][c], (__m512bh)pairs[c], (__m512bh)values);
+            }
+            continue;
+        }
+#endif
+        for (int half = 0; half < 2; half++) {
+            floats v[COLUMNS];
+            for (int c = 0; c < columns; c++) {
+                const char *from = w + (c * K + k) * size;
+                if (dtype == BFLOAT16)
+                    v[c] = FLOATS(half ? AND(LOAD(from), HIGH_HALVES) : I(slli_epi32)(LOAD(from), 16));
+                else if (dtype == FLOAT16)
+                    v[c] = LOAD_FLOAT16((const uint16_t *)from + half * LANES);
+                else
+                    v[c] = I(loadu_ps)((const float *)from + half * LANES);
+            }
+            for (int r = 0; r < rows; r++) {
+                const floats values = I(loadu_ps)((const float *)x + r * step + half * LANES);
+                for (int c = 0; c < columns; c++) total[r][c] = I(fmadd_ps)(v[c], values, total[r][c]);
+            }
         }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#if BLOCK == 64
+        if (columns == 4) {
+            sum_four(total[r], out[r]);
+            continue;
+        }
+#endif
+        for (int c = 0; c < columns; c++) out[r][c] = sum_lanes(total[r][c]);
+    }
+}
+
+typedef void (*block_function)(const char *, int64_t, const char *, const char *, float (*)[TILE]);
+
+/* A function for each case: inlined they would leave one another no registers. By what is prefetched (the last: one row
+ * of weights, and nothing), and by the rows of activations. */
+#define BLOCK_FUNCTION(name, dtype, rows, columns, ahead)                                                         \
+    static __attribute__((noinline)) void name(const char *w, int64_t K, const char *x, const char *next,          \
+                                               float (*out)[TILE]) {                                               \
+        block_float(w, dtype, K, x, rows, columns, next, ahead, out);                                              \
+    }
+#define BLOCK_FUNCTIONS(name, dtype, columns, ahead)                                                              \
+    BLOCK_FUNCTION(name##_1, dtype, 1, columns, ahead)                                                             \
+    BLOCK_FUNCTION(name##_2, dtype, 2, columns, ahead)                                                             \
+    BLOCK_FUNCTION(name##_3, dtype, 3, columns, ahead)                                                             \
+    BLOCK_FUNCTION(name##_4, dtype, 4, columns, ahead)
+#define BLOCKS(name, dtype)                                                                                       \
+    BLOCK_FUNCTIONS(name##_0, dtype, COLUMNS, 0)                                                                   \
+    BLOCK_FUNCTIONS(name##_1, dtype, COLUMNS, 1)                                                                   \
+    BLOCK_FUNCTIONS(name##_2, dtype, COLUMNS, 2)                                                                   \
+    BLOCK_FUNCTIONS(name##_3, dtype, 1, 0)                                                                         \
+    static const block_function name[4][4] = {                                                                     \
+        {name##_0_1, name##_0_2, name##_0_3, name##_0_4}, {name##_1_1, name##_1_2, name##_1_3, name##_1_4},        \
+        {name##_2_1, name##_2_2, name##_2_3, name##_2_4}, {name##_3_1, name##_3_2, name##_3_3, name##_3_4},        \
+    };
+BLOCKS(blocks_float32, FLOAT32)
+BLOCKS(blocks_bfloat16, BFLOAT16)
+BLOCKS(blocks_float16, FLOAT16)
+
+/* All rows of activations with `columns` rows of weights from the n-th on. */
+INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, int64_t M, int64_t K, const char *weights,
+                          int64_t N, int64_t n, int columns, float (*out)[TILE]) {
+    const block_function(*blocks)[4] = dtype == BFLOAT16 ? blocks_bfloat16
+                                       : dtype == FLOAT16 ? blocks_float16
+                                                          : blocks_float32;
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, whole = K / (2 * LANES) * (2 * LANES);
+    const char *w = weights + n * K * size;
+    const int full = N - n >= 2 * columns, shares = columns == COLUMNS && full ? (M > 8 ? 1 : 2) : 0;
+    int64_t fetched = 0;
+    for (int64_t m = 0, rows; m < M; m += rows) {
+        const char *xm = x + m * whole * WIDE(dtype), *next = w + (columns + fetched) * K * size;
+        rows = together(M - m);
+        const int ahead = M <= 4 || fetched >= columns ? 0 : shares;
+        fetched += ahead;
+        blocks[columns == COLUMNS ? ahead : 3][rows - 1](w, K, xm, next, out + m);
+    }
+    for (int64_t m = 0; m < M && whole < K; m++)
+        for (int c = 0; c < columns; c++)
+            for (int64_t k = whole; k < K; k++)
+                out[m][c] += get(w, dtype, c * K + k) * get(plain, dtype, m * K + k);
+}
+
+/* `count` rows of weights from the n-th on, with up to MOST_ROWS rows of activations. */
+INLINE void tile_float(const char *x, const void *plain, enum dtype dtype, int64_t M, int64_t K, const char *weights,
+                       const void *bias, int64_t N, int64_t n, int64_t count, void *out) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    float total[MOST_ROWS][TILE], added[TILE] = {0};
+    int64_t c = 0;
+    for (; c + COLUMNS <= count; c += COLUMNS)
+        columns_float(x, plain, dtype, M, K, weights, N, n + c, COLUMNS, (float(*)[TILE])&total[0][c]);
+    for (; c < count; c++) columns_float(x, plain, dtype, M, K, weights, N, n + c, 1, (float(*)[TILE])&total[0][c]);
+    if (bias) widen((const char *)bias + n * size, dtype, count, added);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < count; i++) put(out, dtype, m * N + n + i, total[m][i] + added[i]);
 }
 
 /* x [M, K] times the transpose of weights [N, K], plus bias [N] or NULL, all of one dtype: out [M, N]. */
 int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *weights, const void *bias, int64_t N,
                  void *out, int threads) {
-    float *memory = NULL;
-    const void *wide = x;
-    if (dtype == FLOAT16 || (dtype == BFLOAT16 && !PRODUCTS_OF_BFLOAT16)) {
-        wide = memory = malloc(sizeof(float) * (M * K + 1));
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), whole = K / (2 * LANES) * (2 * LANES);
+    char *memory = NULL;
+    const char *laid = x;
+    if (M > 1 || wide != size) {
+        laid = memory = aligned_alloc(64, (M * whole * wide + 64) / 64 * 64);
         if (!memory) return -1;
-        widen(x, dtype, M * K, memory);
+        for (int64_t m = 0; m < M; m += MOST_ROWS)
+            lay_out((const char *)x + m * K * size, dtype, M - m < MOST_ROWS ? M - m : MOST_ROWS, K,
+                    memory + m * whole * wide, threads);
     }
-    if (dtype == BFLOAT16 && !PRODUCTS_OF_BFLOAT16)
-        for (int64_t m = 0; m < M; m++)
-            for (int64_t k = 0; k + 2 * LANES <= K; k += 2 * LANES) {
-                float *chunk = memory + m * K + k, odd[LANES];
-                for (int i = 0; i < LANES; i++) odd[i] = chunk[2 * i + 1];
-                for (int i = 0; i < LANES; i++) chunk[i] = chunk[2 * i];
-                memcpy(chunk + LANES, odd, sizeof odd);
-            }
 #pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += TILE) {
-        if (dtype == BFLOAT16)
-            tile_float(wide, x, BFLOAT16, M, K, weights, bias, N, start, out);
-        else if (dtype == FLOAT16)
-            tile_float(wide, x, FLOAT16, M, K, weights, bias, N, start, out);
-        else
-            tile_float(wide, x, FLOAT32, M, K, weights, bias, N, start, out);
-    }
+    for (int64_t n = 0; n < N; n += TILE)
+        for (int64_t m = 0; m < M; m += MOST_ROWS) {
+            const int64_t count = N - n < TILE ? N - n : TILE, rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
+            const char *xm = laid + m * whole * wide, *plain = (const char *)x + m * K * size;
+            char *to = (char *)out + m * N * size;
+            if (dtype == BFLOAT16)
+                tile_float(xm, plain, BFLOAT16, rows, K, weights, bias, N, n, count, to);
+            else if (dtype == FLOAT16)
+                tile_float(xm, plain, FLOAT16, rows, K, weights, bias, N, n, count, to);
+            else
+                tile_float(xm, plain, FLOAT32, rows, K, weights, bias, N, n, count, to);
+        }
     free(memory);
     return 0;
 }

@@ -2,14 +2,14 @@
  *
  * Elementwise operators read float32, bfloat16 or float16 with any strides, compute in float32 as PyTorch does, and round
  * once. The larger products and attention are calls of the functions in cpu.c and decode.c, which have threads of their
- * own. What is here takes less time than waking a thread would.
+ * own. Most of what is here takes less time than waking a thread would.
  */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { DIMS = 5, CHUNK = 512, LANES = 16 };
+enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum kind {
     COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, /* elementwise */
@@ -93,6 +93,13 @@ static void store(const float *from, int64_t n, char *to, int64_t dtype, int64_t
     }
 }
 
+static inline float power_of_two(int32_t n) {
+    const uint32_t bits = (uint32_t)(n + 127) << 23;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
 /* e^x within 2 units of the last place; 0 below -87.3. A loop of it is vectorized. */
 static inline float exponential(float x) {
     const float t = x < -87.3f ? -87.3f : x > 88.7228f ? 88.7228f : x;
@@ -106,10 +113,7 @@ static inline float exponential(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const int32_t power = (int32_t)(n == n ? n : 0.0f), half = power / 2; /* in two steps: 2^128 is no float */
-    const uint32_t bits[2] = {(uint32_t)(half + 127) << 23, (uint32_t)(power - half + 127) << 23};
-    float scale[2];
-    memcpy(scale, bits, sizeof scale);
-    const float y = p * scale[0] * scale[1];
+    const float y = p * power_of_two(half) * power_of_two(power - half);
     return x < -87.3f ? 0.0f : x > 88.7228f ? INFINITY : y;
 }
 
@@ -145,26 +149,33 @@ static int next(const operator *o, int64_t *index, int64_t *at) {
     return 0;
 }
 
-static void elementwise(const operator *o) {
-    const int64_t last = o->dims - 1, size = o->sizes[last], step[3] = {
-        o->strides[0][last], o->strides[1][last], o->strides[2][last]
-    };
-    const int64_t *dtypes = o->dtypes;
-    int64_t index[DIMS] = {0}, at[3] = {0};
+/* From `start` to `stop` in the last dimension. */
+static void span(const operator *o, const int64_t *at, int64_t start, int64_t stop) {
+    const int64_t last = o->dims - 1, *dtypes = o->dtypes;
+    const int64_t step[3] = {o->strides[0][last], o->strides[1][last], o->strides[2][last]};
     float a[CHUNK], b[CHUNK], y[CHUNK];
-    if (!o->b || !o->a) {
-        const float scalar = (float)o->scalar;
-        for (int64_t i = 0; i < CHUNK; i++) (o->b ? a : b)[i] = scalar;
+    if (!o->b || !o->a)
+        for (int64_t i = 0; i < CHUNK && i < stop - start; i++) (o->b ? a : b)[i] = (float)o->scalar;
+    for (; start < stop; start += CHUNK) {
+        const int64_t n = stop - start < CHUNK ? stop - start : CHUNK;
+        if (o->a) load(o->a + (at[1] + start * step[1]) * width(dtypes[1]), dtypes[1], step[1], n, a);
+        if (o->b) load(o->b + (at[2] + start * step[2]) * width(dtypes[2]), dtypes[2], step[2], n, b);
+        calculate(o->kind, a, b, n, y);
+        store(y, n, o->out + (at[0] + start * step[0]) * width(dtypes[0]), dtypes[0], step[0]);
     }
-    do {
-        for (int64_t start = 0; start < size; start += CHUNK) {
-            const int64_t n = size - start < CHUNK ? size - start : CHUNK;
-            if (o->a) load(o->a + (at[1] + start * step[1]) * width(dtypes[1]), dtypes[1], step[1], n, a);
-            if (o->b) load(o->b + (at[2] + start * step[2]) * width(dtypes[2]), dtypes[2], step[2], n, b);
-            calculate(o->kind, a, b, n, y);
-            store(y, n, o->out + (at[0] + start * step[0]) * width(dtypes[0]), dtypes[0], step[0]);
-        }
-    } while (next(o, index, at));
+}
+
+static void elementwise(const operator *o, int threads) {
+    const int64_t size = o->sizes[o->dims - 1];
+    int64_t index[DIMS] = {0}, at[3] = {0};
+    if (o->dims == 1 && size >= MANY) {
+#pragma omp parallel for num_threads(threads)
+        for (int64_t start = 0; start < size; start += SPAN)
+            span(o, at, start, size - start < SPAN ? size : start + SPAN);
+        return;
+    }
+    do span(o, at, 0, size);
+    while (next(o, index, at));
 }
 
 static inline float total(const float *lanes) {
@@ -306,7 +317,7 @@ int64_t run(const operator *operators, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i++) {
         const operator *o = operators + i;
         int failed = 0;
-        if (o->kind < MEAN) elementwise(o);
+        if (o->kind < MEAN) elementwise(o, threads);
         else if (o->kind < LAYER_NORM) reduce(o);
         else if (o->kind == LAYER_NORM) layer_norm(o);
         else if (o->kind == MOVE) move(o);

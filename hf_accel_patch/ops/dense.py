@@ -19,7 +19,7 @@ from hf_accel_patch.ops.linear import least_seconds, row_steps
 from hf_accel_patch.ops.packing import int4_block, on_cpu
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
-SIDES = (2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
+SIDES = (512, 2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
 WIDE_ROWS = 64  # from which float32 is tried
 GAIN = 1.05  # less is not worth another path
 
@@ -72,7 +72,7 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
         rows = 0
         if dtype in cpu.DTYPES and cpu.library(int4_block()) is not None:
-            for M in (1, 2, 4, 8, 16, 32):
+            for M in (1, 2, 4, 8, 16, 32, 64):
                 if not _pays(FloatBackend(dtype, M, 0), weight, M):
                     break
                 rows = M

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.modules import module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 WAITS = frozenset(  # what gives the host a number, or a size that follows from numbers
@@ -35,10 +34,23 @@ class Refused(Exception):
     """Why a function cannot be recorded."""
 
 
+def tensors_in(*given: Any) -> list[Tensor]:
+    """The tensors among the arguments of an operator, or among what it returns."""
+    found: list[Tensor] = []
+    for each in given:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found += tensors_in(*each)
+        elif isinstance(each, dict):
+            found += tensors_in(*each.values())
+    return found
+
+
 def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
     """Raise Refused for an operator that no capture on this device takes."""
     packet = func.overloadpacket
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    tensors = tensors_in(args, kwargs)
     why = ""
     if packet in WAITS and any(each.device.type == device.type for each in tensors):
         why = "waits for its numbers"

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.kernels.noting import Call, Unnoted, noting
 from hf_accel_patch.ops.operators import Operand, Operator, called, translated
-from hf_accel_patch.ops.refusing import Refused, check
+from hf_accel_patch.ops.refusing import Refused, check, tensors_in
 
 ALIGNED = 64  # bytes
 CPU = torch.device("cpu")
@@ -49,13 +49,12 @@ class Plain:
     outputs: list[Tensor]
 
     def run(self) -> None:
-        found = [each for each in tree_leaves(self.func(*self.args, **self.kwargs)) if isinstance(each, Tensor)]
-        for new, old in zip(found, self.outputs, strict=bool(self.outputs)):
+        found = self.func(*self.args, **self.kwargs)
+        for new, old in zip(tensors_in(found), self.outputs, strict=bool(self.outputs)):
             old.copy_(new)
 
     def tensors(self) -> list[Tensor]:
-        given = [each for each in tree_leaves((self.args, self.kwargs)) if isinstance(each, Tensor)]
-        return [*given, *self.outputs]
+        return [*tensors_in(self.args, self.kwargs), *self.outputs]
 
 
 @dataclass
@@ -96,9 +95,9 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Refused(f"{func} draws random numbers")
         if func._schema.is_mutable and args and isinstance(args[0], Tensor) and _address(args[0]) in notes.constants:
             raise Refused(f"{func} changes a constant")
-        known = {_address(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        known = {_address(each) for each in tensors_in(args, kwargs)}
         result = func(*args, **kwargs)
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        outputs = tensors_in(result)
         fresh = [each for each in outputs if _address(each) not in known and each.numel()]
         for each in fresh:
             notes.made[_address(each)] = each.detach()

@@ -107,6 +107,20 @@ def test_extremes():
         assert torch.allclose(found[finite], expected[finite], rtol=1e-6, atol=1e-37)
 
 
+@pytest.mark.parametrize("size", [(1 << 15) - 1, 1 << 15, 40_001, 70_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_numbers_are_shared_out_to_threads(size, dtype):
+    x, y = normal(size, dtype=dtype), normal(size, dtype=dtype, seed=1)
+    tape, threads = record(lambda: x * y + x - 2 * y), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            renew(x, y)
+            assert torch.equal(tape.replay(), x * y + x - 2 * y)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("size", [1, 16, 511, 512, 513, 2000])
 def test_lengths_around_what_is_loaded_at_a_time(size):
     x = normal(2, size)
