@@ -24,10 +24,11 @@ OPERATOR = struct.Struct(f"@5q{4 * DIMS}q3Pd6q")  # `operator` in steps.c
 class Kind(IntEnum):
     """As in steps.c."""
 
-    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU = range(12)
-    MEAN, SUM, LAYER_NORM = range(12, 15)
-    MOVE, GATHER, SCATTER = range(15, 18)
-    LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND = range(18, 22)
+    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, COS, SIN = range(14)
+    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT = range(14, 19)
+    MEAN, SUM, LAYER_NORM = range(19, 22)
+    MOVE, GATHER, SCATTER = range(22, 25)
+    LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND = range(25, 29)
 
 
 def library() -> ctypes.CDLL | None:

@@ -12,8 +12,9 @@
 enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum kind {
-    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, /* elementwise */
-    MEAN, SUM, LAYER_NORM,                                                                  /* over the last dimension */
+    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, COS, SIN, /* elementwise */
+    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT,                                                        /* of integers */
+    MEAN, SUM, LAYER_NORM, /* over the last dimension */
     MOVE, GATHER, SCATTER,                                                                  /* bytes */
     LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND
 };
@@ -135,6 +136,8 @@ static void calculate(int64_t kind, const float *a, const float *b, int64_t n, f
         case SIGMOID: EACH(1.0f / (1.0f + exponential(-a[i])));
         case EXP: EACH(exponential(a[i]));
         case RELU: EACH(a[i] < 0.0f ? 0.0f : a[i]);
+        case COS: EACH(cosf(a[i]));
+        case SIN: EACH(sinf(a[i]));
     }
 }
 
@@ -176,6 +179,33 @@ static void elementwise(const operator *o, int threads) {
     }
     do span(o, at, 0, size);
     while (next(o, index, at));
+}
+
+#define EACH_INTEGER(type, expression)                                  \
+    for (int64_t i = 0; i < size; i++) {                                \
+        const int64_t a = at[1] + i * step[1], b = at[2] + i * step[2]; \
+        ((type *)to)[at[0] + i * step[0]] = (expression);               \
+        (void)b;                                                        \
+    }                                                                   \
+    break
+
+/* int64 compared, or added to the number `extra[0]`, or as float32; bools of which both are to be true. */
+static void integers(const operator *o) {
+    const int64_t last = o->dims - 1, size = o->sizes[last];
+    const int64_t step[3] = {o->strides[0][last], o->strides[1][last], o->strides[2][last]};
+    const int64_t *A = (const int64_t *)o->a, *B = (const int64_t *)(o->b ? o->b : (const char *)&o->extra[0]);
+    const uint8_t *first = (const uint8_t *)o->a, *second = (const uint8_t *)o->b;
+    char *to = o->out;
+    int64_t index[DIMS] = {0}, at[3] = {0};
+    do {
+        switch (o->kind) {
+            case LESS_EQUAL: EACH_INTEGER(uint8_t, A[a] <= B[b]);
+            case GREATER: EACH_INTEGER(uint8_t, A[a] > B[b]);
+            case BOTH: EACH_INTEGER(uint8_t, first[a] && second[b]);
+            case PLUS: EACH_INTEGER(int64_t, A[a] + B[b]);
+            case TO_FLOAT: EACH_INTEGER(float, (float)A[a]);
+        }
+    } while (next(o, index, at));
 }
 
 static inline float total(const float *lanes) {
@@ -317,7 +347,8 @@ int64_t run(const operator *operators, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i++) {
         const operator *o = operators + i;
         int failed = 0;
-        if (o->kind < MEAN) elementwise(o, threads);
+        if (o->kind < LESS_EQUAL) elementwise(o, threads);
+        else if (o->kind < MEAN) integers(o);
         else if (o->kind < LAYER_NORM) reduce(o);
         else if (o->kind == LAYER_NORM) layer_norm(o);
         else if (o->kind == MOVE) move(o);

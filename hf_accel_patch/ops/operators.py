@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_accel_patch.kernels.cpu import DTYPES
-from hf_accel_patch.kernels.cpu_steps import DIMS, Kind, packed
+from hf_accel_patch.kernels.cpu_steps import DIMS, Kind
 from hf_accel_patch.kernels.noting import Call
+from hf_accel_patch.ops.operator import Operand, Operator
 
 aten = torch.ops.aten
 BINARY = {
@@ -27,50 +27,19 @@ BINARY = {
 UNARY = {
     aten.neg.default: Kind.NEGATE, aten.rsqrt.default: Kind.RSQRT, aten.silu.default: Kind.SILU,
     aten.sigmoid.default: Kind.SIGMOID, aten.exp.default: Kind.EXP, aten.relu.default: Kind.RELU,
+    aten.cos.default: Kind.COS, aten.sin.default: Kind.SIN,
 }  # fmt: skip
+COMPARED = {
+    aten.le.Tensor: Kind.LESS_EQUAL, aten.le.Scalar: Kind.LESS_EQUAL, aten.gt.Tensor: Kind.GREATER,
+    aten.gt.Scalar: Kind.GREATER,
+}  # fmt: skip
+BOTH = {aten.bitwise_and.Tensor, aten.logical_and.default}
 COPIES = {aten._to_copy.default, aten.clone.default, aten.copy_.default}
 NOTHING = {  # memory whose content nobody may count on
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
     aten.new_empty_strided.default,
 }  # fmt: skip
 PRODUCTS = {"linear_int4": Kind.LINEAR_INT4, "linear_int8": Kind.LINEAR_INT8, "linear_float": Kind.LINEAR_FLOAT}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor, from `skip` bytes on."""
-
-    tensor: Tensor
-    skip: int = 0
-
-
-@dataclass
-class Operator:
-    """One entry of a list for kernels/steps.c: the output, up to two inputs, and the strides of all in elements."""
-
-    kind: Kind
-    out: Operand
-    inputs: tuple[Operand | None, ...] = ()
-    sizes: Sequence[int] = ()
-    strides: Sequence[Sequence[int]] = ()
-    scalar: float = 0.0
-    extra: tuple[int | Operand, ...] = ()
-    fixed: tuple[Tensor, ...] = ()  # tensors whose addresses somebody else has noted
-    argument: Any = None  # memory that must last as long as the list
-    unwritten: tuple[Tensor, ...] = ()  # what PyTorch's operator gives besides, and nobody may read
-
-    @property
-    def operands(self) -> list[Operand]:
-        every = (self.out, *self.inputs, *self.extra)
-        return [each for each in every if isinstance(each, Operand)]
-
-    def packed(self, pointer: Callable[[Operand], int]) -> bytes:
-        """As compiled code reads it. `pointer`: where an operand is."""
-        every = (self.out, *self.inputs)
-        dtypes = [torch.float32 if each is None else each.tensor.dtype for each in every]
-        extra = [pointer(each) if isinstance(each, Operand) else each for each in self.extra]
-        pointers = [0 if each is None else pointer(each) for each in every]
-        return packed(self.kind, dtypes, self.sizes, self.strides, pointers, self.scalar, extra)
 
 
 def translated(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None:
@@ -81,6 +50,10 @@ def translated(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list
         return None
     if func in BINARY:
         return _binary(BINARY[func], args, kwargs, outputs[0])
+    if func in COMPARED:
+        return _integers(COMPARED[func], outputs[0], *args[:2])
+    if func in BOTH:
+        return _integers(Kind.BOTH, outputs[0], *args[:2], dtype=torch.bool)
     if func in UNARY:
         return _elementwise(UNARY[func], outputs[0], args[0])
     if func is aten.pow.Tensor_Scalar and args[1] == 2:
@@ -119,6 +92,8 @@ def _binary(kind: Kind, args: Any, kwargs: Any, out: Tensor) -> list[Operator] |
         return _elementwise(kind, out, a, b) if isinstance(a, Tensor) and not alone else None
     if not isinstance(b, int | float):
         return None
+    if out.dtype == torch.int64 and kind in (Kind.ADD, Kind.SUBTRACT) and type(b) is int:
+        return _integers(Kind.PLUS, out, a, b if kind == Kind.ADD else -b)
     if kind in (Kind.ADD, Kind.SUBTRACT) and out.dtype in DTYPES:  # PyTorch rounds the number first, and not for others
         b = torch.tensor(b, dtype=out.dtype, device="cpu").item()
     return _elementwise(kind, out, a, scalar=float(b))
@@ -135,6 +110,20 @@ def _elementwise(kind: Kind, out: Tensor, *inputs: Any, scalar: float = 0.0) -> 
     return [Operator(kind, Operand(out.detach()), operands, *laid, scalar=scalar)]
 
 
+def _integers(kind: Kind, out: Tensor, *inputs: Any, dtype: torch.dtype = torch.int64) -> list[Operator] | None:
+    """Of one or two tensors of this dtype, or of one and a number."""
+    number = inputs[1] if len(inputs) > 1 and type(inputs[1]) is int else None
+    tensors = inputs[:1] if number is not None else inputs
+    if not out.numel() or not all(isinstance(each, Tensor) and _plain(each) for each in tensors):
+        return None
+    given = {Kind.PLUS: torch.int64, Kind.TO_FLOAT: torch.float32}.get(kind, torch.bool)
+    laid = _laid((out, *tensors)) if {each.dtype for each in tensors} == {dtype} and out.dtype == given else None
+    if laid is None:
+        return None
+    operands = tuple(Operand(each.detach()) for each in tensors)
+    return [Operator(kind, Operand(out.detach()), operands, *laid, extra=(number or 0,))]
+
+
 def _copy(to: Operand, like: Tensor, source: Any) -> list[Operator] | None:
     """Into a tensor that is laid out like the second."""
     if not _plain(source):
@@ -142,6 +131,8 @@ def _copy(to: Operand, like: Tensor, source: Any) -> list[Operator] | None:
     laid = _laid((like, source)) if like.numel() else None
     if laid is None:
         return None
+    if source.dtype == torch.int64 and like.dtype == torch.float32:
+        return [Operator(Kind.TO_FLOAT, to, (Operand(source.detach()),), *laid)]
     pair, source = (like.dtype, source.dtype), Operand(source.detach())
     if pair[0] == pair[1]:
         return [Operator(Kind.MOVE, to, (source,), *laid, extra=(like.itemsize,))]

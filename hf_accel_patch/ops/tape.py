@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_map_only
 
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.kernels.noting import Call, Unnoted, noting
-from hf_accel_patch.ops.operators import Operand, Operator, called, translated
+from hf_accel_patch.ops.operator import Operand, Operator
+from hf_accel_patch.ops.operators import called, translated
 from hf_accel_patch.ops.refusing import Refused, check, tensors_in
 
 ALIGNED = 64  # bytes

@@ -96,6 +96,39 @@ def test_operators(name, dtype):
             assert ((found - exact).abs() <= 3 * torch.finfo(dtype).eps * (exact.abs() + 1)).all()
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_masks_and_positions(T):
+    """What a step computes of places: whom a token sees, and the angles of its position."""
+    places, seen = torch.arange(T).repeat(2, 1) + 5, torch.rand(2, 1, 40) > 0.2
+    columns, frequencies = torch.arange(40), torch.rand(8)
+
+    def function():
+        mask = (columns <= places[:, :, None]) & seen
+        angles = (places + 1)[..., None].float() * frequencies
+        return mask & (columns > places[:, :, None] - 4), places - 1 > 6, angles.cos() + angles.sin()
+
+    for part in range(3):
+        tape = record(lambda part=part: function()[part].clone())
+        assert not plain(tape)
+        for _ in range(2):
+            places += 1
+            seen.logical_not_()
+            found, expected = tape.replay(), function()[part]
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected) if part < 2 else (found - expected).abs().max() <= 2e-7
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x <= 2.5, lambda x: x.int() <= 2, lambda x: x.int() & 3, lambda x: x.float() <= 2, lambda x: x + 0.5,
+    lambda x: x.add(x, alpha=2), lambda x: x.double(), lambda x: x <= x.float(), lambda x: x > torch.tensor(3),
+], ids=range(9))  # fmt: skip
+def test_other_integers_are_as_pytorch_has_them(function):
+    x = torch.arange(-20, 20)
+    tape = record(lambda: function(x).clone())
+    x += 3
+    assert torch.equal(tape.replay(), function(x)) and tape.replay().dtype == function(x).dtype
+
+
 def test_extremes():
     x = torch.tensor(
         [-200.0, 88.5, 88.72, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, float("inf"), float("-inf"), float("nan")]
