@@ -1,8 +1,8 @@
 """The systems of `benchmarks.speculative`, what they continue, and the process in which one generates.
 
 Peers are transformers' own assisted decoding, on a stock model. Passes are those of the whole model. A stock model's
-are counted at its last layer, where a pass that leaves early does not come; a patched model is left without such a
-hook, since steps of a hooked model are not replayed: it tells its passes itself.
+are counted at its last layer, where a pass that leaves early does not come. A patched model is left without such a
+hook, since steps of a hooked model are not replayed: where it speculates it counts itself, else a token takes a pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from benchmarks.measure import synchronize
 from benchmarks.shapes import BUNDLED, build
+from hf_accel_patch.passes.choosing import Tally
 from hf_accel_patch.texts import held_out_text
 
 LOOKUP = 10  # tokens that transformers' prompt lookup drafts, as its documentation has it
@@ -172,9 +173,9 @@ class Generating:
         found = self.model.generate(ids, **given)
         synchronize(self.job.device)
         seconds = time.perf_counter() - start
-        passes, drafted, accepted = (after - earlier for after, earlier in zip(self._tally(), before, strict=True))
+        new, passes, drafted, accepted = (after - then for after, then in zip(self._tally(), before, strict=True))
         if self.kind.patched is not None:
-            self.passes = 1 + passes if passes else found.shape[1] - ids.shape[1]  # the prompt's; or one per token
+            self.passes = 1 + passes if passes or new else found.shape[1] - ids.shape[1]  # with the prompt's
         facts = {"seconds": round(seconds, 5), "passes": self.passes, "drafted": drafted, "accepted": accepted}
         return facts | {"tokens": found[:, ids.shape[1] :].tolist()}
 
@@ -266,9 +267,10 @@ class Generating:
         self.cache.crop(-width)
         return round(1000 * (time.perf_counter() - start), 3)
 
-    def _tally(self) -> tuple[int, int, int]:
-        found = self._speculating()
-        return (found.tally.passes, found.tally.drafted, found.tally.accepted) if found else (0, 0, 0)
+    def _tally(self) -> tuple[int, int, int, int]:
+        """Tokens that speculation gave, its passes beyond the prompts', tokens drafted and accepted."""
+        tally = found.tally if (found := self._speculating()) else Tally()
+        return tally.tokens, tally.passes, tally.drafted, tally.accepted
 
     def _speculating(self) -> Any:
         from hf_accel_patch.passes.speculative import Speculating

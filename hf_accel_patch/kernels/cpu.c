@@ -52,7 +52,8 @@ typedef __m256 floats;
 #define IN_ORDER(a) _mm256_permute4x64_epi64(a, 0xD8)
 #endif
 
-/* Whether to prefetch by hand is measured on each machine: it helps where memory is fast, and hinders where it is busy. */
+/* Whether products of quantized weights prefetch by hand is measured on each machine: it helps where memory is fast, and
+ * hinders where it is busy. Those of float weights do so where they have more to multiply than to read. */
 #ifdef PLAIN
 #define PREFETCH(p) ((void)(p))
 #else
@@ -485,7 +486,8 @@ static void lay_out(const void *x, enum dtype dtype, int64_t M, int64_t K, char 
 
 /* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, whole chunks.
  * A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there are: so a
- * row gives the same bits among others as it does alone. Behind `next` lie weights to prefetch, `ahead` rows of them. */
+ * row gives the same bits among others as it does alone. At `next` lie weights that come later, of which `ahead` rows are
+ * prefetched. */
 INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *x, int rows, int columns,
                         const char *next, int ahead, float (*out)[TILE]) {
     const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), step = 2 * LANES;
@@ -494,7 +496,7 @@ INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *
         for (int c = 0; c < columns; c++) total[r][c] = I(setzero_ps)();
     for (int64_t k = 0; k + step <= K; k += step, x += rows * step * wide) {
         for (int i = 0; i < ahead; i++)
-            for (int64_t j = 0; j < step * size; j += 64) PREFETCH(next + (i * K + k) * size + j);
+            for (int64_t j = 0; j < step * size; j += 64) __builtin_prefetch(next + (i * K + k) * size + j);
 #if PRODUCTS_OF_BFLOAT16
         if (dtype == BFLOAT16) {
             integers pairs[COLUMNS];
@@ -571,7 +573,7 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
                                                           : blocks_float32;
     const int64_t size = dtype == FLOAT32 ? 4 : 2, whole = K / (2 * LANES) * (2 * LANES);
     const char *w = weights + n * K * size;
-    const int full = N - n >= 2 * columns, shares = columns == COLUMNS && full ? (M > 8 ? 1 : 2) : 0;
+    const int full = N - n >= 2 * columns, shares = columns == COLUMNS && full ? (M > 12 ? 1 : 2) : 0;
     int64_t fetched = 0;
     for (int64_t m = 0, rows; m < M; m += rows) {
         const char *xm = x + m * whole * WIDE(dtype), *next = w + (columns + fetched) * K * size;
@@ -583,7 +585,7 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)
             for (int64_t k = whole; k < K; k++)
-                out[m][c] += get(w, dtype, c * K + k) * get(plain, dtype, m * K + k);
+                out[m][c] = fmaf(get(w, dtype, c * K + k), get(plain, dtype, m * K + k), out[m][c]);
 }
 
 /* `count` rows of weights from the n-th on, with up to MOST_ROWS rows of activations. */

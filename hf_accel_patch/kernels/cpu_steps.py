@@ -24,11 +24,12 @@ OPERATOR = struct.Struct(f"@5q{4 * DIMS}q3Pd6q")  # `operator` in steps.c
 class Kind(IntEnum):
     """As in steps.c."""
 
-    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, COS, SIN = range(14)
-    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT = range(14, 19)
-    MEAN, SUM, LAYER_NORM = range(19, 22)
-    MOVE, GATHER, SCATTER = range(22, 25)
-    LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND = range(25, 29)
+    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, CUBE = range(9)
+    SILU, SIGMOID, EXP, TANH, GELU, GELU_TANH, RELU, COS, SIN = range(9, 18)
+    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT = range(18, 23)
+    MEAN, SUM, LAYER_NORM = range(23, 26)
+    MOVE, GATHER, SCATTER = range(26, 29)
+    LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND = range(29, 33)
 
 
 def library() -> ctypes.CDLL | None:

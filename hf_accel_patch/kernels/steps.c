@@ -12,9 +12,10 @@
 enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum kind {
-    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, SILU, SIGMOID, EXP, RELU, COS, SIN, /* elementwise */
-    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT,                                                        /* of integers */
-    MEAN, SUM, LAYER_NORM, /* over the last dimension */
+    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, CUBE, SILU, SIGMOID, EXP, TANH, GELU, GELU_TANH, RELU,
+    COS, SIN,                                  /* elementwise */
+    LESS_EQUAL, GREATER, BOTH, PLUS, TO_FLOAT, /* of integers */
+    MEAN, SUM, LAYER_NORM,                     /* over the last dimension */
     MOVE, GATHER, SCATTER,                                                                  /* bytes */
     LINEAR_INT4, LINEAR_INT8, LINEAR_FLOAT, ATTEND
 };
@@ -118,6 +119,29 @@ static inline float exponential(float x) {
     return x < -87.3f ? 0.0f : x > 88.7228f ? INFINITY : y;
 }
 
+/* Near 0 a polynomial (Cephes), elsewhere by e^x; within 3e-7. */
+static inline float hyperbolic_tangent(float x) {
+    const float a = fabsf(x), z = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const float small = x + x * z * p, large = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
+    return a < 0.625f ? small : copysignf(large, x);
+}
+
+/* Abramowitz and Stegun 7.1.26: within 4e-7. */
+static inline float error_function(float x) {
+    const float a = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * a);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    return copysignf(1.0f - p * t * exponential(-a * a), x);
+}
+
 #define EACH(expression) \
     for (int64_t i = 0; i < n; i++) y[i] = (expression); \
     break
@@ -132,9 +156,13 @@ static void calculate(int64_t kind, const float *a, const float *b, int64_t n, f
         case NEGATE: EACH(-a[i]);
         case RSQRT: EACH(1.0f / sqrtf(a[i]));
         case SQUARE: EACH(a[i] * a[i]);
+        case CUBE: EACH(a[i] * a[i] * a[i]);
         case SILU: EACH(a[i] / (1.0f + exponential(-a[i])));
         case SIGMOID: EACH(1.0f / (1.0f + exponential(-a[i])));
         case EXP: EACH(exponential(a[i]));
+        case TANH: EACH(hyperbolic_tangent(a[i]));
+        case GELU: EACH(0.5f * a[i] * (1.0f + error_function(a[i] * 0.70710678f)));
+        case GELU_TANH: EACH(0.5f * a[i] * (1.0f + hyperbolic_tangent(0.79788456f * (a[i] + 0.044715f * a[i] * a[i] * a[i]))));
         case RELU: EACH(a[i] < 0.0f ? 0.0f : a[i]);
         case COS: EACH(cosf(a[i]));
         case SIN: EACH(sinf(a[i]));

@@ -1,9 +1,10 @@
 """Products with float weights on the CPU where PyTorch's own are slow.
 
 For one or a few rows of activations PyTorch reads weights at about half of the memory's bandwidth, and float16 beyond
-that at a fraction of its speed on processors that cannot calculate in it. The compiled kernel reads at the bandwidth;
-more rows of float16 are multiplied as float32, block by block. Sums are in float32, as PyTorch's are. From how many
-rows on which is faster is measured once per machine and dtype.
+that at a fraction of its speed on processors that cannot calculate in it. For some rows more it rearranges the weights
+at every call. The compiled kernel reads at the bandwidth; more rows of float16 are multiplied as float32, block by
+block. Sums are in float32, as PyTorch's are. From how many rows on which is faster is measured once per machine, dtype
+and size.
 """
 
 from __future__ import annotations

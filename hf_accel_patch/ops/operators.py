@@ -1,6 +1,7 @@
 """From operators of PyTorch, and calls of compiled kernels, to what compiled code can run on the same memory.
 
-`translated` returns None for what only PyTorch runs: other operators, other dtypes than float32, bfloat16 and float16.
+`translated` returns None for what only PyTorch runs: other operators, other dtypes than float32, bfloat16 and float16,
+or int64 and bool where they say who sees whom.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ BINARY = {
 UNARY = {
     aten.neg.default: Kind.NEGATE, aten.rsqrt.default: Kind.RSQRT, aten.silu.default: Kind.SILU,
     aten.sigmoid.default: Kind.SIGMOID, aten.exp.default: Kind.EXP, aten.relu.default: Kind.RELU,
-    aten.cos.default: Kind.COS, aten.sin.default: Kind.SIN,
+    aten.cos.default: Kind.COS, aten.sin.default: Kind.SIN, aten.tanh.default: Kind.TANH,
 }  # fmt: skip
+MOST_NUMBER = 1 << 63
+POWERS = {2: Kind.SQUARE, 3: Kind.CUBE}
 COMPARED = {
     aten.le.Tensor: Kind.LESS_EQUAL, aten.le.Scalar: Kind.LESS_EQUAL, aten.gt.Tensor: Kind.GREATER,
     aten.gt.Scalar: Kind.GREATER,
@@ -56,8 +59,11 @@ def translated(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list
         return _integers(Kind.BOTH, outputs[0], *args[:2], dtype=torch.bool)
     if func in UNARY:
         return _elementwise(UNARY[func], outputs[0], args[0])
-    if func is aten.pow.Tensor_Scalar and args[1] == 2:
-        return _elementwise(Kind.SQUARE, outputs[0], args[0])
+    if func is aten.pow.Tensor_Scalar and args[1] in POWERS:
+        return _elementwise(POWERS[args[1]], outputs[0], args[0])
+    if func is aten.gelu.default:
+        kind = Kind.GELU_TANH if kwargs.get("approximate") == "tanh" else Kind.GELU
+        return _elementwise(kind, outputs[0], args[0])
     if func in COPIES:
         return _copy(Operand(outputs[0].detach()), outputs[0], args[1 if func is aten.copy_.default else 0])
     if func in OTHERS:
@@ -93,7 +99,7 @@ def _binary(kind: Kind, args: Any, kwargs: Any, out: Tensor) -> list[Operator] |
     if not isinstance(b, int | float):
         return None
     if out.dtype == torch.int64 and kind in (Kind.ADD, Kind.SUBTRACT) and type(b) is int:
-        return _integers(Kind.PLUS, out, a, b if kind == Kind.ADD else -b)
+        return _integers(Kind.PLUS, out, a, b if kind == Kind.ADD else -b) if abs(b) < MOST_NUMBER else None
     if kind in (Kind.ADD, Kind.SUBTRACT) and out.dtype in DTYPES:  # PyTorch rounds the number first, and not for others
         b = torch.tensor(b, dtype=out.dtype, device="cpu").item()
     return _elementwise(kind, out, a, scalar=float(b))
@@ -116,7 +122,7 @@ def _integers(kind: Kind, out: Tensor, *inputs: Any, dtype: torch.dtype = torch.
     tensors = inputs[:1] if number is not None else inputs
     if not out.numel() or not all(isinstance(each, Tensor) and _plain(each) for each in tensors):
         return None
-    given = {Kind.PLUS: torch.int64, Kind.TO_FLOAT: torch.float32}.get(kind, torch.bool)
+    given = torch.int64 if kind == Kind.PLUS else torch.bool
     laid = _laid((out, *tensors)) if {each.dtype for each in tensors} == {dtype} and out.dtype == given else None
     if laid is None:
         return None

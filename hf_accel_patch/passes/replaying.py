@@ -28,6 +28,7 @@ WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 NEAR = 8  # the same where fewer are to come
+WIDER = 4  # times as many passes as make a recording pay may go through a wider one, before they get their own
 UNKNOWN = 1024  # the same where nothing says how many are to come
 LEAST_TOLERANCE = 1e-2  # of the spread of the logits
 KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict"}
@@ -161,6 +162,11 @@ class Decoding:
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
         step = None if room is None else room.step(width, given.stop, self.of)
         alike = len(given.tokens), width, self.of
+        if step is None and room is not None and width > 1 and self.graphs.waited[alike] < WIDER * self.recorder.passes:
+            wider = next((each for each in WIDTHS if each > width and room.step(each, given.stop, self.of)), None)
+            if wider is not None:
+                self.graphs.waited[alike] += 1
+                width, step = wider, room.step(wider, given.stop, self.of)
         if step is None and to_come + self.graphs.waited[alike] < self.recorder.passes * max(1, width // 2):
             self.graphs.waited[alike] += 1
             return given.plain()

@@ -14,7 +14,7 @@ from fingerprint import changes, fingerprint
 from interpreter import INTERPRETED, interpreted, load
 from simulated_graphs import CountingTapes, SimulatedRecorder
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks import graphs as benchmark
@@ -270,6 +270,26 @@ def test_drafts_of_a_copy_are_recorded_too(made, monkeypatch):
         assert torch.equal(found, truth)
     unpatch(model)
     assert GRAPHS not in vars(model)
+
+
+@pytest.mark.parametrize("wider, recorded", [(1, 1), (0, 2)])
+def test_a_wider_pass_serves_until_another_pays(wider, recorded, made, monkeypatch):
+    monkeypatch.setattr(replaying, "WIDER", wider)
+    monkeypatch.setattr(rooms, "LEAST_VISIBLE", 256)
+    stock, ids, at = small(), prompt(60), 20
+    model = patch(copy.deepcopy(stock), cache=RECORDED)
+    caches = [DynamicCache(config=stock.config) for _ in range(2)]
+    with torch.no_grad():
+        for each, cache in zip((stock, model), caches, strict=True):
+            each(ids[:, :at], past_key_values=cache)
+        decoding = graphs.begin(model, GenerationConfig(max_length=1000, use_cache=True))
+        for width in (8, 8, 3, 4, 3, 4):
+            given = {"input_ids": ids[:, at : at + width], "use_cache": True}
+            expected, found = stock(past_key_values=caches[0], **given), decoding(past_key_values=caches[1], **given)
+            assert found.logits.shape == expected.logits.shape
+            assert (found.logits - expected.logits).abs().max() < 1e-4
+            at += width
+    assert said(model)["graphs_recorded"] == recorded and said(model)["graphs_replayed"] >= 4
 
 
 def test_sequences_apart_are_recorded(made, monkeypatch):
