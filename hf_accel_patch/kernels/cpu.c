@@ -71,7 +71,7 @@ enum {
     MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
     COLUMNS = BLOCK / 16, /* rows of float weights that go together */
-    MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights */
+    MOST_ROWS = 64,       /* rows of activations that go through a tile of float weights before the next tile */
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
 };
 

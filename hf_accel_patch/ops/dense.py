@@ -73,7 +73,7 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
         rows = 0
         if dtype in cpu.DTYPES and cpu.library(int4_block()) is not None:
-            for M in (1, 2, 4, 8, 16, 32, 64):
+            for M in (1, 2, 4, 8, 16, 32):
                 if not _pays(FloatBackend(dtype, M, 0), weight, M):
                     break
                 rows = M
