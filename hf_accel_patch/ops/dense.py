@@ -23,6 +23,7 @@ WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in
 SIDES = (512, 2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
 WIDE_ROWS = 64  # from which float32 is tried
 GAIN = 1.05  # less is not worth another path
+FEW_ROWS = 4  # that the kernel takes where a busy machine lets nobody measure
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
     def measure() -> list[int]:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
         rows = 0
-        if dtype in cpu.DTYPES and cpu.library(int4_block()) is not None:
+        if compiled:
             for M in (1, 2, 4, 8, 16, 32):
                 if not _pays(FloatBackend(dtype, M, 0), weight, M):
                     break
@@ -81,8 +82,8 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
         pays = dtype == torch.float16 and _pays(FloatBackend(dtype, 0, widened), weight, widened)
         return [rows, widened if pays else 0]
 
-    compiled = cpu.library(int4_block()) is not None
-    rows, widened = cpu.remembered(f"{dtype} {K} {compiled}", measure)
+    compiled = dtype in cpu.DTYPES and cpu.library(int4_block()) is not None
+    rows, widened = cpu.remembered(f"{dtype} {K} {compiled}", measure, [FEW_ROWS if compiled else 0, 0])
     return FloatBackend(dtype, rows, widened)
 
 

@@ -31,6 +31,7 @@ UNPACK_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; fewer
 ALWAYS = 1 << 30  # rows
 OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
 FEW_ROWS = 129  # of activations: from there on, the kernels are the same for any number of them
+FEW_COMPILED = 8  # rows that the compiled kernel takes where a busy machine lets nobody measure
 PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 
 
@@ -242,7 +243,7 @@ def backend_for(scheme: str, compiled: bool) -> Backend:
             best = M
         return [best]
 
-    (rows,) = cpu.remembered(f"{scheme} {compiled}", measure)
+    (rows,) = cpu.remembered(f"{scheme} {compiled}", measure, [FEW_COMPILED if compiled else 0])
     return Backend(compiled, rows, decomposed)
 
 

@@ -274,7 +274,8 @@ def test_what_was_measured_on_a_busy_machine_is_not_remembered(tmp_path, monkeyp
         time.sleep(0.05)
         return [3]
 
-    assert cpu.remembered("rows", held_up) == [3] and cpu.remembered("rows", lambda: [4]) == [4]
+    assert cpu.remembered("rows", held_up) == [3] and cpu.remembered("rows", held_up, [5, 1]) == [5, 1]
+    assert cpu.remembered("rows", lambda: [4], [5]) == [4]
     assert cpu.remembered("rows", held_up) == [4]
 
 
