@@ -2,7 +2,8 @@
  * multiplying where that takes longer.
  *
  * The layouts are those of PyTorch's own CPU kernels (see ops/linear.py), so that either can work on the same bytes.
- * Products with float weights are summed in float32. For quantized weights, activations become 16-bit integers with a
+ * Products with float weights are summed in float32, and so are those of int8 codes with more than a few rows of
+ * bfloat16, where the processor multiplies that. Else, for quantized weights, activations become 16-bit integers with a
  * power of two as the scale of every group of input features: a bfloat16 within a factor of 2^7 of the largest of its
  * group is held exactly. The dot product within a group is then an exact integer; scales, zeros and the sum over groups
  * are float32.
@@ -71,6 +72,7 @@ enum {
     MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
     COLUMNS = BLOCK / 16, /* rows of float weights that go together */
+    FEW_ROWS = 8,        /* rows of bfloat16 that int8 codes are multiplied with as integers */
     MOST_ROWS = 64,       /* rows of activations that go through a tile of float weights before the next tile */
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
 };
@@ -412,38 +414,6 @@ INLINE void rows_int8(const int8_t *codes, int count, int64_t K, const activatio
         }
 }
 
-/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. One or two rows of
- * activations read one row of codes after the other; more share what they load. */
-int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales,
-                int64_t N, void *out, int threads) {
-    activations a;
-    void *memory = quantize(x, dtype, M, K, GROUP, 0, &a, threads);
-    if (!memory) return -1;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += TILE)
-        for (int64_t m = 0, rows; m < M; m += rows) {
-            const int64_t stop = start + TILE < N ? start + TILE : N;
-            rows = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
-            for (int64_t n = start, count; n < stop; n += count) {
-                float total[4][2];
-                count = rows == 4 && stop - n >= 2 ? 2 : 1;
-                if (count == 2)
-                    rows_int8(codes + n * K, 2, K, &a, m, 4, total);
-                else if (rows == 4)
-                    rows_int8(codes + n * K, 1, K, &a, m, 4, total);
-                else if (rows == 2)
-                    rows_int8(codes + n * K, 1, K, &a, m, 2, total);
-                else
-                    rows_int8(codes + n * K, 1, K, &a, m, 1, total);
-                for (int r = 0; r < rows; r++)
-                    for (int i = 0; i < count; i++)
-                        put(out, dtype, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
-            }
-        }
-    free(memory);
-    return 0;
-}
-
 #if defined(__AVX512BF16__) && BLOCK == 64
 #define PRODUCTS_OF_BFLOAT16 1
 #else
@@ -627,6 +597,102 @@ int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *wei
                 tile_float(xm, plain, FLOAT16, rows, K, weights, bias, N, n, count, to);
             else
                 tile_float(xm, plain, FLOAT32, rows, K, weights, bias, N, n, count, to);
+        }
+    free(memory);
+    return 0;
+}
+
+#if PRODUCTS_OF_BFLOAT16
+/* COLUMNS rows of int8 codes from the n-th on as bfloat16, which holds them exactly, times all rows of activations, which
+ * are bfloat16, as they came in `plain` and laid out in `x`. */
+static void columns_int8(const char *x, const uint16_t *plain, int64_t M, int64_t K, const int8_t *codes, int64_t N,
+                         int64_t n, uint16_t *expanded, float (*out)[TILE]) {
+    const int64_t whole = K / (2 * LANES) * (2 * LANES), columns = N - n < COLUMNS ? N - n : COLUMNS;
+    const int8_t *w = codes + n * K;
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t k = 0; k < whole; k += 2 * LANES) {
+            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + c * K + k));
+            const floats low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+            const floats high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+            STORE(expanded + c * whole + k, (integers)_mm512_cvtne2ps_pbh(high, low));
+        }
+    for (int64_t m = 0, rows; m < M; m += rows) {
+        const int ahead = m == 0 && N - n >= 2 * COLUMNS ? 2 : 0; /* as many bytes as COLUMNS rows of codes */
+        rows = together(M - m);
+        blocks_bfloat16[ahead][rows - 1]((const char *)expanded, whole, x + m * whole * 2, (const char *)(w + COLUMNS * K),
+                                         out + m);
+    }
+    for (int64_t m = 0; m < M && whole < K; m++)
+        for (int c = 0; c < columns; c++)
+            for (int64_t k = whole; k < K; k++)
+                out[m][c] = fmaf((float)w[c * K + k], from_bfloat16(plain[m * K + k]), out[m][c]);
+}
+
+/* The same as below, for more rows of bfloat16: sums of products in float32, as for float weights. */
+static int many_int8(const uint16_t *x, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales, int64_t N,
+                     uint16_t *out, int threads) {
+    const int64_t whole = K / (2 * LANES) * (2 * LANES);
+    int failed = 0;
+    char *laid = aligned_alloc(64, (M * whole * 2 + 64) / 64 * 64);
+    if (!laid) return -1;
+    for (int64_t m = 0; m < M; m += MOST_ROWS)
+        lay_out(x + m * K, BFLOAT16, M - m < MOST_ROWS ? M - m : MOST_ROWS, K, laid + m * whole * 2, threads);
+#pragma omp parallel num_threads(threads)
+    {
+        uint16_t *expanded = aligned_alloc(64, (COLUMNS * whole * 2 + 64) / 64 * 64);
+        float total[MOST_ROWS][TILE];
+        if (!expanded) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for
+        for (int64_t n = 0; n < N; n += TILE)
+            for (int64_t m = 0; m < M && expanded; m += MOST_ROWS) {
+                const int64_t count = N - n < TILE ? N - n : TILE, rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
+                for (int64_t c = 0; c < count; c += COLUMNS)
+                    columns_int8(laid + m * whole * 2, x + m * K, rows, K, codes, N, n + c, expanded,
+                                 (float(*)[TILE])&total[0][c]);
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t i = 0; i < count; i++)
+                        put(out, BFLOAT16, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
+            }
+        free(expanded);
+    }
+    free(laid);
+    return failed ? -1 : 0;
+}
+#endif
+
+/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. One or two rows of
+ * activations read one row of codes after the other; more share what they load. */
+int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales,
+                int64_t N, void *out, int threads) {
+#if PRODUCTS_OF_BFLOAT16
+    if (dtype == BFLOAT16 && M > FEW_ROWS) return many_int8(x, M, K, codes, scales, N, out, threads);
+#endif
+    activations a;
+    void *memory = quantize(x, dtype, M, K, GROUP, 0, &a, threads);
+    if (!memory) return -1;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += TILE)
+        for (int64_t m = 0, rows; m < M; m += rows) {
+            const int64_t stop = start + TILE < N ? start + TILE : N;
+            rows = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
+            for (int64_t n = start, count; n < stop; n += count) {
+                float total[4][2];
+                count = rows == 4 && stop - n >= 2 ? 2 : 1;
+                if (count == 2)
+                    rows_int8(codes + n * K, 2, K, &a, m, 4, total);
+                else if (rows == 4)
+                    rows_int8(codes + n * K, 1, K, &a, m, 4, total);
+                else if (rows == 2)
+                    rows_int8(codes + n * K, 1, K, &a, m, 2, total);
+                else
+                    rows_int8(codes + n * K, 1, K, &a, m, 1, total);
+                for (int r = 0; r < rows; r++)
+                    for (int i = 0; i < count; i++)
+                        put(out, dtype, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
+            }
         }
     free(memory);
     return 0;
