@@ -71,9 +71,9 @@ enum {
     GROUP = 128,         /* input features per scale of the activations of an int8 product */
     MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
-    COLUMNS = BLOCK / 16, /* rows of float weights that go together */
+    COLUMNS = PARTS,     /* rows of float weights that go together */
     FEW_ROWS = 8,        /* rows of bfloat16 that int8 codes are multiplied with as integers */
-    MOST_ROWS = 64,       /* rows of activations that go through a tile of float weights before the next tile */
+    MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights before the next tile */
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
 };
 
@@ -229,8 +229,8 @@ static inline integers load_table(const int16_t *p) {
 #endif
 
 /* The codes of eight input features, from a block of int4 codes, as 16-bit integers, or the entries of `table` that
- * they stand for. A vector of codes holds two features, one in each half of its lanes; two rounds of interleaving give lanes with four features of one row. Of the
- * four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low half-bytes' features (0 4 | 1 5), of the high
+ * they stand for. A vector of codes holds two features, one in each half of its lanes; two rounds of
+ * interleaving give lanes with four features of one row. Of the four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low half-bytes' features (0 4 | 1 5), of the high
  * half-bytes' the same features, and of either the features (2 6 | 3 7). The first half of the parts of a vector are
  * for the even features, the second half for the odd ones. */
 INLINE void expand_int4(const uint8_t *codes, const int16_t *table, integers w[4][4]) {
@@ -454,8 +454,18 @@ static void lay_out(const void *x, enum dtype dtype, int64_t M, int64_t K, char 
     }
 }
 
-/* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, whole chunks.
- * A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there are: so a
+/* All of them, MOST_ROWS at a time, in memory that is to be freed, or NULL. */
+static char *laid_out(const void *x, enum dtype dtype, int64_t M, int64_t K, int threads) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, row = K / (2 * LANES) * (2 * LANES) * WIDE(dtype);
+    char *memory = aligned_alloc(64, (M * row + 64) / 64 * 64);
+    for (int64_t m = 0; memory && m < M; m += MOST_ROWS)
+        lay_out((const char *)x + m * K * size, dtype, M - m < MOST_ROWS ? M - m : MOST_ROWS, K, memory + m * row,
+                threads);
+    return memory;
+}
+
+/* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, of whole
+ * chunks. A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there are: so a
  * row gives the same bits among others as it does alone. At `next` lie weights that come later, of which `ahead` rows are
  * prefetched. */
 INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *x, int rows, int columns,
@@ -579,11 +589,8 @@ int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *wei
     char *memory = NULL;
     const char *laid = x;
     if (M > 1 || wide != size) {
-        laid = memory = aligned_alloc(64, (M * whole * wide + 64) / 64 * 64);
+        laid = memory = laid_out(x, dtype, M, K, threads);
         if (!memory) return -1;
-        for (int64_t m = 0; m < M; m += MOST_ROWS)
-            lay_out((const char *)x + m * K * size, dtype, M - m < MOST_ROWS ? M - m : MOST_ROWS, K,
-                    memory + m * whole * wide, threads);
     }
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < N; n += TILE)
@@ -619,8 +626,8 @@ static void columns_int8(const char *x, const uint16_t *plain, int64_t M, int64_
     for (int64_t m = 0, rows; m < M; m += rows) {
         const int ahead = m == 0 && N - n >= 2 * COLUMNS ? 2 : 0; /* as many bytes as COLUMNS rows of codes */
         rows = together(M - m);
-        blocks_bfloat16[ahead][rows - 1]((const char *)expanded, whole, x + m * whole * 2, (const char *)(w + COLUMNS * K),
-                                         out + m);
+        blocks_bfloat16[ahead][rows - 1]((const char *)expanded, whole, x + m * whole * 2,
+                                         (const char *)(w + COLUMNS * K), out + m);
     }
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)
@@ -633,10 +640,8 @@ static int many_int8(const uint16_t *x, int64_t M, int64_t K, const int8_t *code
                      uint16_t *out, int threads) {
     const int64_t whole = K / (2 * LANES) * (2 * LANES);
     int failed = 0;
-    char *laid = aligned_alloc(64, (M * whole * 2 + 64) / 64 * 64);
+    char *laid = laid_out(x, BFLOAT16, M, K, threads);
     if (!laid) return -1;
-    for (int64_t m = 0; m < M; m += MOST_ROWS)
-        lay_out(x + m * K, BFLOAT16, M - m < MOST_ROWS ? M - m : MOST_ROWS, K, laid + m * whole * 2, threads);
 #pragma omp parallel num_threads(threads)
     {
         uint16_t *expanded = aligned_alloc(64, (COLUMNS * whole * 2 + 64) / 64 * 64);

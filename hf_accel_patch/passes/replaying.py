@@ -163,10 +163,9 @@ class Decoding:
         step = None if room is None else room.step(width, given.stop, self.of)
         alike = len(given.tokens), width, self.of
         if step is None and room is not None and width > 1 and self.graphs.waited[alike] < WIDER * self.recorder.passes:
-            wider = next((each for each in WIDTHS if each > width and room.step(each, given.stop, self.of)), None)
-            if wider is not None:
-                self.graphs.waited[alike] += 1
-                width, step = wider, room.step(wider, given.stop, self.of)
+            steps = ((each, room.step(each, given.stop, self.of)) for each in WIDTHS if each > width)
+            width, step = next((pair for pair in steps if pair[1] is not None), (width, None))
+            self.graphs.waited[alike] += step is not None
         if step is None and to_come + self.graphs.waited[alike] < self.recorder.passes * max(1, width // 2):
             self.graphs.waited[alike] += 1
             return given.plain()
