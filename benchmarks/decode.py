@@ -16,7 +16,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,7 @@ from benchmarks.baselines import EAGER, FORMATS, SYSTEMS, missing
 from benchmarks.measure import Workload, git_commit, hardware, read_bandwidth, versions
 from benchmarks.shapes import SHAPES
 from benchmarks.table import markdown
-from benchmarks.worker import Failed, Job, Worker
+from benchmarks.worker import Failed, Job, Serving, Worker
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,6 +72,32 @@ def dropped(system: str, workers: dict[str, Worker], reasons: dict[str, str]) ->
             workers.pop(system).close(at_once=True)
 
 
+def load(
+    jobs: Mapping[str, Serving],
+    limits: tuple[float, float],
+    device: str,
+    title: str,
+    workers: dict[str, Worker],
+    reasons: dict[str, str],
+) -> None:
+    """Start a worker for each system, or note why it has none. A CPU loads one after the other; beside a GPU, which a
+    process takes a while to come to, all begin at once."""
+
+    def begin(system: str) -> None:
+        with dropped(system, {}, reasons):
+            workers[system] = Worker(jobs[system], *limits)
+
+    if device.startswith("cuda"):
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(begin, jobs))
+        for system in jobs:  # in their order, not in that of their coming
+            if system in workers:
+                workers[system] = workers.pop(system)
+        return
+    for system in tqdm(jobs, desc=f"{title}: load", leave=False, disable=None):
+        begin(system)
+
+
 def compare(options: argparse.Namespace, shape: str, batched: Workload | None = None) -> list[dict[str, Any]]:
     """One row per system: facts, and a list over the rounds of each time. Stopped, it has what was measured so far.
 
@@ -83,11 +110,11 @@ def compare(options: argparse.Namespace, shape: str, batched: Workload | None = 
     rows: dict[str, dict[str, Any]] = {}
     bandwidths = [read_bandwidth(options.device)]
     try:
-        for system in tqdm(options.systems, desc=f"{shape}: load", leave=False, disable=None):
-            with dropped(system, workers, reasons):
-                workers[system] = Worker(Job(system, shape, **parameters), options.limit, options.run_limit)
-                rows[system] = {"system": system, **workers[system].facts, "run_peak_bytes": None}
-                rows[system] |= {"prefill_ms": [], "decode_ms": []}
+        jobs = {system: Job(system, shape, **parameters) for system in options.systems}
+        load(jobs, (options.limit, options.run_limit), options.device, shape, workers, reasons)
+        for system, worker in workers.items():
+            rows[system] = {"system": system, **worker.facts, "run_peak_bytes": None}
+            rows[system] |= {"prefill_ms": [], "decode_ms": []}
         for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
             bandwidths.append(read_bandwidth(options.device))
             for system in list(workers)[:: 1 if number % 2 == 0 else -1]:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.cache_table import cache_markdown
 from benchmarks.caches import CACHES, SPAN, WARM, CacheJob
-from benchmarks.decode import add_common_options, check_common_options, dropped, recorded
+from benchmarks.decode import add_common_options, check_common_options, dropped, load, recorded
 from benchmarks.measure import read_bandwidth
 from benchmarks.plot import plot_caches
 from benchmarks.shapes import BUNDLED, SHAPES
@@ -92,10 +92,11 @@ def decode(options: argparse.Namespace, shape: str, systems: Sequence[str], save
     reasons: dict[str, str] = {}
     fill_s: dict[str, float] = {}  # by token, at the last context
     try:
-        for system in tqdm(systems, desc=f"{shape}: load", leave=False, disable=None):
+        jobs = {system: job(options, system, shape, options.layers) for system in systems}
+        limits = options.load_limit, options.load_limit
+        load(jobs, limits, options.device, shape, workers, reasons)
+        for system, worker in list(workers.items()):
             with dropped(system, workers, reasons):
-                worker = Worker(job(options, system, shape, options.layers), options.load_limit, options.load_limit)
-                workers[system] = worker
                 worker.ask("warm")
         for context in options.contexts:
             rows = {system: {"system": system} for system in systems}

@@ -20,10 +20,10 @@ from typing import Any
 from planned_sizes import FAMILIES
 
 from benchmarks.decode import RESULTS, record, start
+from benchmarks.shapes import SHAPES
 from hf_accel_patch import HfAccelError, plan
 
-OCTOCODER = {"model_type": "gpt_bigcode", "vocab_size": 49152, "n_embd": 6144, "n_inner": 24576, "n_layer": 40}
-OCTOCODER |= {"n_head": 48, "n_positions": 8192, "multi_query": True, "dtype": "bfloat16"}
+OCTOCODER = SHAPES["octocoder"] | {"dtype": "bfloat16"}
 BUDGETS = ("40GiB", "24GiB", "16GiB", "12GiB", "8GiB")
 CONTEXT = 8192
 LLAMA = {

@@ -114,6 +114,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     },
+    "octocoder": {
+        "model_type": "gpt_bigcode",
+        "vocab_size": 49152,
+        "hidden_size": 6144,
+        "n_inner": 24576,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 48,
+        "max_position_embeddings": 8192,
+        "multi_query": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "multi-head": {  # no published model: as many key/value heads as query heads, to be made fewer
         "model_type": "llama",
         "vocab_size": 32000,

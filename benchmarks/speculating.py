@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
@@ -286,16 +287,17 @@ def hold_in_int4(model: Any) -> None:
     """Weights that the format int4 of this package holds exactly, so that a copy in int4 is the same function, up to
     how its kernels round: every group of 64 a multiple of 1/256 with all of -8 and 7, or of -7 and 8, in every half.
     No row is like another, or tokens would be; the final norm makes the model as sure of tokens as trained ones are."""
-    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    draw = partial(torch.randint, generator=torch.Generator(device).manual_seed(0), device=device)
     for parameter in model.parameters():
         if parameter.ndim < 2:
             continue
         for part in parameter.view(-1).split(1 << 22):
-            codes = torch.randint(-8, 8, (len(part) // 32, 32), generator=generator, dtype=torch.int8)
-            lowest = torch.randint(0, 32, (len(codes), 1), generator=generator)
-            apart = torch.randint(1, 32, (len(codes), 1), generator=generator)
+            codes = draw(-8, 8, (len(part) // 32, 32), dtype=torch.int8)
+            lowest = draw(0, 32, (len(codes), 1))
+            apart = draw(1, 32, (len(codes), 1))
             codes.scatter_(1, lowest, -8).scatter_(1, (lowest + apart) % 32, 7)
-            signs = torch.randint(0, 2, (len(part) // 64, 1), generator=generator, dtype=torch.int8) * 2 - 1
+            signs = draw(0, 2, (len(part) // 64, 1), dtype=torch.int8) * 2 - 1
             part.copy_((codes.view(-1, 64) * signs).view(-1).float() / 256)
     norms = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 1]
     norms[-1].fill_(SURE)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.decode import add_common_options, check_common_options, dropped, recorded
+from benchmarks.decode import add_common_options, check_common_options, dropped, load, recorded
 from benchmarks.measure import read_bandwidth
 from benchmarks.plot import plot_speculation
 from benchmarks.shapes import BUNDLED, SHAPES
@@ -79,10 +79,10 @@ class Group:
 
     def load(self, layers: int | None = None, *, held: bool = False) -> None:
         options = self.options
-        for system in tqdm(self.systems, desc=f"{self.title}: load", leave=False, disable=None):
-            job = DraftJob(system, self.shape, layers, self.dtype, options.device, options.threads, held)
-            with dropped(system, self.workers, self.reasons):
-                self.workers[system] = Worker(job, options.limit, options.limit)
+        common = self.shape, layers, self.dtype, options.device, options.threads, held
+        jobs = {system: DraftJob(system, *common) for system in self.systems}
+        limits = options.limit, options.limit
+        load(jobs, limits, options.device, self.title, self.workers, self.reasons)
 
     def close(self) -> None:
         for worker in self.workers.values():
