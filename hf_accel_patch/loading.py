@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
+from hf_accel_patch.ops.packing import BLOCKS
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.grouped import shrink
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize
@@ -66,8 +67,8 @@ class HfAccelConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config has {found}; this package reads version {VERSION} of the format")
         if scheme not in (*SCHEMES, *TABLES):
             raise ValueError(f"quantization_config: unknown scheme {scheme!r}; the schemes are {', '.join(SCHEMES)}")
-        if block not in (0, 32, 64):
-            raise ValueError(f"quantization_config: block={block!r}; allowed: 32, 64")
+        if block not in (0, *BLOCKS):
+            raise ValueError(f"quantization_config: block={block!r}; allowed: {', '.join(map(str, BLOCKS))}")
         if not all(str(size).isdigit() and isinstance(names, list) for size, names in (weights or {}).items()):
             raise ValueError("quantization_config: weights should be lists of names by group size")
         self.quant_method: Any = METHOD

@@ -18,8 +18,8 @@ from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.modules import QuantizedModule, reblock
+from hf_accel_patch.ops.packing import INT8, block_on
 from hf_accel_patch.ops.products import as_floats
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.quantize import Quantize, refuse_unsuitable
@@ -217,7 +217,7 @@ class Prepared:
             if not whole:
                 raise HfAccelError(f"{name} holds values that cannot be in the checkpoint", "it has been damaged")
         for module in [each for each in model.modules() if isinstance(each, QuantizedModule)]:
-            _reblock(module, block_on(module.like.device))
+            reblock(module, block_on(module.like.device))
         for module, others in self.tied:
             for other in others:
                 self.options.share(module, other, self.journal)
@@ -234,20 +234,3 @@ def _empty(weight: Weight, scheme: str, size: int, block: int) -> tuple[Tensor, 
     shape, kind = (shape, torch.int32) if scheme in TABLES else ((*shape, 2), torch.int16)
     codes = (*E, blocks, K, block // 2)
     return torch.empty(codes, dtype=torch.uint8, device="meta"), torch.empty(shape, dtype=kind, device="meta")
-
-
-def _reblock(module: QuantizedModule, block: int) -> None:
-    """Lay 4-bit codes out for the kernels of this device."""
-    for name, spec in module.specs.items():
-        codes, scales, _ = module.held(name)
-        if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
-            continue
-        N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
-
-        def sized(x: Tensor, at: int, N: int = N) -> Tensor:
-            short = x.new_zeros(*x.shape[:at], max(0, N - x.shape[at]), *x.shape[at + 1 :])
-            return torch.cat((x.narrow(at, 0, min(N, x.shape[at])), short), at)
-
-        parts = [pack_codes(sized(unpack_codes(each), 0), block) for each in ([codes] if dim == 1 else codes)]
-        module._buffers[name] = parts[0] if dim == 1 else torch.stack(parts)
-        module._buffers[f"{name}_scales"] = sized(scales, dim)

@@ -23,8 +23,7 @@ from hf_accel_patch import (
     report,
     unpatch,
 )
-from hf_accel_patch.ops.modules import QuantizedModule
-from hf_accel_patch.reading import _reblock
+from hf_accel_patch.ops.modules import QuantizedModule, reblock
 
 OFF = {"attention": False, "linear": False}
 SCHEMES = ("int8", "int4", "nf4", "llm.int8")
@@ -238,7 +237,7 @@ def test_weights_are_quantized_in_the_dtype_that_was_asked_for(dtype, saved):
     assert model.dtype == dtype and torch.equal(logits(model, prompt()), expected)
 
 
-@pytest.mark.parametrize("found, wanted", ((64, 32), (32, 64)))
+@pytest.mark.parametrize("found, wanted", ((64, 32), (32, 64), (2, 64), (32, 2)))
 @pytest.mark.parametrize("family", ("llama", "mixtral"))
 def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family, monkeypatch):
     monkeypatch.setattr("hf_accel_patch.passes.quantize.block_on", lambda _: found)
@@ -246,7 +245,7 @@ def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family,
     dense = {name: dense_of(module) for name, module in quantized(model)}
     assert dense
     for _, module in quantized(model):
-        _reblock(module, wanted)
+        reblock(module, wanted)
     for name, module in quantized(model):
         codes, _, spec = module.held(next(iter(module.specs)))
         assert codes.shape[-1] * 2 == wanted and codes.shape[-3] == -(-spec.shape[0] // wanted)

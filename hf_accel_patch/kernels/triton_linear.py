@@ -1,258 +1,89 @@
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator"
 """Products y = x W^T with quantized weights on NVIDIA GPUs, in Triton. Needs triton; imported only when used.
 
-Codes of four bits are contiguous uint8 [N / B, K, B / 2], B being 32 or 64: byte [b, k, i] holds the code of row b * B
-+ i in its low half and that of row b * B + B / 2 + i in its high half. B = 32 occupies a GPU at fewer outputs. There is
-a scale per row and group of G = 32, 64 or 128 input features. Sums are float32 and always in the same order. Nothing
-waits for the device or depends on the data, so CUDA graphs can record it.
+Codes of four bits are contiguous uint8 [N / 2, K, 1]: byte [n, k, 0] holds the code of row 2 n in its low half and
+that of row 2 n + 1 in its high half. There is a scale per row and group of G = 32, 64 or 128 input features. Sums are
+float32 and always in the same order. Nothing waits for the device or depends on the data, so CUDA graphs can record it.
 
 What multiplies depends on the rows M of x:
 
-* A matrix-vector kernel up to MATVEC_ROWS reads every weight once (of float32 activations, once for two rows). It is
-  limited by instructions as much as by memory: an H100 can read 6.7e12 half-byte weights a second and issue 29e12
-  instructions. So codes become floats by setting bits, and what the floats are too large by is taken off once per
-  group, with the scale. As Triton 3.7 compiles it for sm_90, that is 4.6 instructions per weight for B = 32 and G = 64,
-  3.6 for 64 and 128, about 6 for tables and 5.4 for int8.
-* A kernel with tensor cores up to MATMUL_ROWS multiplies the codes themselves, exact in 16 bits, and scales the float32
-  product of a group: 5 instructions per weight for up to 16 rows. It has no float32 activations: tensor cores would
-  round them, and other cores are slower than the matrix-vector kernel for few rows and than cuBLAS for many.
-* Beyond, and on GPUs before compute capability 8.0, weights are dequantized for cuBLAS. To write and read them costs 4
-  bytes per weight once; the kernel above unpacks them again for every 64 rows.
+* Up to MATMUL_ROWS, tensor cores multiply the codes themselves, exact in 16 bits, and the float32 product of a group is
+  scaled. Bytes come ahead of time to shared memory and lie there as the tensor cores want them, so that a warp has them
+  with one instruction per 8 weights; a weight takes 2.2 to 3.1 instructions with 4 bits, 3.4 with 8, 5.1 with a table,
+  of which an H200 has 29e12 a second. A row costs as much as eight, whose columns are there anyway.
+* float32 activations up to EXACT_ROWS are multiplied number by number: tensor cores would round them.
+* Beyond, and on GPUs before compute capability 8.0, weights are dequantized for cuBLAS.
 
-Where the outputs alone would leave processors idle, K is split between programs; a second kernel adds their float32
-sums [S, M, N]. As its launch takes as long as reading some megabytes, a matrix-vector product splits K between the
-warps of a program first.
+A small product is over in microseconds, most of which are its start. So K is split inside of a program
+(kernels/triton_products.py), and between programs only where many rows meet few outputs: a second kernel adds their
+float32 sums [S, M, N]. That programs start while the kernel before them ends ("programmatic dependent launch") made
+small products slower: they take registers and shared memory, and wait.
+
+An H200 takes for all linear layers of an 8B model and one row 4.57 ms with bfloat16 weights, 2.10 with int4, 2.62 with
+int8, 2.84 with nf4, most of it in small products: the head alone is read at 3.6e12 of 4.1e12 bytes a second with int4.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from hf_accel_patch.kernels.triton_codes import lookup
+from hf_accel_patch.kernels.triton_products import _add, _dense4, _exact4, _exact8, _product4, _product8
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
-WARPS = 32  # per processor, for which the matrix-vector kernels' registers suffice
-MATVEC_ROWS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
+EXACT_ROWS = 16
 MATMUL_ROWS = 128
 DENSE_WEIGHTS = 1 << 26  # dequantized at a time: 128 MB in 16 bits, enough for a layer of an 8B model
-SIXTEENS = 0x41804180  # bfloat16 16.0, twice. An argument: an instruction has room for one constant, the mask
-LOW = tl.constexpr(2.0**-16)  # of two bfloat16 read as one float32, what the low one counts relative to the high one
-TABLE_BYTES = 64
+BLOCK = 2  # rows that share the bytes of 4-bit codes
+HALVES = (torch.bfloat16, torch.float16)
 
 
-@triton.jit
-def _scale_and_zero(word, OFFSET: tl.constexpr):
-    """Of the two bfloat16 in a word, for codes that are OFFSET too large."""
-    scale = (word << 16).to(tl.float32, bitcast=True)
-    return scale, (word & -65536).to(tl.float32, bitcast=True) - OFFSET * scale
+class Table(NamedTuple):
+    """Sixteen values that half-bytes stand for: float32 on a device, and the instructions that look them up, rounded to
+    both 16-bit types."""
+
+    values: Tensor
+    bfloat16: str
+    float16: str
+
+    @classmethod
+    def of(cls, values: Tensor, device: torch.device | str) -> Table:
+        """values: on the CPU."""
+        patterns = ((values.to(dtype).view(torch.int16).int() & 0xFFFF).tolist() for dtype in HALVES)
+        return cls(values.float().to(device), *map(lookup, patterns))
 
 
-@triton.jit
-def _entry(table, at):
-    """The entry `at` bytes into the table. The table is aligned, so its address needs no 64-bit addition. It stays in
-    the L1 cache, where lanes that read one line do not wait for each other; to select would take 15 instructions."""
-    return tl.load((table.to(tl.int64) | at.to(tl.int64)).to(tl.pointer_type(tl.float32)))
+class Tile(NamedTuple):
+    """What a program has: rows and columns of x, outputs or pairs of outputs, parts of K, input features per step,
+    steps at a time, stages of the pipeline, warps."""
 
-
-@triton.jit(do_not_specialize=["M", "groups"])  # what changes with the rows of x compiles once
-def _matvec4(
-    x, codes, scales, table, out, M, N, K, groups, sixteens,
-    ROWS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """A block of B outputs. A warp takes a whole group, 128 bytes at a time, of which a lane takes one word: so a lane
-    meets G / LANES input features with the same eight rows and scales. All tiles of the loop lie alike on the lanes, or
-    Triton would give them different layouts and move them through shared memory."""
-    W: tl.constexpr = B // 8  # words per input feature
-    LANES: tl.constexpr = 32 // W
-    block = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    p = tl.arange(0, 4)[:, None, None, None, None]
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[None, :, None, None, None]
-    warp = tl.arange(0, WARPS)[None, None, :, None, None]
-    lane = tl.arange(0, LANES)[None, None, None, :, None]
-    word = tl.arange(0, W)[None, None, None, None, :]
-    codes += block * K * W
-    scales += block * B + (p % 2) * (B // 2) + word * 4 + p // 2
-    total_low = tl.zeros([4, ROWS, WARPS, LANES, W], tl.float32)
-    total_high = tl.zeros([4, ROWS, WARPS, LANES, W], tl.float32)
-    for start in range(split * WARPS, groups, tl.num_programs(1) * WARPS):
-        group = start + warp
-        live = group < groups
-        k = group * G + lane
-        low = tl.zeros([4, ROWS, WARPS, LANES, W], tl.float32)
-        high = tl.zeros([4, ROWS, WARPS, LANES, W], tl.float32)
-        x_sum = tl.zeros([1, ROWS, WARPS, LANES, 1], tl.float32)
-        for step in tl.static_range(0, G, LANES):
-            w = tl.load(codes + (k + step) * W + word, mask=live, other=0).to(tl.uint32, bitcast=True) >> (4 * p)
-            x_k = tl.load(x + row * K + k + step, mask=live & (row < M), other=0).to(tl.float32)
-            if table is not None:
-                low += _entry(table, (w << 2) & 60) * x_k
-                high += _entry(table, (w >> 14) & 60) * x_k
-            else:
-                # Two half-bytes become bfloat16 16 + q. As a float32, the pair is the high one plus LOW times the low.
-                pair = (w << 3) & 0x00780078 | sixteens
-                low += (pair << 16).to(tl.float32, bitcast=True) * x_k
-                high += pair.to(tl.float32, bitcast=True) * x_k
-                x_sum += x_k
-        at = tl.broadcast_to(scales + group * N, [4, 1, WARPS, LANES, W])
-        scale_low = tl.load(at, mask=live, other=0)
-        scale_high = tl.load(at + 2, mask=live, other=0)
-        if table is not None:
-            total_low += low * scale_low
-            total_high += high * scale_high
-        else:
-            scale, zero = _scale_and_zero(scale_low, 24.0)
-            total_low += low * scale
-            total_low += x_sum * zero
-            scale, zero = _scale_and_zero(scale_high, 24.0 + 0x4100 * 2.0**-19)
-            total_high += (high - low * LOW) * scale
-            total_high += x_sum * zero
-    p = tl.arange(0, 4)[:, None, None]
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    word = tl.arange(0, W)[None, None, :]
-    out += (split * M + row) * N + block * B + (p % 2) * (B // 2) + word * 4 + p // 2
-    y_low = tl.sum(tl.reshape(total_low, [4, ROWS, WARPS * LANES, W]), axis=2)
-    y_high = tl.sum(tl.reshape(total_high, [4, ROWS, WARPS * LANES, W]), axis=2)
-    tl.store(out, y_low.to(out.dtype.element_ty), mask=row < M)
-    tl.store(out + 2, y_high.to(out.dtype.element_ty), mask=row < M)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _matvec8(x, codes, scales, out, M, N, K, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WARPS: tl.constexpr):
-    """OUTPUTS outputs. The warps split K, and a lane takes 8 input features at a time: then a tile of activations has
-    the layout of a tile of codes, and its conversion to float32 is shared by all outputs."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None, None, None, None]
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :, None, None, None]
-    lane = tl.arange(0, WARPS)[None, None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :, None]
-    k = lane * 8 + tl.arange(0, 8)[None, None, None, None, :]
-    total = tl.zeros([ROWS, OUTPUTS, WARPS, 32], tl.float32)
-    for start in range(0, K, WARPS * 32 * 8):
-        live = start + k < K
-        w = tl.load(codes + n.to(tl.int64) * K + start + k, mask=live & (n < N), other=0)
-        x_k = tl.load(x + row * K + start + k, mask=live & (row < M), other=0).to(tl.float32)
-        # The bits of 384.0 plus the code, in units of 2^-15. Conversion instructions run at a fraction of the rate.
-        w = (w.to(tl.int32) * 32768 + 0x43C00000).to(tl.float32, bitcast=True) - 384
-        total += tl.sum(w * x_k, axis=4)
-    y = tl.sum(tl.reshape(total, [ROWS, OUTPUTS, WARPS * 32]), axis=2)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
-    y *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)
-    tl.store(out + row * N + n, y.to(out.dtype.element_ty), mask=(row < M) & (n < N))
-
-
-@triton.jit(do_not_specialize=["M", "groups", "blocks"])
-def _matmul4(
-    x, codes, scales, table, out, M, N, K, groups, blocks,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows by the outputs of BLOCKS blocks, a group per step: the low and the high halves are two products."""
-    H: tl.constexpr = B // 2
-    dtype: tl.constexpr = x.dtype.element_ty
-    # 128 + q in bfloat16, which needs no shift; 16 + q in float16, for 1024 + q would cost eight bits of the sum.
-    BITS: tl.constexpr = 0x4C00 if dtype == tl.float16 else 0x4300
-    SHIFT: tl.constexpr = 6 if dtype == tl.float16 else 0
-    OFFSET: tl.constexpr = 24.0 if dtype == tl.float16 else 136.0
-    split = tl.program_id(1)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCKS * H)
-    block = tl.program_id(0) * BLOCKS + column // H
-    readable = tl.minimum(block, blocks - 1)
-    k = tl.arange(0, G)
-    x += row * K + k[None, :]
-    codes += (readable[None, :].to(tl.int64) * K + k[:, None]) * H + (column % H)[None, :]
-    scales += readable * B + column % H
-    low = tl.zeros([ROWS, BLOCKS * H], tl.float32)
-    high = tl.zeros([ROWS, BLOCKS * H], tl.float32)
-    for group in tl.range(split, groups, tl.num_programs(1), num_stages=STAGES):
-        x_k = tl.load(x + group * G, mask=row < M, other=0)
-        w = tl.load(codes + group * G * H)
-        scale_low = tl.load(scales + group * N)
-        scale_high = tl.load(scales + group * N + H)
-        if table is not None:
-            low += tl.dot(x_k, _entry(table, (w & 15) << 2).to(dtype)) * scale_low[None, :]
-            high += tl.dot(x_k, _entry(table, (w >> 4) << 2).to(dtype)) * scale_high[None, :]
-        else:
-            q_low = ((w & 15).to(tl.int16) << SHIFT | BITS).to(dtype, bitcast=True)
-            q_high = ((w >> 4).to(tl.int16) << SHIFT | BITS).to(dtype, bitcast=True)
-            x_sum = tl.sum(x_k.to(tl.float32), axis=1)[:, None]
-            scale, zero = _scale_and_zero(scale_low, OFFSET)
-            low += tl.dot(x_k, q_low) * scale[None, :]
-            low += x_sum * zero[None, :]
-            scale, zero = _scale_and_zero(scale_high, OFFSET)
-            high += tl.dot(x_k, q_high) * scale[None, :]
-            high += x_sum * zero[None, :]
-    mask = (row < M) & (block < blocks)[None, :]
-    out += (split * M + row) * N + (block * B + column % H)[None, :]
-    tl.store(out, low.to(out.dtype.element_ty), mask=mask)
-    tl.store(out + H, high.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _matmul8(
-    x, codes, scales, out, M, N, K,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows by OUTPUTS outputs; int8 codes are exact in both 16-bit types."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    split = tl.program_id(1)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
-    k = tl.arange(0, STEP)
-    x += row * K + k[None, :]
-    codes += n.to(tl.int64) * K + k[:, None]
-    y = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in tl.range(split * STEP, K, tl.num_programs(1) * STEP, num_stages=STAGES):
-        x_k = tl.load(x + start, mask=(row < M) & (start + k < K)[None, :], other=0)
-        w = tl.load(codes + start, mask=(n < N) & (start + k < K)[:, None], other=0)
-        y = tl.dot(x_k, w.to(tl.float32).to(dtype), y)  # compiled as one conversion; the interpreter knows no other way
-    y *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)
-    tl.store(out + (split * M + row) * N + n, y.to(out.dtype.element_ty), mask=(row < M) & (n < N))
-
-
-@triton.jit
-def _add(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """parts [SPLITS, size] to out [size], in order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(parts + at, mask=at < size)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(parts + split * size + at, mask=at < size)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
-def _dequantize4(codes, scales, table, out, N, K, B: tl.constexpr, G: tl.constexpr, FEATURES: tl.constexpr):
-    """FEATURES input features of a block of outputs. N is that of the scales, which may be more than the codes'."""
-    H: tl.constexpr = B // 2
-    block = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[:, None]
-    i = tl.arange(0, H)[None, :]
-    w = tl.load(codes + (block * K + k) * H + i, mask=k < K, other=0)
-    for half in tl.static_range(2):
-        q = (w >> (4 * half)) & 15
-        row = block * B + half * H + i
-        scale = tl.load(scales + (k // G) * N + row, mask=k < K, other=0)
-        if table is not None:
-            y = tl.load(table + q) * scale
-        else:
-            scale, zero = _scale_and_zero(scale, 8.0)
-            y = q.to(tl.float32) * scale + zero
-        tl.store(out + row * K + k, y.to(out.dtype.element_ty), mask=k < K)
+    rows: int
+    columns: int
+    outputs: int
+    parts: int
+    step: int
+    unroll: int
+    stages: int
+    warps: int
 
 
 def linear_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """x [M, K] times the transpose of int4 weights: [M, N] in the dtype of x. Scales are bfloat16 [K / G, N, 2], a
     scale and a zero: w = (code - 8) * scale + zero."""
-    return _linear4(x, codes, _words(scales), None)
+    return _linear4(x, codes, _pairs(scales), None)
 
 
-def linear_table(x: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+def linear_table(x: Tensor, codes: Tensor, absmax: Tensor, table: Table) -> Tensor:
     """x [M, K] times the transpose of weights from a table: [M, N] in the dtype of x. w = table[code] * absmax, with
-    float32 absmax [K / G, N] and table [16]. From 3 rows of 16 bits on, table[code] is rounded to the dtype of x, and
-    beyond MATMUL_ROWS w is, as in bitsandbytes."""
-    return _linear4(x, codes, absmax, _aligned(table))
+    float32 absmax [K / G, N]. Of x in 16 bits, table[code] is rounded to its dtype, and beyond MATMUL_ROWS w is, as in
+    bitsandbytes."""
+    return _linear4(x, codes, _pairs(absmax), table)
 
 
 def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -264,16 +95,21 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     if not M:
         return out
     with torch.cuda.device_of(x):
-        if len(x) <= MATVEC_ROWS[x.dtype]:
-            rows, outputs = min(M, 2), min(4, _power_of_2(N // 1024))  # 4,096 warps at 4,096 outputs
-            grid: tuple[int, ...] = (triton.cdiv(N, outputs), triton.cdiv(M, rows))
-            _matvec8[grid](x, codes, scales, out, M, N, K, rows, outputs, 4, num_warps=4)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
-            rows, outputs, step, warps = matmul_tile8(M)
-            tiles = triton.cdiv(N, outputs), triton.cdiv(M, rows)
-            parts = _parts(out, matmul_splits(tiles[0] * tiles[1], triton.cdiv(K, step)))
-            grid = (tiles[0], len(parts), tiles[1])
-            _matmul8[grid](x, codes, scales, parts, M, N, K, rows, outputs, step, 3, num_warps=warps)
+        if _few(x):
+            if x.dtype is torch.float32:
+                rows = min(M, 2)
+                _exact8[(triton.cdiv(N, 4), triton.cdiv(M, rows))](
+                    x, codes, scales, out, M, N, K, rows, 4, 512, num_warps=4
+                )
+                return out
+            t = tile8(M, N)
+            tiles = triton.cdiv(N, t.outputs), triton.cdiv(M, t.rows)
+            steps = triton.cdiv(K, t.step * t.parts)
+            parts = _parts(out, splits(tiles[0] * tiles[1], steps, M))
+            _product8[(tiles[0], len(parts), tiles[1])](
+                x, codes, scales, parts, M, N, K, triton.cdiv(steps, len(parts)), t.rows, t.columns, t.outputs,
+                t.parts, t.step, t.stages, not INTERPRETED, num_warps=t.warps,
+            )  # fmt: skip
             _add_parts(parts, out)
         else:
             step = max(1, DENSE_WEIGHTS // K)
@@ -285,12 +121,12 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def dequantize_int4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights [N, K], computed in float32 and rounded once."""
-    return _dequantized(codes, _words(scales), None, dtype)
+    return _dequantized(codes, _pairs(scales), None, dtype)
 
 
-def dequantize_table(codes: Tensor, absmax: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_table(codes: Tensor, absmax: Tensor, table: Table, dtype: torch.dtype) -> Tensor:
     """The weights [N, K], computed in float32 and rounded once."""
-    return _dequantized(codes, absmax, _aligned(table), dtype)
+    return _dequantized(codes, _pairs(absmax), table, dtype)
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,83 +134,110 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(codes, scales.float()[:, None], out=torch.empty_like(codes, dtype=dtype))
 
 
-def matvec_shape(blocks: int, block_bytes: int, groups: int, rows: int, wide: bool = False) -> tuple[int, int]:
-    """Warps per program, and programs per block of outputs that split K.
-
-    4,096 outputs are 128 blocks of 32: a program of 32 warps for nearly every processor. Where there are fewer than two
-    blocks for three processors, K is split, but not below 64 KB, which are read before a second kernel would start.
-    `wide`: groups of 64 and more entries of a table, which 64 registers do not hold.
-    """
-    most = 32 if rows == 1 and not wide else 16  # two rows take twice the registers
-    warps = min(most, _power_of_2(groups), max(4, _power_of_2(WARPS * PROCESSORS // blocks)))
-    return warps, 1 if 3 * blocks > 2 * PROCESSORS else max(1, min(PROCESSORS // blocks, block_bytes // 65536))
-
-
-def matmul_tile4(M: int, wide: bool) -> tuple[int, int, int]:
-    """Rows, bytes of codes per input feature, and warps of a program. Entries of a table pass through shared memory, of
-    which most GPUs have 99 KB: `wide` groups of them leave room for half the bytes."""
-    rows, columns, warps = (16, 128, 4) if M <= 16 else (32, 128, 8) if M <= 32 else (64, 64, 4)
-    return rows, columns // 2 if wide else columns, warps
-
-
-def matmul_tile8(M: int) -> tuple[int, int, int, int]:
-    """Rows, outputs, input features per step, and warps of a program."""
-    return (16, 64, 128, 4) if M <= 16 else (32, 64, 128, 4) if M <= 32 else (64, 128, 64, 8)
-
-
-def matmul_splits(tiles: int, steps: int) -> int:
-    """Programs per tile of the result that split K: two for every processor, but no more than leave each four steps,
-    for the pipeline to pay, and than eight, for their sums to stay small beside the weights."""
-    return max(1, min(2 * PROCESSORS // tiles, steps // 4, 8))
+@lru_cache(maxsize=1024)
+def tile4(M: int, N: int, group: int) -> Tile:
+    """As they were fastest on an H200. Few outputs need many parts of K for all processors to read."""
+    few = N < 8192
+    if M <= 1:
+        outputs, parts, unroll, stages, warps = (
+            (4, 8, 2, 4, 2) if few else (8, 8, 1, 3, 4) if N < 65536 else (16, 8, 2, 3, 4)
+        )
+    elif M <= 2:
+        outputs, parts, unroll, stages, warps = 8, 4, 2, 4, 2
+    elif M <= 4:
+        outputs, parts, unroll, stages, warps = (8, 4, 2, 4, 2) if few else (16, 2, 2, 4, 2)
+    elif M <= 8:
+        outputs, parts, unroll, stages, warps = (8, 4, 2, 3, 2) if few else (16, 2, 2, 3, 2)
+    elif M <= 16:
+        outputs, parts, unroll, stages, warps = (16, 2, 2, 3, 2) if few else (32, 1, 2, 3, 2)
+    else:
+        outputs, parts, unroll, stages, warps = 64, 1, 1, 3, 4  # 64 rows of codes: wgmma where there is one
+    if group > 64:
+        unroll, stages = 1, 3
+    rows = min(64, _power_of_2_from(M))
+    return Tile(rows, max(8, rows * parts), outputs, parts, group, unroll, stages, warps)
 
 
-def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:
-    blocks, K, H = codes.shape
-    B, groups, N = 2 * H, len(scales), blocks * 2 * H
+@lru_cache(maxsize=1024)
+def tile8(M: int, N: int) -> Tile:
+    """As they were fastest on an H200."""
+    if M <= 2:
+        outputs, parts, step, stages, warps = (4, 8, 128, 4, 2) if M == 1 and N < 4096 else (8, 4, 256, 3, 2)
+    elif M <= 4:
+        outputs, parts, step, stages, warps = (8, 4, 128, 4, 2) if N < 8192 else (16, 2, 128, 4, 2)
+    elif M <= 16:
+        outputs, parts, step, stages, warps = (8, 4, 128, 4, 2) if M <= 8 and N < 4096 else (16, 2, 128, 4, 2)
+        if N >= 8192:
+            outputs, parts = 32, 1
+    else:
+        outputs, parts, step, stages, warps = 64, 1, 128, 3, 4
+    rows = min(64, _power_of_2_from(M))
+    return Tile(rows, max(8, rows * parts), outputs, parts, step, 1, stages, warps)
+
+
+def splits(tiles: int, steps: int, M: int) -> int:
+    """Programs per tile of the result that split K: five for every processor, but no more than leave each so many steps
+    that they save more than to add them takes, and than eight, for their sums to stay small beside the weights."""
+    return max(1, min(5 * PROCESSORS // tiles, steps // (16 if M <= 8 else 8), 8))
+
+
+def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Table | None) -> Tensor:
+    pairs, K = _check_pairs(codes)
+    groups, N = len(scales), 2 * pairs
     x, G = _activations(x, K), K // groups
     M, out = len(x), x.new_empty(len(x), N)
+    values, found = (None, "") if table is None else (table.values, table.bfloat16)
+    if table is not None and x.dtype is torch.float16:
+        found = table.float16
     if not M:
         return out
     with torch.cuda.device_of(x):
-        if len(x) <= MATVEC_ROWS[x.dtype]:
-            rows = min(M, 2)
-            warps, splits = matvec_shape(blocks, K * H, groups, rows, wide=table is not None and G >= 64)
-            parts, words = _parts(out, splits), codes.view(torch.int32)
-            _matvec4[(blocks, splits, triton.cdiv(M, rows))](
-                x, words, scales, table, parts, M, N, K, groups, SIXTEENS, rows, B, G, warps, num_warps=warps
-            )
-            _add_parts(parts, out)
-        elif M <= MATMUL_ROWS and x.dtype is not torch.float32 and _tensor_cores(x.device):
-            rows, columns, warps = matmul_tile4(M, wide=table is not None and G == 128)
-            tiles = triton.cdiv(blocks * H, columns), triton.cdiv(M, rows)
-            parts = _parts(out, matmul_splits(tiles[0] * tiles[1], groups))
-            _matmul4[(tiles[0], len(parts), tiles[1])](
-                x, codes, scales, table, parts, M, N, K, groups, blocks, rows, columns // H, B, G, 3, num_warps=warps
-            )
+        if _few(x):
+            if x.dtype is torch.float32:
+                rows = min(M, 2)
+                _exact4[(triton.cdiv(pairs, 4), triton.cdiv(M, rows))](
+                    x, codes, scales, values, out, M, N, K, pairs, rows, 4, 512, G, num_warps=4
+                )
+                return out
+            t = tile4(M, N, G)
+            tiles = triton.cdiv(pairs, t.outputs), triton.cdiv(M, t.rows)
+            steps = triton.cdiv(groups, t.parts)
+            parts = _parts(out, splits(tiles[0] * tiles[1], steps, M))
+            _product4[(tiles[0], len(parts), tiles[1])](
+                x, codes, scales, values, parts, M, N, K, pairs, groups, triton.cdiv(steps, len(parts)), found, t.rows,
+                t.columns, t.outputs, t.parts, G, t.unroll, t.stages, not INTERPRETED, num_warps=t.warps,
+            )  # fmt: skip
             _add_parts(parts, out)
         else:
-            step = max(1, DENSE_WEIGHTS // (B * K))
-            for start in range(0, blocks, step):
-                n = slice(start * B, (start + step) * B)
-                dense = _dequantized(codes[start : start + step], scales[:, n], table, x.dtype)
-                torch.mm(x, dense.T, out=out[:, n])
+            step = max(1, DENSE_WEIGHTS // (2 * K))
+            for start in range(0, pairs, step):
+                n = slice(start, start + step)
+                dense = _dequantized(codes[n], scales[:, n], table, x.dtype)
+                torch.mm(x, dense.T, out=out[:, 2 * start : 2 * (start + step)])
     return out
 
 
-def _dequantized(codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
-    blocks, K, H = codes.shape
-    out = torch.empty(blocks * 2 * H, K, dtype=dtype, device=codes.device)
-    features = 4096 // H
+def _dequantized(codes: Tensor, scales: Tensor, table: Table | None, dtype: torch.dtype) -> Tensor:
+    pairs, K = _check_pairs(codes)
+    out = torch.empty(2 * pairs, K, dtype=dtype, device=codes.device)
+    values = None if table is None else table.values
     with torch.cuda.device_of(codes):
-        _dequantize4[(blocks, triton.cdiv(K, features))](
-            codes, scales, table, out, scales.stride(0), K, 2 * H, K // len(scales), features, num_warps=4
+        _dense4[(triton.cdiv(pairs, 4), triton.cdiv(K, 1024))](
+            codes, scales, values, out, pairs, scales.stride(0), K, 4, 1024, K // len(scales), num_warps=4
         )
     return out
 
 
-def _parts(out: Tensor, splits: int) -> Tensor:
+def _few(x: Tensor) -> bool:
+    """Whether the products are these kernels', and not cuBLAS's with dense weights."""
+    if x.dtype is torch.float32:
+        return len(x) <= EXACT_ROWS
+    return len(x) <= MATMUL_ROWS and _tensor_cores(x.device)
+
+
+def _parts(out: Tensor, count: int) -> Tensor:
     """Where the programs that split K leave their sums, [S, M, N]: the result itself if it is not split."""
-    return out[None] if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    return out[None] if count == 1 else torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
 
 
 def _add_parts(parts: Tensor, out: Tensor) -> None:
@@ -390,23 +253,26 @@ def _tensor_cores(device: torch.device) -> bool:
 
 def _activations(x: Tensor, K: int) -> Tensor:
     """The kernels trust what they are given."""
-    if x.dtype not in MATVEC_ROWS:
+    if x.dtype not in (torch.float32, *HALVES):
         raise TypeError(f"activations are {x.dtype}; the kernels take float32, bfloat16 or float16")
     if x.dim() != 2 or x.shape[1] != K:
         raise RuntimeError(f"activations of shape {tuple(x.shape)} meet weights with {K} features")
     return x.contiguous()
 
 
-def _words(scales: Tensor) -> Tensor:
-    """A bfloat16 scale and zero as one int32, [K / G, N]."""
-    return scales.contiguous().view(torch.int32).squeeze(-1)
+def _check_pairs(codes: Tensor) -> tuple[int, int]:
+    pairs, K, half = codes.shape
+    if half != BLOCK // 2:
+        raise RuntimeError(f"codes lie in blocks of {2 * half} rows; the kernels take those of {BLOCK}")
+    return pairs, K
 
 
-def _aligned(table: Tensor) -> Tensor:
-    table = table.contiguous()
-    return table.clone() if table.data_ptr() % TABLE_BYTES else table
+def _pairs(scales: Tensor) -> Tensor:
+    """What is said of two rows, two words, as one int64: [K / G, N / 2]."""
+    scales = scales.contiguous()
+    return scales.view(torch.int32).view(len(scales), -1).view(torch.int64)
 
 
-def _power_of_2(n: int) -> int:
-    """The largest that is not more than n; 1 where there is none."""
-    return 1 << max(n, 1).bit_length() - 1
+def _power_of_2_from(n: int) -> int:
+    """The smallest that is not less than n."""
+    return 1 << (n - 1).bit_length()

@@ -4,8 +4,8 @@ On the CPU one or a few rows of activations go through a matrix-vector kernel, w
 kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
 float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
 blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
-processor at all, is measured, once per machine. On CUDA the same bytes go to kernels/triton_linear.py, or where
-that cannot start are unpacked.
+processor at all, is measured, once per machine. On CUDA codes go to kernels/triton_linear.py, or where that cannot
+start are unpacked.
 
 The layout of codes is in ops/packing.py.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.launching import launch
-from hf_accel_patch.ops.packing import INT8, int4_block, on_cpu, pack, unpack_int4
+from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, int4_block, on_cpu, pack, pack_codes, unpack_codes, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
 
 UNPACK_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; fewer cost more in calls than in the cache
@@ -172,6 +172,8 @@ def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tens
     from hf_accel_patch.kernels import triton_linear
 
     flat = x.reshape(-1, x.shape[-1])
+    if scheme not in INT8:
+        codes = _in_pairs(codes)
     if scheme in INT8:
         y = triton_linear.linear_int8(flat, codes.view(codes.shape[-2:]), scales)
     elif scheme in TABLES:
@@ -188,17 +190,27 @@ def dense_triton(codes: Tensor, scales: Tensor, scheme: str, N: int, dtype: torc
     def run() -> Tensor:
         from hf_accel_patch.kernels import triton_linear
 
+        in_pairs = _in_pairs(codes)
         if scheme in TABLES:
-            return triton_linear.dequantize_table(codes, scales, _table_on(scheme, codes.device), dtype)
-        return triton_linear.dequantize_int4(codes, scales, dtype)
+            return triton_linear.dequantize_table(in_pairs, scales, _table_on(scheme, codes.device), dtype)
+        return triton_linear.dequantize_int4(in_pairs, scales, dtype)
 
     dense = launch(("dense", scheme, dtype, codes.shape), codes.device, run)
     return dense if isinstance(dense, str) else dense[:N]
 
 
+def _in_pairs(codes: Tensor) -> Tensor:
+    """As the Triton kernels read them: what a hook brings to a GPU for one call lies as a CPU reads it."""
+    return codes if codes.shape[-1] * 2 == CUDA_BLOCK else pack_codes(unpack_codes(codes), CUDA_BLOCK)
+
+
 @cache
-def _table_on(scheme: str, device: torch.device) -> Tensor:
-    return TABLES[scheme].to(device)
+def _table_on(scheme: str, device: torch.device) -> Any:
+    """As the Triton kernels read it."""
+    from hf_accel_patch.kernels import triton_linear
+
+    with torch.inference_mode(False):
+        return triton_linear.Table.of(TABLES[scheme], device)
 
 
 @torch.library.custom_op(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.packing import INT8
+from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
 from hf_accel_patch.ops.products import Spec, dequantize, product, rows
 from hf_accel_patch.ops.weight import UNCHANGEABLE, QuantizedWeight
 
@@ -55,7 +55,7 @@ class QuantizedModule(nn.Module):
     transposed = False  # whether the parameter was [K, N]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves what is tied once, and keeps codes as the kernels read them, whatever the memory format."""
+        """Moves what is tied once, and keeps codes as kernels of the device read them, whatever the memory format."""
         names = [key for name in self.specs for key in (name, f"{name}_scales")]
         buffers: dict[str, Any] = self._buffers
         before, moved = buffers[names[0]], self.specs.moved
@@ -64,6 +64,9 @@ class QuantizedModule(nn.Module):
             buffers.update({key: tensor() for key, tensor in moved[1].items()})
         elif buffers[names[0]] is not before:
             buffers.update({key: buffers[key].contiguous() for key in names})
+            kinds = before.device.type, (device := buffers[names[0]].device).type
+            if kinds[0] != kinds[1] and "meta" not in kinds:
+                reblock(self, block_on(device))
             self.specs.moved = ref(before), {key: ref(buffers[key]) for key in names}
         return self
 
@@ -81,6 +84,23 @@ class QuantizedModule(nn.Module):
     def extra_repr(self) -> str:
         schemes = "/".join(sorted({spec.scheme for spec in self.specs.values()}))
         return ", ".join(filter(None, (super().extra_repr(), f"weight={schemes}")))
+
+
+def reblock(module: QuantizedModule, block: int) -> None:
+    """Lay 4-bit codes out in blocks of so many rows."""
+    for name, spec in module.specs.items():
+        codes, scales, _ = module.held(name)
+        if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
+            continue
+        N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
+
+        def sized(x: Tensor, at: int, N: int = N) -> Tensor:
+            short = x.new_zeros(*x.shape[:at], max(0, N - x.shape[at]), *x.shape[at + 1 :])
+            return torch.cat((x.narrow(at, 0, min(N, x.shape[at])), short), at)
+
+        parts = [pack_codes(sized(unpack_codes(each), 0), block) for each in ([codes] if dim == 1 else codes)]
+        module._buffers[name] = parts[0] if dim == 1 else torch.stack(parts)
+        module._buffers[f"{name}_scales"] = sized(scales, dim)
 
 
 class HasWeight(QuantizedModule):

@@ -1,4 +1,4 @@
-"""How quantized weights lie in memory: one layout for PyTorch's kernels, the compiled ones and those of a GPU.
+"""How quantized weights lie in memory, for PyTorch's kernels, the compiled ones and those of a GPU.
 
 int8 codes are [N, K], with scales bfloat16 [N]. 4-bit codes are uint8 [N' / block, K, block / 2], N' being N rounded up
 to whole blocks of rows: the low half-byte is a row of the block's first half, the high half-byte the same row of its
@@ -19,7 +19,8 @@ from hf_accel_patch.ops.quantize import TABLES, quantize_int4, quantize_int8, qu
 
 INT8 = ("int8", "llm.int8")  # schemes with codes in 8 bits
 HEAD_REFINEMENTS = 6
-CUDA_BLOCK = 32  # rows per block of 4-bit codes: twice as many blocks for the processors of a GPU as 64 give
+CUDA_BLOCK = 2  # rows per block of 4-bit codes: codes of a row lie one after the other, as tensor cores read them
+BLOCKS = (CUDA_BLOCK, 32, 64)
 
 
 def pack_int4(weight: Tensor, group_size: int, block: int, refinements: int | None = None) -> tuple[Tensor, Tensor]:

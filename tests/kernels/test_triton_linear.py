@@ -18,13 +18,13 @@ tl = importlib.import_module("triton.language")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 5, 16, 17, 40)
 DENSE = kernels.MATMUL_ROWS + 2
-SHAPES = (  # outputs, input features, B, G: odd numbers of blocks and groups too
-    (32, 96, 32, 32),
-    (96, 192, 32, 64),
-    (32, 384, 32, 128),
-    (64, 160, 64, 32),
-    (192, 64, 64, 64),
-    (64, 128, 64, 128),
+SHAPES = (  # outputs, input features, G: odd numbers of pairs and groups too, and fewer groups than parts of K
+    (34, 96, 32),
+    (98, 192, 64),
+    (32, 384, 128),
+    (2, 160, 32),
+    (190, 64, 64),
+    (64, 640, 64),
 )
 SHAPES8 = ((1, 1), (33, 100), (21, 384), (5, 1030))  # outputs, input features
 
@@ -47,22 +47,21 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
 
 
-def packed(codes, B):
+def packed(codes):
     """Codes [N, K] in the layout of the kernels."""
-    halves = codes.view(-1, 2, B // 2, codes.shape[1])
-    return (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous().to(DEVICE, torch.uint8)
+    return (codes[::2] | codes[1::2] << 4)[..., None].to(DEVICE, torch.uint8)
 
 
 class Int4:
-    def __init__(self, N, K, B, G):
+    def __init__(self, N, K, G):
         codes = torch.randint(0, 16, (N, K), generator=generator(1))
         scales = torch.stack((normal(K // G, N, seed=2).abs() + 0.1, normal(K // G, N, seed=3)), -1).bfloat16()
         scale, zero = (each.T[..., None] for each in scales.double().unbind(-1))
         self.weight = ((codes.view(N, -1, G) - 8) * scale + zero).view(N, K)
-        self.packed = packed(codes, B), scales.to(DEVICE)
+        self.packed = packed(codes), scales.to(DEVICE)
 
     def rounded(self, rows, dtype):
-        return rows > kernels.MATMUL_ROWS
+        return rows > (kernels.EXACT_ROWS if dtype is torch.float32 else kernels.MATMUL_ROWS)
 
     def linear(self, x):
         return kernels.linear_int4(x, *self.packed)
@@ -72,14 +71,14 @@ class Int4:
 
 
 class Table:
-    def __init__(self, N, K, B, G):
+    def __init__(self, N, K, G):
         codes = torch.randint(0, 16, (N, K), generator=generator(1))
-        absmax, table = normal(K // G, N, seed=2).abs() + 0.1, normal(17, seed=3)[1:]  # not aligned
+        absmax, table = normal(K // G, N, seed=2).abs() + 0.1, normal(16, seed=3)
         self.weight = (table.double()[codes].view(N, -1, G) * absmax.double().T[..., None]).view(N, K)
-        self.packed = packed(codes, B), absmax.to(DEVICE), table.to(DEVICE)
+        self.packed = packed(codes), absmax.to(DEVICE), kernels.Table.of(table, DEVICE)
 
     def rounded(self, rows, dtype):
-        return rows > kernels.MATVEC_ROWS[dtype]
+        return dtype is not torch.float32 or rows > kernels.EXACT_ROWS
 
     def linear(self, x):
         return kernels.linear_table(x, *self.packed)
@@ -96,7 +95,7 @@ class Int8:
         self.packed = codes.to(DEVICE), scales.to(DEVICE)
 
     def rounded(self, rows, dtype):
-        return rows > kernels.MATMUL_ROWS
+        return rows > (kernels.EXACT_ROWS if dtype is torch.float32 else kernels.MATMUL_ROWS)
 
     def linear(self, x):
         return kernels.linear_int8(x, *self.packed)
@@ -143,28 +142,31 @@ def test_many_rows_multiply_dequantized_weights(monkeypatch, kind, shape, dtype)
 @pytest.mark.parametrize("kind, shape", [(Int4, SHAPES[1]), (Table, SHAPES[1]), (Int8, (130, 64))])
 def test_older_gpus_multiply_dequantized_weights(monkeypatch, kind, shape):
     monkeypatch.setattr(kernels, "_tensor_cores", lambda device: False)
-    for name in ("_matmul4", "_matmul8"):
+    for name in ("_product4", "_product8"):
         monkeypatch.delattr(kernels, name)
     monkeypatch.setattr(kernels, "MATMUL_ROWS", 0)  # where weights are rounded
     check(kind(*shape), normal(5, shape[1]).to(DEVICE, torch.float16))
 
 
-@pytest.mark.parametrize("kind", [Int4, Table])
-@pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (2, torch.bfloat16)], ids=str)
-def test_matvec_between_programs(kind, rows, dtype):
-    N, K, B, G = 32, 257 * 32, 32, 32
-    assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows)[1] == 2
-    check(kind(N, K, B, G), normal(rows, K, seed=5).to(DEVICE, dtype))
-
-
-@pytest.mark.parametrize("kind, shape", [(Int4, (64, 544, 32, 32)), (Table, (64, 544, 32, 32)), (Int8, (70, 1100))])
-@pytest.mark.parametrize("rows", [3, 40, 100])
-def test_matmul_between_programs(monkeypatch, kind, shape, rows):
-    splits = []
-    choose = kernels.matmul_splits
-    monkeypatch.setattr(kernels, "matmul_splits", lambda *sizes: splits.append(choose(*sizes)) or splits[-1])
+@pytest.mark.parametrize("kind, shape", [(Int4, (34, 1056, 32)), (Table, (34, 1056, 32)), (Int8, (70, 4200))])
+@pytest.mark.parametrize("rows", [9, 40, 100])
+def test_k_is_split_between_programs(monkeypatch, kind, shape, rows):
+    made, choose = [], kernels.splits
+    monkeypatch.setattr(kernels, "splits", lambda *sizes: made.append(choose(*sizes)) or made[-1])
     check(kind(*shape), normal(rows, shape[1]).to(DEVICE, torch.bfloat16))
-    assert splits[0] > 1
+    assert made[0] > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("N", [16, 8192, 65536])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_every_tile(monkeypatch, N, rows, dtype):
+    """What is chosen for this many outputs, on fewer."""
+    tiles = kernels.tile4, kernels.tile8
+    monkeypatch.setattr(kernels, "tile4", lambda M, _, group: tiles[0](M, N, group))
+    monkeypatch.setattr(kernels, "tile8", lambda M, _: tiles[1](M, N))
+    check(Int4(38, 832, 64), normal(rows, 832, seed=rows).to(DEVICE, dtype))
+    check(Int8(37, 900), normal(rows, 900, seed=rows).to(DEVICE, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,10 +195,10 @@ def test_strides_and_repetition_change_nothing(kind, shape, rows):
 def test_every_code_is_its_own(rows):
     """A one-hot x reads the weights themselves: a code in the wrong place or half shows."""
     for weights in (
-        Int4(64, 64, 32, 32),
-        Int4(64, 64, 64, 64),
-        Table(64, 64, 32, 32),
-        Table(64, 64, 64, 64),
+        Int4(64, 64, 32),
+        Int4(64, 64, 64),
+        Table(64, 64, 32),
+        Table(64, 64, 64),
         Int8(64, 64),
     ):
         expected = weights.weight.T[-rows:]
@@ -216,29 +218,27 @@ def test_what_is_not_finite_shows_in_its_row_alone(kind, shape, value):
 
 
 @pytest.mark.parametrize(
-    "N, K, B, G, rows, expected",
-    [
-        (14336, 4096, 32, 64, 1, (8, 1)),
-        (4096, 14336, 32, 64, 1, (32, 1)),
-        (4096, 14336, 32, 64, 2, (16, 1)),
-        (4096, 14336, 64, 128, 1, (32, 2)),  # 64 blocks
-        (1024, 4096, 32, 64, 1, (32, 1)),  # over before a second kernel starts
-        (128256, 4096, 32, 64, 1, (4, 1)),
-        (32, 96, 32, 32, 1, (2, 1)),
-    ],
+    "tiles, steps, M, expected", [(16, 64, 1, 4), (256, 56, 8, 2), (512, 64, 1, 1), (64, 28, 16, 3), (1, 999, 64, 8)]
 )
-def test_matvec_shape(N, K, B, G, rows, expected):
-    assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows) == expected
-    assert kernels.matvec_shape(N // B, K * B // 2, K // G, rows, wide=True) == (min(16, expected[0]), expected[1])
+def test_splits(tiles, steps, M, expected):
+    assert kernels.splits(tiles, steps, M) == expected
 
 
-@pytest.mark.parametrize("tiles, steps, expected", [(16, 64, 8), (56, 64, 4), (1000, 64, 1), (8, 3, 1), (8, 9, 2)])
-def test_matmul_splits(tiles, steps, expected):
-    assert kernels.matmul_splits(tiles, steps) == expected
+@pytest.mark.parametrize("N", [1024, 4096, 14336, 128256])
+def test_tiles_fit(N):
+    """Tensor cores want 16 rows and 8 columns at least; what is loaded ahead fits into any GPU's shared memory."""
+    for M in range(1, 129):
+        for tile in (kernels.tile4(M, N, 64), kernels.tile4(M, N, 128), kernels.tile8(M, N)):
+            assert tile.rows * tile.parts <= tile.columns and tile.rows >= min(M, 64)
+            assert tile.outputs * tile.parts % 16 == 0 and tile.columns % 8 == 0
+            step = tile.step * (tile.outputs * tile.parts + 2 * tile.columns)
+            assert tile.stages * tile.unroll * step <= 99 << 10
 
 
 def test_what_the_kernels_cannot_read():
     weights = Int4(*SHAPES[0])
+    with pytest.raises(RuntimeError, match="codes lie in blocks of 32 rows; the kernels take those of 2"):
+        kernels.linear_int4(torch.ones(1, 96, device=DEVICE), weights.packed[0].expand(-1, -1, 16), weights.packed[1])
     with pytest.raises(
         TypeError, match=r"activations are torch.float64; the kernels take float32, bfloat16 or float16"
     ):
@@ -246,11 +246,11 @@ def test_what_the_kernels_cannot_read():
     for shape in ((1, 64), (1, 1, 96)):
         with pytest.raises(RuntimeError, match="meet weights with 96 features"):
             weights.linear(torch.ones(shape, device=DEVICE))
-    assert weights.linear(torch.ones(0, 96, device=DEVICE)).shape == (0, 32)
+    assert weights.linear(torch.ones(0, 96, device=DEVICE)).shape == (0, 34)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("kind, shape", [(Int4, (32, 8224, 32, 32)), (Table, SHAPES[1]), (Int8, SHAPES8[2])])
+@pytest.mark.parametrize("kind, shape", [(Int4, (32, 8224, 32)), (Table, SHAPES[1]), (Int8, SHAPES8[2])])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_cuda_graphs_record_it(kind, shape, rows):
     weights, x = kind(*shape), normal(rows, shape[1]).to(DEVICE, torch.bfloat16)
@@ -263,11 +263,12 @@ def test_cuda_graphs_record_it(kind, shape, rows):
 
 
 @pytest.mark.parametrize("rows", ((1,), (2, 3), (140,)), ids=str)
+@pytest.mark.parametrize("block", (2, 32))
 @pytest.mark.parametrize("scheme", ("int8", "llm.int8", "int4", "nf4", "fp4"))
-def test_modules_reach_them(scheme, rows):
-    """Codes and scales as a module holds them."""
+def test_modules_reach_them(scheme, block, rows):
+    """Codes and scales as a module holds them, or as one on a CPU does."""
     w, x = normal(96, 128, seed=5), normal(*rows, 128, seed=6).bfloat16()
-    codes, bits = packing.pack(w, scheme, 64, 32)
+    codes, bits = packing.pack(w, scheme, 64, block)
     scales = bits.view(torch.float32 if bits.dtype == torch.int32 else torch.bfloat16)
     expected = linear.linear(x.float(), codes, scales, scheme, linear.Backend(False, 0))
     ours = linear.linear_triton(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE), scheme).cpu()
@@ -279,6 +280,7 @@ COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from hf_accel_patch.kernels import triton_linear as kernels
+from hf_accel_patch.ops.quantize import TABLES
 
 def compile(function, capability, warps, sizes, **types):
     unspecialized = {each.name for each in function.params if each.do_not_specialize}
@@ -296,13 +298,31 @@ def compile(function, capability, warps, sizes, **types):
     assert binary.asm["ptx"].count("ld.local") == 0
     return binary.asm["ptx"]
 
-sizes = dict(ROWS=1, B=32, G=64, WARPS=16, table=None)
-compile(kernels._matvec4, 80, 16, sizes, x="bf16", codes="i32", scales="i32", out="bf16")
-rows, columns, warps = kernels.matmul_tile4(64, False)
-sizes = dict(ROWS=rows, BLOCKS=columns // 16, B=32, G=64, STAGES=3)
-types = dict(x="fp16", codes="u8", scales="fp32", table="fp32", out="fp16")
-assert "mma.sync" in compile(kernels._matmul4, 80, warps, sizes, **types)
-assert "wgmma" in compile(kernels._matmul4, 90, warps, sizes, **types)
+def product(kind, M, capability, dtype):
+    t = kernels.tile8(M, 4096) if kind == "int8" else kernels.tile4(M, 4096, 64)
+    sizes = dict(ROWS=t.rows, COLUMNS=t.columns, S=t.parts, STAGES=t.stages, FAST=True)
+    types = dict(x=dtype, codes="i8" if kind == "int8" else "u8", scales="bf16" if kind == "int8" else "i64", out=dtype)
+    if kind == "int8":
+        sizes |= dict(OUTPUTS=t.outputs, STEP=t.step)
+    else:
+        sizes |= dict(PAIRS=t.outputs, G=64, UNROLL=t.unroll)
+        table = kernels.Table.of(TABLES["nf4"], "cpu")
+        found = dict(LOOKUP=table.bfloat16 if dtype == "bf16" else table.float16)
+        sizes |= found if kind == "table" else dict(LOOKUP="", table=None)
+    if kind == "table":
+        types |= dict(table="fp32")
+    ptx = compile(kernels._product8 if kind == "int8" else kernels._product4, capability, t.warps, sizes, **types)
+    assert "mma" in ptx and "prmt" in ptx
+
+for dtype in ("bf16", "fp16"):
+    for kind in ("int4", "int8", "table"):
+        product(kind, 1, 90, dtype)
+    product("int4", 5, 80, dtype)
+product("int4", 100, 80, "bf16")
+product("int8", 9, 80, "bf16")
+sizes = dict(ROWS=2, STEP=512)
+compile(kernels._exact4, 80, 4, sizes | dict(PAIRS=4, G=64, table=None), x="fp32", codes="u8", scales="i64", out="fp32")
+compile(kernels._exact8, 80, 4, sizes | dict(OUTPUTS=4), x="fp32", codes="i8", scales="bf16", out="fp32")
 """
 
 
