@@ -1,6 +1,7 @@
 """How fast are all linear layers of a decode step, launches taken out? Products alone, recorded in one CUDA graph.
 
     python -m benchmarks.linear_kernels --device cuda                    # llama-3.1-8b, up to 32 rows of activations
+    python -m benchmarks.linear_kernels --device cuda --by-product --rows 1 8
     python -m benchmarks.linear_kernels --shape tiny --single 512 256 --rotate 1e6 --rounds 2    # on a CPU, in a row
 
 Every layer has weights of its own, as a model does, so that none is found in a cache: random codes and scales, drawn on
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut the shape to this many layers")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="of activations (1 to 32)")
+    parser.add_argument("--by-product", action="store_true", help="each product of the shape alone, not all of a step")
     parser.add_argument(
         "--single", nargs=2, type=int, default=[14336, 4096], metavar=("N", "K"), help="outputs and inputs (14336 4096)"
     )
@@ -164,6 +166,10 @@ def layers(shape: str, count: int | None) -> list[Shape]:
     return [(each.out_features, each.in_features) for each in model.modules() if isinstance(each, nn.Linear)]
 
 
+def single(N: int, K: int) -> Row:
+    return {"shape": f"{N} x {K}", "layers": None, "copies": True}
+
+
 def recorded(products: Products, rows: int, device: str) -> Callable[[], Tensor]:
     """What runs them once on inputs of so many rows."""
     inputs = {K: torch.randn(rows, K, device=device).bfloat16() for K in products.features}
@@ -259,15 +265,12 @@ def main() -> None:
     same = {"part": "linear-kernels", "dtype": "bfloat16", "device": options.device, "rounds": options.rounds}
     same |= {"threads": torch.get_num_threads()}
     N, K = options.single
-    turns: list[tuple[Row, list[Shape], list[int], float]] = [
-        ({"shape": f"{N} x {K}", "layers": None, "copies": True}, [(N, K)], [1], options.rotate),
-        (
-            {"shape": options.shape, "layers": options.layers, "copies": False},
-            layers(options.shape, options.layers),
-            options.rows,
-            0,
-        ),
-    ]
+    every = layers(options.shape, options.layers)
+    whole: Row = {"shape": options.shape, "layers": options.layers, "copies": False}
+    turns: list[tuple[Row, list[Shape], list[int], float]]
+    turns = [(single(N, K), [(N, K)], [1], options.rotate), (whole, every, options.rows, 0)]
+    if options.by_product:
+        turns = [(single(N, K), [(N, K)], options.rows, options.rotate) for N, K in dict.fromkeys(every)]
     for named, shapes, numbers, rotate in turns:
         made, reasons = held(shapes, options, rotate)
         for rows in numbers:
