@@ -21,11 +21,23 @@ FORMATS = {
 }
 KERNELS = ("attention", "PyTorch, ms", "TFLOP/s", "Triton, ms", "TFLOP/s", "times as fast as PyTorch")
 
+DECODES = ("cached tokens", "keys and values", "us", "GB/s", "of the bandwidth")
+CACHED = {
+    "torch": "16 bits, PyTorch's flash attention",
+    "torch-rows": "16 bits, PyTorch, a group's heads as rows",
+    "triton": "16 bits, with a mask, Triton",
+    "int8": "**int8**",
+    "int4": "**int4**",
+}
+OCTOCODER = ("weights", "GiB", "more while quantizing, GiB", "seconds")
+
 
 def gpu_markdown(rows: list[Row]) -> str:
     """Rows of GPUs only. A group is what was measured alike, on one machine."""
     tables = [markdown([row for row in rows if "part" not in row and row.get("decode_ms")])]
-    for part, table in (("graphs", _steps), ("attention-kernels", _kernels)):
+    parts = {"graphs": _steps, "attention-kernels": _kernels, "attention-tilings": _tilings}
+    parts |= {"attention-decode": _decodes, "octocoder": _octocoder}
+    for part, table in parts.items():
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row.get("part") == part and "reason" not in row:
@@ -62,6 +74,45 @@ def _kernels(rows: list[Row]) -> str:
         cells = [text for name in ("torch", "triton") for text in _timed(by.get(name))]
         both = by["torch"]["ms"] / by["triton"]["ms"] if {"torch", "triton"} <= by.keys() else None
         lines.append(line(kind, *cells, number(both, "{:.2f}")))
+    return "\n".join(lines)
+
+
+def _tilings(rows: list[Row]) -> str:
+    """TFLOP/s by kind and tile, in turns with nothing else."""
+    first, kinds = rows[0], list(dict.fromkeys(row["kind"] for row in rows))
+    caption = (
+        f"The same prompt by the Triton kernel alone, TFLOP/s by its tile; {first['hardware']['gpu']}; {origin(rows)}."
+    )
+    lines = [caption, "", line("queries, keys, warps, stages", *kinds), line("---", *(["---:"] * len(kinds)))]
+    by = {(tuple(row["tile"]), row["kind"]): row for row in rows}
+    for tile in dict.fromkeys(tuple(row["tile"]) for row in rows):
+        lines.append(line(", ".join(map(str, tile)), *(f"{by[tile, kind]['tflops']:.0f}" for kind in kinds)))
+    return "\n".join(lines)
+
+
+def _decodes(rows: list[Row]) -> str:
+    first = rows[0]
+    caption = (
+        f"**One token to a cache**, {first['heads']} heads of {first['head_size']} for {first['shared']} of keys and "
+    )
+    caption += f"values; {first['dtype']}; {first['hardware']['gpu']}, a CUDA graph; {origin(rows)}."
+    lines = [caption, "", line(*DECODES), line("---:", "---", *(["---:"] * (len(DECODES) - 2)))]
+    for row in rows:
+        us = 1e3 * median(row["ms"]) / row["layers"]
+        speed = row["read_bytes"] / row["layers"] / us * 1e6
+        cells = f"{us:.1f}", f"{speed / 1e9:.0f}", f"{speed / row['bandwidth_bytes_per_s']:.0%}"
+        lines.append(line(str(row["context"]), CACHED[row["system"]], *cells))
+    return "\n".join(lines)
+
+
+def _octocoder(rows: list[Row]) -> str:
+    first = rows[0]
+    caption = f"**OctoCoder's shape**, {first['parameters'] / 1e9:.1f} billion parameters, quantized in place; "
+    lines = [f"{caption}{first['hardware']['gpu']}; {origin(rows)}.", "", line(*OCTOCODER)]
+    lines.append(line("---", *(["---:"] * (len(OCTOCODER) - 1))))
+    for row in rows:
+        sizes = (f"{row[name] / 2**30:.2f}" for name in ("after_bytes", "more_bytes"))
+        lines.append(line(FORMATS.get(row["scheme"], row["scheme"]), *sizes, f"{row['patch_s']:.1f}"))
     return "\n".join(lines)
 
 

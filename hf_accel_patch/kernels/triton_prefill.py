@@ -16,14 +16,14 @@ log-sum-exp (kernels/triton_prefill_backward.py).
 Per block of N keys, M queries and head size 128 the tensor cores of an H100 take M * N / 8 cycles of a processor (989
 TFLOP/s in 16 bits); its exp2, 16 a cycle, M * N / 16; and 11.2 instructions per score, as Triton 3.6 compiles the loop,
 M * N / 11. Warps wait for one another at every block, so little of it overlaps. A soft cap adds two instructions per
-score, a tanh as slow as exp2 among them. Blocks of 128 keys would take 8.7 instructions, since sums are scaled half as
-often, but spill in masked blocks; no GPU has been asked which is faster. Keys and values come from the L2 cache, 32 KB
-per 64 keys and 128 queries, at 400 TFLOP/s 13 of some 25 bytes per cycle; with tiles of 64 queries that would be the
-limit. For sm_90, head size 128 takes wgmma, 128 KB and all 255 registers in 8 warps. The FlashAttention-3 paper shows
-395 TFLOP/s for such a kernel in Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not
-causal). On an H200 with 32 heads, causal, this one reached 423 TFLOP/s in turns with PyTorch's at 647, and the same
-loop 469 in turns with one that leaves the GPU cool; 299 with a soft cap (benchmarks/results/gpu.jsonl). It took 12.1
-instructions per score then, and 23.3 with a cap, three of them slow.
+score, a tanh as slow as exp2 among them. Keys and values come from the L2 cache, 32 KB per 64 keys and 128 queries, at
+400 TFLOP/s 13 of some 25 bytes per cycle; with tiles of 64 queries that would be the limit. For sm_90, head size 128
+takes wgmma, 128 KB and all 255 registers in 8 warps. The FlashAttention-3 paper shows 395 TFLOP/s for such a kernel in
+Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
+
+On an H200 with 32 heads, causal, in turns with itself: 489 TFLOP/s, with sinks 482, with ALiBi 418, with a soft cap 403.
+Blocks of 128 keys reach 475 and 411 (with ALiBi 305, where they spill), 64 queries in 4 warps 454 and 398, a stage less
+409 and 362, a stage more the same (benchmarks/results/gpu.jsonl).
 """
 
 from __future__ import annotations

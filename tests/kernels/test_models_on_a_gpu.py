@@ -154,3 +154,17 @@ def test_speculation():
     model, ids = here("llama"), prompt(20).repeat(1, 3).to(DEVICE)
     stock = greedy(model, ids, 12)
     assert torch.equal(greedy(patch(model, speculative="ngram"), ids, 12), stock)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("scheme", ("int4", "nf4"))
+def test_codes_are_laid_out_for_the_device(scheme):
+    model, ids = patch(tiny("llama"), quantize=scheme), prompt()
+    modules = [module for module in model.modules() if isinstance(module, HasWeight)]
+    before, expected = [module.held("weight")[0].clone() for module in modules], logits(model, ids)
+    model.to(DEVICE)
+    assert all(module.held("weight")[0].shape[-1] == 1 for module in modules)
+    assert relative_error(logits(model, ids.to(DEVICE)).cpu(), expected) < PRODUCTS
+    model.cpu()
+    assert all(torch.equal(module.held("weight")[0], old) for module, old in zip(modules, before, strict=True))
+    assert torch.equal(logits(model, ids), expected)
