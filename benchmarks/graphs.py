@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
+import pstats
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache (default: 128)")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--profile", action="store_true", help="print what the recordings spent their time on")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "graphs.jsonl")
@@ -84,7 +89,9 @@ def measured(options: argparse.Namespace) -> list[Row]:
             return round(taken, 3)
 
         once(model, "plain")
-        row: Row = {"width": width, "record_ms": once(decoding, "replayed"), "try_ms": once(decoding, "replayed")}
+        with profiled(options.profile):
+            row: Row = {"width": width, "record_ms": once(decoding, "replayed")}
+        row["try_ms"] = once(decoding, "replayed")
         row |= {"plain_ms": [], "replayed_ms": []}
         counts = vars(model)[GRAPHS].counts
         begun = counts["replayed"]
@@ -100,6 +107,17 @@ def measured(options: argparse.Namespace) -> list[Row]:
             row["reason"] = vars(model)[GRAPHS].off
         rows.append(row)
     return rows
+
+
+@contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Prints the functions that took the longest in themselves."""
+    if not wanted:
+        yield
+        return
+    with cProfile.Profile() as profile:
+        yield
+    pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(15)
 
 
 @torch.no_grad()
