@@ -37,10 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel_patch.kernels import triton_decode_exact as exact
+from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, combine, inverse_of
+
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
 LOADED_BYTES = 65536  # ahead
+COMBINED = 16  # channels at a time
 TAIL = tl.constexpr(16)  # exact tokens that a warp takes at a time
-LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
 
 
@@ -193,13 +196,9 @@ def _summed(
 def _logits(products, scale, cap):
     """In base 2."""
     if cap is None:
-        y = products * (scale * LOG2E)
+        return products * (scale * LOG2E)
     else:
-        e = tl.exp2(tl.abs(products) * (-2 * LOG2E * scale / cap))
-        tanh = (1 - e) / (1 + e)
-        y = tl.where(products < 0, -tanh, tanh) * (cap * LOG2E)
-        y = tl.where(products == float("-inf"), products, y)
-    return y
+        return capped(products, scale, cap)
 
 
 @triton.jit
@@ -327,57 +326,12 @@ def _attend(
         inverse = tl.full([ROWS], 1.0, tl.float32)
     else:
         at = (batch * T + row % T) * (K * G) + head * G + row // T
-        inverse = _inverse(most, total, sinks, head * G + row // T, row < rows)
+        inverse = inverse_of(most, total, sinks, head * G + row // T, row < rows)
     for c in tl.static_range(VCS):
         channel = c * VC + tl.arange(0, VC)[None, :]
         y = tl.sum(sums[c] * factor[:, :, None], axis=0) * inverse[:, None]
         tl.store(out + at[:, None] * V + channel, y.to(out.dtype.element_ty),
                  mask=(row < rows)[:, None] & (channel < V))  # fmt: skip
-
-
-@triton.jit
-def _inverse(most, total, sinks, head, live):
-    """What to multiply sums with, whose logits were taken relative to `most`; zero where nothing was seen."""
-    factor = 1.0
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=live, other=0) * LOG2E
-        larger = tl.maximum(most, sink)
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        factor = tl.exp2(tl.where(most == float("-inf"), shift, most) - shift)
-        total = total * factor + tl.exp2(sink - shift)
-    return factor / tl.where(total == 0, 1.0, total)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _combine(parts, stats, sinks, out, H, T, G, V, splits, SPLITS: tl.constexpr, VP: tl.constexpr):
-    """One row: the sums of its splits [splits, V], SPLITS at a time, in order."""
-    rows = G * T
-    head = tl.program_id(0).to(tl.int64) // rows
-    row = tl.program_id(0) % rows
-    split = tl.arange(0, SPLITS)
-    channel = tl.arange(0, VP)
-    stats += (head * splits * rows + row) * 2
-    parts += (head * splits * rows + row) * V
-    most = tl.full([SPLITS], float("-inf"), tl.float32)
-    for start in range(0, splits, SPLITS):
-        at = (start + split).to(tl.int64)
-        most = tl.maximum(most, tl.load(stats + at * rows * 2, mask=at < splits, other=float("-inf")))
-    most = tl.max(most, axis=0)
-    shift = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.zeros([SPLITS], tl.float32)
-    y = tl.zeros([SPLITS, VP], tl.float32)
-    for start in range(0, splits, SPLITS):
-        at = (start + split).to(tl.int64)
-        factor = tl.exp2(tl.load(stats + at * rows * 2, mask=at < splits, other=float("-inf")) - shift)
-        total += factor * tl.load(stats + at * rows * 2 + 1, mask=at < splits, other=0)
-        live = (at < splits)[:, None] & (channel < V)[None, :]
-        y += factor[:, None] * tl.load(parts + (at * rows)[:, None] * V + channel[None, :], mask=live, other=0)
-    heads = H // G
-    query = (head % heads) * G + row // T
-    inverse = _inverse(most, tl.sum(total, axis=0), sinks, query, True)
-    y = tl.sum(y, axis=0) * inverse
-    out += ((head // heads * T + row % T) * H + query) * V + channel
-    tl.store(out, y.to(out.dtype.element_ty), mask=channel < V)
 
 
 def attend(
@@ -409,34 +363,73 @@ def attend(
     if not out.numel():
         return out
     if packed is None or not blocks:
-        packed, blocks, bits = None, 0, 0
-    codes, key_scales, value_codes, value_scales = packed or (None,) * 4
-    KEY = 0 if key_scales is None else key_scales.shape[-1]
-    VALUE = V if value_codes is None else value_codes.shape[4]
-    groups = 0 if value_scales is None else value_scales.shape[4]
+        return _attend_exact(query, keys, values, mask, scale, softcap, sinks, out)
+    codes, key_scales, value_codes, value_scales = packed
+    KEY, VALUE, groups = key_scales.shape[-1], value_codes.shape[4], value_scales.shape[4]
     G = H // K
     t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
     tiles = triton.cdiv(G * T, t.rows)
     splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL.value * t.warps))
-    parts, stats = out, None
-    if splits > 1:
-        parts = torch.empty(B * K, splits, G * T, V, dtype=torch.float32, device=query.device)
-        stats = torch.empty(B * K, splits, G * T, 2, dtype=torch.float32, device=query.device)
+    parts, stats = _parts(out, K, splits)
     with torch.cuda.device_of(query):
         _attend[(B * K * tiles, splits)](
             query, keys, values, codes, key_scales, value_codes, value_scales,
-            None if mask is None else mask.view(torch.uint8), sinks, bias if blocks else None, stats, parts,
+            None if mask is None else mask.view(torch.uint8), sinks, bias, stats, parts,
             K, G, T, D, V, blocks, R, steps, scale, softcap,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
             *_mask_strides(mask), *_mask_strides(bias),
             KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
             t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
-            t.stages, 1 if bits else t.stages, num_warps=t.warps,
+            t.stages, 1, num_warps=t.warps,
         )  # fmt: skip
-        if stats is not None:
-            _combine[(B * H * T,)](parts, stats, sinks, out, H, T, G, V, splits, 16, _power_of_2(V), num_warps=4)
+        _combined(parts, stats, sinks, out, K, splits)
     return out
+
+
+def _attend_exact(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    B, H, T, D = query.shape
+    K, R, V = values.shape[1:]
+    G, DP, VP = H // K, _power_of_2(max(D, 16)), _power_of_2(max(V, 16))
+    t = exact.tiling(G * T, DP, VP, query.dtype is torch.float32)
+    tiles = triton.cdiv(G * T, t.rows)
+    splits, steps = split(B * K * tiles, triton.cdiv(R, t.tokens), t.fit)
+    parts, stats = _parts(out, K, splits)
+    m_b, m_h, m_t = _mask_strides(mask)
+    with torch.cuda.device_of(query):
+        exact.attend_exact[(B * K * tiles, splits)](
+            query, keys, values, None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
+            K, G, T, R, steps, scale, softcap, *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
+            m_b, m_h, m_t, keys.stride(2), values.stride(2), D, V, DP, VP, m_h != 0, m_t != 0, splits > 1,
+            t.rows, t.pieces, t.tokens, t.stages, num_warps=t.warps,
+        )  # fmt: skip
+        _combined(parts, stats, sinks, out, K, splits)
+    return out
+
+
+def _parts(out: Tensor, K: int, splits: int) -> tuple[Tensor, Tensor | None]:
+    """Room for what each split finds: sums of values, and the largest logits and the sums of weights."""
+    if splits == 1:
+        return out, None
+    B, T, H, V = out.shape
+    parts = torch.empty(B * K, splits, H // K * T, V, dtype=torch.float32, device=out.device)
+    return parts, torch.empty(B * K, splits, H // K * T, 2, dtype=torch.float32, device=out.device)
+
+
+def _combined(parts: Tensor, stats: Tensor | None, sinks: Tensor | None, out: Tensor, K: int, splits: int) -> None:
+    if stats is not None:
+        B, T, H, V = out.shape
+        grid = B * H * T, triton.cdiv(V, COMBINED)
+        combine[grid](parts, stats, sinks, out, H, T, H // K, V, splits, 128, COMBINED, num_warps=4)
 
 
 class Tiling(NamedTuple):
@@ -474,13 +467,13 @@ def tiling(bits: int, rows: int, key_size: int, value_size: int, float32: bool) 
 
 
 @lru_cache(maxsize=4096)
-def split(programs: int, steps: int) -> tuple[int, int]:
+def split(programs: int, steps: int, fit: int = 2) -> tuple[int, int]:
     """How many programs share the steps of each of `programs`, and how many steps each takes: what is over first where
-    two programs fit on a processor and to start one takes as long as a step; then, what has the fewest."""
+    `fit` programs fit on a processor and to start one takes as long as a step; then, what has the fewest."""
     steps, choices = max(steps, 1), []
     for splits in range(1, max(1, min(steps, 8 * PROCESSORS // programs)) + 1):
         each = triton.cdiv(steps, splits)
-        waves = triton.cdiv(programs * triton.cdiv(steps, each), 2 * PROCESSORS)
+        waves = triton.cdiv(programs * triton.cdiv(steps, each), fit * PROCESSORS)
         choices.append((waves * (each + 1), triton.cdiv(steps, each), each))
     _, splits, each = min(choices)
     return splits, each

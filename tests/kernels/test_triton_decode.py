@@ -170,7 +170,7 @@ def test_splits_agree(monkeypatch, bits):
     seen = set()
     for splits in (1, 3):
 
-        def choose(programs, steps, splits=splits):
+        def choose(programs, steps, fit=2, splits=splits):
             each = triton.cdiv(steps, splits)
             seen.add(triton.cdiv(steps, each))
             return triton.cdiv(steps, each), each
@@ -255,35 +255,52 @@ def test_cuda_graphs_record_it(bits):
 COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
-from hf_accel_patch.kernels import triton_decode as kernels
+from hf_accel_patch.kernels import triton_decode as kernels, triton_decode_exact as exact
 
-for bits, type in ((0, "bf16"), (8, "bf16"), (4, "fp16"), (4, "fp32")):
-    t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
-    sizes = dict(KEY=64 if bits else 0, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64)
-    sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1 if bits else 0, VC=t.value_chunk, VCS=1)
-    sizes |= dict(STAGES=t.stages, TAIL_STAGES=1 if bits else t.stages, mask=None, sinks=None, bias=None, cap=None)
-    if not bits:
-        sizes |= dict.fromkeys(("key_codes", "key_scales", "value_codes", "value_scales"))
+
+def compiled(kernel, type, sizes, warps):
     types = dict(q=type, k=type, v=type, key_codes="u8", value_codes="u8", key_scales="fp16", value_scales="fp16")
-    types = {name: "*" + each for name, each in (types | dict(out="fp32", stats="fp32")).items()} | dict(scale="fp32")
-    names = kernels._attend.arg_names
+    types |= dict(out="fp32", stats="fp32", mask="u8")
+    types = {name: "*" + each for name, each in types.items()} | dict(scale="fp32")
+    sizes |= dict(sinks=None, cap=None, T=1)
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else types.get(name, "i32") for name in names}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name] != "constexpr" and (name in types or "_" in name or name in "DV") and name != "scale"
+        if signature[name] != "constexpr" and (name in types or "_" in name or name in "DV")
+        and name not in ("scale", "mask", "m_b", "m_h", "m_t")
     }
-    source = triton.compiler.ASTSource(kernels._attend, signature, sizes, attributes)
-    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=t.warps))
+    source = triton.compiler.ASTSource(kernel, signature, sizes, attributes)
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps))
     assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
-    loop = [line for line in binary.asm["ttgir"].splitlines() if "async_copy_global_to_local" in line]
-    assert any("contiguity = 16" in line or not bits for line in loop), loop
-    assert ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in binary.asm["ptx"]) == bool(bits)
+    return binary.asm
+
+
+for bits, type in ((8, "bf16"), (4, "fp16"), (4, "fp32")):
+    t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
+    sizes = dict(KEY=64, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64, bias=None, mask=None)
+    sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1, VC=t.value_chunk, VCS=1)
+    asm = compiled(kernels._attend, type, sizes | dict(STAGES=t.stages, TAIL_STAGES=1), t.warps)
+    assert any("contiguity = 16" in line for line in asm["ttgir"].splitlines() if "async_copy_global_to_local" in line)
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in asm["ptx"]
+
+for type, each in (("bf16", False), ("bf16", True), ("fp32", False)):
+    t = exact.tiling(4, 128, 128, type == "fp32")
+    sizes = dict(k_r=128, v_r=128, D=128, V=128, DP=128, VP=128, HEADS=each, TIMES=each, SPLIT=True)
+    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages)
+    asm = compiled(exact.attend_exact, type, sizes, t.warps)
+    assert "cp.async.cg.shared.global" in asm["ptx"] and "cp.async.ca.shared.global" not in asm["ptx"]
+    lines = asm["ttgir"].splitlines()
+    blocked = {line.split(" = ")[0] for line in lines if line.startswith("#") and "#ttg.blocked" in line}
+    exp2 = [line.partition(" loc(")[0] for line in lines if "math.exp2" in line and f"x{t.tokens}xf32" in line]
+    assert len(exp2) == 2 and not any(name + ">" in line for line in exp2 for name in blocked), exp2
 """
 
 
 def test_it_compiles_for_a_gpu_that_is_not_there():
-    """Within the shared memory of any GPU; codes are read 16 bytes at a time and multiplied as bytes."""
+    """Within the shared memory of any GPU; what is cached is read 16 bytes at a time, codes are multiplied as bytes, and
+    the softmax of exact keys is in the layout of products."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
