@@ -43,6 +43,7 @@ from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, combine, i
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
 LOADED_BYTES = 65536  # ahead
 COMBINED = 16  # channels at a time
+AHEAD = False
 TAIL = tl.constexpr(16)  # exact tokens that a warp takes at a time
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
 
@@ -410,7 +411,7 @@ def _attend_exact(
             query, keys, values, None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
             K, G, T, R, steps, scale, softcap, *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
             m_b, m_h, m_t, keys.stride(2), values.stride(2), D, V, DP, VP, m_h != 0, m_t != 0, splits > 1,
-            t.rows, t.pieces, t.tokens, t.stages, num_warps=t.warps,
+            t.rows, t.pieces, t.tokens, t.stages, _ahead(query.device), num_warps=t.warps, maxnreg=t.registers,
         )  # fmt: skip
         _combined(parts, stats, sinks, out, K, splits)
     return out
@@ -428,8 +429,16 @@ def _parts(out: Tensor, K: int, splits: int) -> tuple[Tensor, Tensor | None]:
 def _combined(parts: Tensor, stats: Tensor | None, sinks: Tensor | None, out: Tensor, K: int, splits: int) -> None:
     if stats is not None:
         B, T, H, V = out.shape
+        ahead = _ahead(out.device)
+        options = {"launch_pdl": True} if ahead else {}
         grid = B * H * T, triton.cdiv(V, COMBINED)
-        combine[grid](parts, stats, sinks, out, H, T, H // K, V, splits, 128, COMBINED, num_warps=4)
+        combine[grid](parts, stats, sinks, out, H, T, H // K, V, splits, 128, COMBINED, ahead, num_warps=4, **options)
+
+
+@lru_cache
+def _ahead(device: torch.device) -> bool:
+    """Whether the kernel that adds what splits found starts while these end, and waits for them."""
+    return AHEAD and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Tiling(NamedTuple):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
 
@@ -21,10 +22,10 @@ SCANNED = tl.constexpr(1024)  # tokens of a mask at a time
 
 
 @triton.jit
-def _seen_between(mask, first, stop, R, T, m_t, N: tl.constexpr, TIMES: tl.constexpr):
-    """The steps from `first` to `stop` without those at both ends of which no query sees a token."""
+def _last_seen(mask, first, stop, R, T, m_t, N: tl.constexpr, TIMES: tl.constexpr):
+    """Where to stop between the steps `first` and `stop`, as no query sees a token beyond. (To begin later as well,
+    where the first is seen, would have Triton 3.9 forget how what is loaded is aligned.)"""
     i = tl.arange(0, SCANNED)
-    low = tl.full([SCANNED], 1 << 30, tl.int32)
     high = tl.full([SCANNED], -N, tl.int32)
     end = tl.minimum(stop * N, R)
     times = T if TIMES else 1
@@ -32,9 +33,8 @@ def _seen_between(mask, first, stop, R, T, m_t, N: tl.constexpr, TIMES: tl.const
         for start in tl.range(first * N, end, SCANNED, num_stages=1):
             at = start + i
             live = tl.load(mask + t * m_t + at, mask=at < end, other=0) != 0
-            low = tl.minimum(low, tl.where(live, at, 1 << 30))
             high = tl.maximum(high, tl.where(live, at, -N))
-    return tl.maximum(first, tl.min(low, axis=0) // N), tl.minimum(stop, tl.max(high, axis=0) // N + 1)
+    return tl.minimum(stop, tl.max(high, axis=0) // N + 1)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def attend_exact(
     q_b, q_h, q_t, k_b, k_k, v_b, v_k, m_b, m_h, m_t,
     k_r: tl.constexpr, v_r: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     HEADS: tl.constexpr, TIMES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
-    N: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a key/value head over `steps` steps of N tokens. The mask differs between HEADS, and TIMES."""
     M: tl.constexpr = PIECES * ROWS
@@ -130,7 +130,7 @@ def attend_exact(
     if mask is not None:
         mask += batch * m_b
         if not HEADS:
-            first, stop = _seen_between(mask, first, stop, R, T, m_t, N, TIMES)
+            stop = _last_seen(mask, first, stop, R, T, m_t, N, TIMES)
         if HEADS or TIMES:
             each = tl.minimum(piece_row, rows - 1)[:, None]
             mask += (head * G + each // T) * m_h + (each % T) * m_t
@@ -147,6 +147,8 @@ def attend_exact(
     sums, m, total = _steps(
         sums, m, total, queries, k, v, mask, tl.maximum(first, whole), stop, R, scale, cap,
         k_r, v_r, D, V, DP, VP, N, HEADS or TIMES, ROWS, PIECES, False, 1)  # fmt: skip
+    if AHEAD:
+        gdc_launch_dependents()
     total = tl.sum(total, axis=1)
     if cap is None:
         m *= scale * LOG2E
@@ -175,6 +177,11 @@ class Tiling(NamedTuple):
     tokens: int  # at a time; at most 16 per warp, or Triton lays the softmax out as it reads the mask
     stages: int
     fit: int  # programs on a processor at once
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread may take for them to fit."""
+        return min(255, 65536 // (32 * self.warps * self.fit) // 8 * 8)
 
 
 @lru_cache(maxsize=1024)

@@ -258,7 +258,7 @@ from triton.backends.compiler import GPUTarget
 from hf_accel_patch.kernels import triton_decode as kernels, triton_decode_exact as exact
 
 
-def compiled(kernel, type, sizes, warps):
+def compiled(kernel, type, sizes, warps, registers=None):
     types = dict(q=type, k=type, v=type, key_codes="u8", value_codes="u8", key_scales="fp16", value_scales="fp16")
     types |= dict(out="fp32", stats="fp32", mask="u8")
     types = {name: "*" + each for name, each in types.items()} | dict(scale="fp32")
@@ -272,7 +272,7 @@ def compiled(kernel, type, sizes, warps):
         and name not in ("scale", "mask", "m_b", "m_h", "m_t")
     }
     source = triton.compiler.ASTSource(kernel, signature, sizes, attributes)
-    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps))
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps, maxnreg=registers))
     assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
     return binary.asm
 
@@ -288,9 +288,9 @@ for bits, type in ((8, "bf16"), (4, "fp16"), (4, "fp32")):
 for type, each in (("bf16", False), ("bf16", True), ("fp32", False)):
     t = exact.tiling(4, 128, 128, type == "fp32")
     sizes = dict(k_r=128, v_r=128, D=128, V=128, DP=128, VP=128, HEADS=each, TIMES=each, SPLIT=True)
-    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages)
-    asm = compiled(exact.attend_exact, type, sizes, t.warps)
-    assert "cp.async.cg.shared.global" in asm["ptx"] and "cp.async.ca.shared.global" not in asm["ptx"]
+    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages, AHEAD=False)
+    asm = compiled(exact.attend_exact, type, sizes, t.warps, t.registers)
+    assert "cp.async.cg.shared.global" in asm["ptx"] and "cp.async.ca.shared.global" not in asm["ptx"], type
     lines = asm["ttgir"].splitlines()
     blocked = {line.split(" = ")[0] for line in lines if line.startswith("#") and "#ttg.blocked" in line}
     exp2 = [line.partition(" loc(")[0] for line in lines if "math.exp2" in line and f"x{t.tokens}xf32" in line]
