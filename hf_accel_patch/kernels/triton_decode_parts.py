@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, no-untyped-def, untyped-decorator"
 # mypy: disable-error-code="assignment"
-"""What the kernels of triton_decode.py and triton_decode_exact.py share, in Triton: soft caps, sinks and the sum of what
-programs found that split the tokens."""
+"""What the kernels of triton_decode.py and triton_decode_exact.py share, in Triton: soft caps, sinks and the sum of
+what programs found that split the tokens."""
 
 from __future__ import annotations
 
