@@ -3,26 +3,25 @@
 """Attention of a few queries to exact or quantized keys and values on NVIDIA GPUs, in Triton, split along the tokens
 ("Flash-Decoding"). Needs triton; imported only when used.
 
-Programs split the tokens of a key/value head. Every warp of a program is on its own: it takes a whole block of 64
-quantized tokens, or 16 exact ones, at a time, with a softmax and sums of its own, which a program adds at its end and a
-second kernel over the programs. So warps hardly wait for each other. Sums are float32 and always in the same order; how
-tokens are split follows from shapes. Nothing waits for the device or depends on the data, so CUDA graphs can record it.
-All query rows of a key/value head, H / K * T, share one pass, up to 16 with codes and 32 with exact 16-bit keys and
-values (of float32 8 and 16); more are passes that meet in the L2 cache.
+Programs split the tokens of a key/value head, and a second kernel adds what they found. Sums are float32 and always in
+the same order; how tokens are split follows from shapes. Nothing waits for the device or depends on the data, so CUDA
+graphs can record it. All query rows of a key/value head, H / K * T, share one pass, up to 16 with codes and 32 with
+exact 16-bit keys and values (of float32 8 and 16); more are passes that meet in the L2 cache. Caches without codes are
+read by triton_decode_exact.py, most with codes by triton_decode_codes.py.
 
-Codes are never dequantized. Tensor cores multiply them as the bytes they are, four of a word being what an operand has
-side by side: of int8 less 128, of int4 the low halves, and 16 times the high halves less 8. What they meet is query *
-scale per block, or weight * scale, as an integer of 16 bits (of float32 queries, 23) relative to the row's largest in
-the block, in base 256: the digits lie in rows of the operand that would be padding, as tensor cores multiply 16 at
-least. Offsets and minima are summed in float32. With up to 8 rows, weights of exact 16-bit values are two terms
-likewise; those of more are rounded once, as in FlashAttention. Exact float32 is three products of tf32.
+The kernel here is for the rest: float32 queries, more than 8 rows, a mask of their own for rows, a bias, other head
+sizes. Every warp of a program is on its own: it takes a whole block of 64 quantized tokens, or 16 exact ones of the
+rest, at a time, with a softmax and sums of its own, which a program adds at its end. Codes are never dequantized.
+Tensor cores multiply them as the bytes they are, four of a word being what an operand has side by side: of int8 less
+128, of int4 the low halves, and 16 times the high halves less 8. What they meet is query * scale per block, or weight *
+scale, as an integer of 16 bits (of float32 queries, 23) relative to the row's largest in the block, in base 256: the
+digits lie in rows of the operand that would be padding, as tensor cores multiply 16 at least. Offsets and minima are
+summed in float32.
 
-An H100 can read 3.3e12 bytes and issue 29e12 instructions a second: 17 per exact 16-bit number, 8.5 per int8 code, 5
-per int4 code with its scales. As Triton 3.9 compiles it for sm_90, with keys and values of 128 in groups of 4 heads, it
-takes 3.4, 2.9 and 3.7 (int4 with a mask 4.2) in 104, 220 and 229 registers, so two programs of four warps fit on a
-processor. Words come from shared memory with four lanes on a bank: by that count 2,000 cycles per 256 tokens of int8,
-where reading takes 4,600. So exact numbers and int8 should be limited by memory, and int4 by both. A guess for 32k
-tokens is 80, 75 and 60 % of the bandwidth. Not measured.
+For a block with keys and values of 128, in groups of 4 heads and with a mask, Triton 3.6 has a warp do 1,846
+instructions of int8 and 2,214 of int4, in 254 and 242 registers, so two programs of four warps fit on a processor.
+Words come from shared memory with four lanes on a bank. On an H200 with 32k to 128k tokens the time of a token added
+was 79 % of the bandwidth's with int8 and 50 % with int4: instructions are the limit.
 
 It is fast where D and V are multiples of 16 and rows are aligned to 16 bytes: others are not read 16 bytes at a time.
 """
@@ -37,10 +36,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel_patch.kernels import triton_decode_codes as coded
+from hf_accel_patch.kernels import triton_decode_exact as exact
+from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, combine, inverse_of
+
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
 LOADED_BYTES = 65536  # ahead
+COMBINED = 16  # channels at a time
+AHEAD = False  # whether the kernel that adds what splits found is started before these end
+WARPS_ALONE = True  # where triton_decode_codes.py can
 TAIL = tl.constexpr(16)  # exact tokens that a warp takes at a time
-LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
 
 
@@ -193,13 +198,9 @@ def _summed(
 def _logits(products, scale, cap):
     """In base 2."""
     if cap is None:
-        y = products * (scale * LOG2E)
+        return products * (scale * LOG2E)
     else:
-        e = tl.exp2(tl.abs(products) * (-2 * LOG2E * scale / cap))
-        tanh = (1 - e) / (1 + e)
-        y = tl.where(products < 0, -tanh, tanh) * (cap * LOG2E)
-        y = tl.where(products == float("-inf"), products, y)
-    return y
+        return capped(products, scale, cap)
 
 
 @triton.jit
@@ -327,57 +328,12 @@ def _attend(
         inverse = tl.full([ROWS], 1.0, tl.float32)
     else:
         at = (batch * T + row % T) * (K * G) + head * G + row // T
-        inverse = _inverse(most, total, sinks, head * G + row // T, row < rows)
+        inverse = inverse_of(most, total, sinks, head * G + row // T, row < rows)
     for c in tl.static_range(VCS):
         channel = c * VC + tl.arange(0, VC)[None, :]
         y = tl.sum(sums[c] * factor[:, :, None], axis=0) * inverse[:, None]
         tl.store(out + at[:, None] * V + channel, y.to(out.dtype.element_ty),
                  mask=(row < rows)[:, None] & (channel < V))  # fmt: skip
-
-
-@triton.jit
-def _inverse(most, total, sinks, head, live):
-    """What to multiply sums with, whose logits were taken relative to `most`; zero where nothing was seen."""
-    factor = 1.0
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=live, other=0) * LOG2E
-        larger = tl.maximum(most, sink)
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        factor = tl.exp2(tl.where(most == float("-inf"), shift, most) - shift)
-        total = total * factor + tl.exp2(sink - shift)
-    return factor / tl.where(total == 0, 1.0, total)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _combine(parts, stats, sinks, out, H, T, G, V, splits, SPLITS: tl.constexpr, VP: tl.constexpr):
-    """One row: the sums of its splits [splits, V], SPLITS at a time, in order."""
-    rows = G * T
-    head = tl.program_id(0).to(tl.int64) // rows
-    row = tl.program_id(0) % rows
-    split = tl.arange(0, SPLITS)
-    channel = tl.arange(0, VP)
-    stats += (head * splits * rows + row) * 2
-    parts += (head * splits * rows + row) * V
-    most = tl.full([SPLITS], float("-inf"), tl.float32)
-    for start in range(0, splits, SPLITS):
-        at = (start + split).to(tl.int64)
-        most = tl.maximum(most, tl.load(stats + at * rows * 2, mask=at < splits, other=float("-inf")))
-    most = tl.max(most, axis=0)
-    shift = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.zeros([SPLITS], tl.float32)
-    y = tl.zeros([SPLITS, VP], tl.float32)
-    for start in range(0, splits, SPLITS):
-        at = (start + split).to(tl.int64)
-        factor = tl.exp2(tl.load(stats + at * rows * 2, mask=at < splits, other=float("-inf")) - shift)
-        total += factor * tl.load(stats + at * rows * 2 + 1, mask=at < splits, other=0)
-        live = (at < splits)[:, None] & (channel < V)[None, :]
-        y += factor[:, None] * tl.load(parts + (at * rows)[:, None] * V + channel[None, :], mask=live, other=0)
-    heads = H // G
-    query = (head % heads) * G + row // T
-    inverse = _inverse(most, tl.sum(total, axis=0), sinks, query, True)
-    y = tl.sum(y, axis=0) * inverse
-    out += ((head // heads * T + row % T) * H + query) * V + channel
-    tl.store(out, y.to(out.dtype.element_ty), mask=channel < V)
 
 
 def attend(
@@ -409,34 +365,129 @@ def attend(
     if not out.numel():
         return out
     if packed is None or not blocks:
-        packed, blocks, bits = None, 0, 0
-    codes, key_scales, value_codes, value_scales = packed or (None,) * 4
-    KEY = 0 if key_scales is None else key_scales.shape[-1]
-    VALUE = V if value_codes is None else value_codes.shape[4]
-    groups = 0 if value_scales is None else value_scales.shape[4]
+        return _attend_exact(query, keys, values, mask, scale, softcap, sinks, out)
+    codes, key_scales, value_codes, value_scales = packed
+    KEY, VALUE, groups = key_scales.shape[-1], value_codes.shape[4], value_scales.shape[4]
     G = H // K
+    same = mask is None or mask.shape[1:3] == (1, 1)
+    sizes = D == KEY and V == VALUE and query.dtype is not torch.float32
+    if WARPS_ALONE and same and sizes and bias is None and coded.takes(bits, G * T, D, V):
+        return _attend_codes(query, packed, bits, blocks, keys, values, mask, scale, softcap, sinks, out)
     t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
     tiles = triton.cdiv(G * T, t.rows)
     splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL.value * t.warps))
-    parts, stats = out, None
-    if splits > 1:
-        parts = torch.empty(B * K, splits, G * T, V, dtype=torch.float32, device=query.device)
-        stats = torch.empty(B * K, splits, G * T, 2, dtype=torch.float32, device=query.device)
+    parts, stats = _parts(out, K, splits)
     with torch.cuda.device_of(query):
         _attend[(B * K * tiles, splits)](
             query, keys, values, codes, key_scales, value_codes, value_scales,
-            None if mask is None else mask.view(torch.uint8), sinks, bias if blocks else None, stats, parts,
+            None if mask is None else mask.view(torch.uint8), sinks, bias, stats, parts,
             K, G, T, D, V, blocks, R, steps, scale, softcap,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
             *_mask_strides(mask), *_mask_strides(bias),
             KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
             t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
-            t.stages, 1 if bits else t.stages, num_warps=t.warps,
+            t.stages, 1, num_warps=t.warps,
         )  # fmt: skip
-        if stats is not None:
-            _combine[(B * H * T,)](parts, stats, sinks, out, H, T, G, V, splits, 16, _power_of_2(V), num_warps=4)
+        _combined(parts, stats, sinks, out, K, splits)
     return out
+
+
+def _attend_exact(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    B, H, T, D = query.shape
+    K, R, V = values.shape[1:]
+    G, DP, VP = H // K, _power_of_2(max(D, 16)), _power_of_2(max(V, 16))
+    t = exact.tiling(G * T, DP, VP, query.dtype is torch.float32)
+    tiles = triton.cdiv(G * T, t.rows)
+    splits, steps = split(B * K * tiles, triton.cdiv(R, t.tokens), t.fit)
+    parts, stats = _parts(out, K, splits)
+    m_b, m_h, m_t = _mask_strides(mask)
+    with torch.cuda.device_of(query):
+        exact.attend_exact[(B * K * tiles, splits)](
+            query, keys, values, None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
+            K, G, T, R, steps, scale, softcap, *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
+            m_b, m_h, m_t, keys.stride(2), values.stride(2), D, V, DP, VP, m_h != 0, m_t != 0, splits > 1,
+            t.rows, t.pieces, t.tokens, t.stages, _ahead(query.device), num_warps=t.warps,
+            maxnreg=_registers(t.warps, t.fit),
+        )  # fmt: skip
+        _combined(parts, stats, sinks, out, K, splits)
+    return out
+
+
+def _attend_codes(
+    query: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor, Tensor],
+    bits: int,
+    blocks: int,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    B, H, T, D = query.shape
+    K, R, V = values.shape[1:]
+    G = H // K
+    key_codes, key_scales, value_codes, value_scales = packed
+    key_words, value_words = key_codes.view(torch.int32), value_codes.view(torch.int32)
+    rows = 4 if G * T <= 4 else 8
+    stages, fit = coded.STAGES[bits], coded.fit(rows, max(D, V))
+    tiles = triton.cdiv(G * T, rows)
+    first, steps = split(B * K * tiles, blocks, fit)
+    rest, rest_steps = split(B * K * tiles, triton.cdiv(R, coded.TAIL_TOKENS), fit) if R else (0, 1)
+    parts, stats = _parts(out, K, first + rest)
+    with torch.cuda.device_of(query):
+        coded.attend_codes[(B * K * tiles, first + rest)](
+            query, keys, values, key_words, key_scales, value_words, value_scales,
+            None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
+            K, G, T, blocks, R, steps, first, rest_steps, scale, softcap,
+            *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *_strides(key_words), *_strides(key_scales),
+            *_strides(value_words), *_strides(value_scales), _mask_strides(mask)[0],
+            keys.stride(2), values.stride(2), D, V, value_scales.shape[4], bits, first + rest > 1, rows,
+            coded.TAIL_TOKENS, stages, not coded.INTERPRETED, _ahead(query.device), num_warps=1,
+            maxnreg=_registers(1, fit),
+        )  # fmt: skip
+        _combined(parts, stats, sinks, out, K, first + rest)
+    return out
+
+
+def _parts(out: Tensor, K: int, splits: int) -> tuple[Tensor, Tensor | None]:
+    """Room for what each split finds: sums of values, and the largest logits and the sums of weights."""
+    if splits == 1:
+        return out, None
+    B, T, H, V = out.shape
+    parts = torch.empty(B * K, splits, H // K * T, V, dtype=torch.float32, device=out.device)
+    return parts, torch.empty(B * K, splits, H // K * T, 2, dtype=torch.float32, device=out.device)
+
+
+def _combined(parts: Tensor, stats: Tensor | None, sinks: Tensor | None, out: Tensor, K: int, splits: int) -> None:
+    if stats is not None:
+        B, T, H, V = out.shape
+        ahead = _ahead(out.device)
+        options = {"launch_pdl": True} if ahead else {}
+        grid = B * H * T, triton.cdiv(V, COMBINED)
+        combine[grid](parts, stats, sinks, out, H, T, H // K, V, splits, 128, COMBINED, ahead, num_warps=4, **options)
+
+
+def _registers(warps: int, fit: int) -> int:
+    """The most that a thread may take for `fit` programs to fit on a processor."""
+    return min(255, 65536 // (32 * warps * fit) // 8 * 8)
+
+
+@lru_cache
+def _ahead(device: torch.device) -> bool:
+    return AHEAD and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Tiling(NamedTuple):
@@ -455,17 +506,12 @@ class Tiling(NamedTuple):
 def tiling(bits: int, rows: int, key_size: int, value_size: int, float32: bool) -> Tiling:
     """For `rows` query rows per key/value head. What is loaded ahead stays below 64 KB, for two programs to fit on an
     H100's processor and one on GPUs that let a program have 99 KB."""
-    if bits:
-        tile = 8 if rows <= 8 or float32 else 16
-        pieces, digits = (4, 3) if float32 else (2, 2)
-    elif rows <= 8 and not float32:
-        tile, pieces, digits = 8, 2, 0
-    else:
-        tile, pieces, digits = 16 if rows <= 16 or float32 or value_size > 128 else 32, 1, 0
+    tile = 8 if rows <= 8 or float32 else 16
+    pieces, digits = (4, 3) if float32 else (2, 2)
     key_chunk = max(64 if bits == 4 else 32, min(128, _power_of_2(key_size)))
-    value_chunk = max(16, min(64 if bits else 128, _power_of_2(value_size)))
+    value_chunk = max(16, min(64, _power_of_2(value_size)))
     channels = triton.cdiv(key_size, key_chunk) * key_chunk + triton.cdiv(value_size, value_chunk) * value_chunk
-    warp_bytes = channels * max(8 * bits, TAIL.value * (8 if float32 else 0 if bits else 2))
+    warp_bytes = channels * max(8 * bits, TAIL.value * (8 if float32 else 0))
     warps = 4
     while warps > 1 and warps * warp_bytes > LOADED_BYTES:
         warps //= 2
@@ -474,13 +520,13 @@ def tiling(bits: int, rows: int, key_size: int, value_size: int, float32: bool) 
 
 
 @lru_cache(maxsize=4096)
-def split(programs: int, steps: int) -> tuple[int, int]:
+def split(programs: int, steps: int, fit: int = 2) -> tuple[int, int]:
     """How many programs share the steps of each of `programs`, and how many steps each takes: what is over first where
-    two programs fit on a processor and to start one takes as long as a step; then, what has the fewest."""
+    `fit` programs fit on a processor and to start one takes as long as a step; then, what has the fewest."""
     steps, choices = max(steps, 1), []
-    for splits in range(1, max(1, min(steps, 8 * PROCESSORS // programs)) + 1):
+    for splits in range(1, max(1, min(steps, max(8, fit) * PROCESSORS // programs)) + 1):
         each = triton.cdiv(steps, splits)
-        waves = triton.cdiv(programs * triton.cdiv(steps, each), 2 * PROCESSORS)
+        waves = triton.cdiv(programs * triton.cdiv(steps, each), fit * PROCESSORS)
         choices.append((waves * (each + 1), triton.cdiv(steps, each), each))
     _, splits, each = min(choices)
     return splits, each

@@ -170,7 +170,7 @@ def test_splits_agree(monkeypatch, bits):
     seen = set()
     for splits in (1, 3):
 
-        def choose(programs, steps, splits=splits):
+        def choose(programs, steps, fit=2, splits=splits):
             each = triton.cdiv(steps, splits)
             seen.add(triton.cdiv(steps, each))
             return triton.cdiv(steps, each), each
@@ -193,6 +193,64 @@ def test_every_code_is_its_own(bits):
     none = torch.zeros(1, 1, 0, 64 * N, device=DEVICE), torch.zeros(1, 1, 0, 32, device=DEVICE)
     ours = kernels.attend(query, tuple(x.to(DEVICE) for x in packed), bits, N, *none, None, 1.0, None, None)
     assert torch.allclose(ours[0, :, 0].cpu(), unpacked, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """How often programs of one warp were used."""
+    calls, real = [], kernels._attend_codes
+    monkeypatch.setattr(kernels, "_attend_codes", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_programs_of_one_warp(alone, monkeypatch, bits):
+    """For rows of 16 bits whose mask is the same, and head sizes that are powers of two."""
+    for dtype, heads, B, T, D, V, blocks, recent in (
+        (torch.bfloat16, (4, 2), 1, 1, 128, 128, 3, 21),
+        (torch.float16, (4, 1), 2, 2, 64, 64, 2, 0),
+        (torch.float16, (2, 2), 1, 1, 64, 128, 1, 1),
+    ):
+        case, sinks = Case(dtype, bits, heads=heads, B=B, T=T, D=D, V=V, blocks=blocks, recent=recent), normal(heads[0])
+        case.check()
+        seen = mask(B, 1, 1, case.length)
+        seen[:, :, :, -70:] = False  # a whole block, or nearly
+        case.check(mask=seen, softcap=20.0, sinks=sinks)
+        assert not case.check(mask=seen & False).any()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "split", lambda programs, steps, fit=2: (1, max(steps, 1)))
+            assert torch.equal(case.check(mask=seen, sinks=sinks), case.attend(mask=seen, sinks=sinks))
+        assert len(alone) == 5, (dtype, heads)
+        case.check(mask=mask(B, heads[0], T, case.length))  # not for these
+        assert len(alone) == 5
+        alone.clear()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_code_is_its_own_for_programs_of_one_warp(alone, bits):
+    keys, values = torch.eye(128)[None, None], torch.arange(128.0)[:, None] + torch.arange(64.0)[None, :] * 4
+    packed = kv.pack(keys, values[None, None], bits)
+    unpacked = kv.unpack(packed, bits, 128, 64, torch.float32)[1][0, 0]
+    none = torch.zeros(1, 1, 0, 128, device=DEVICE).half(), torch.zeros(1, 1, 0, 64, device=DEVICE).half()
+    for queries in (1e4 * torch.eye(128)).half().split(8):
+        args = queries[None, None].to(DEVICE), tuple(x.to(DEVICE) for x in packed), bits, 2, *none
+        ours = kernels.attend(*args, None, 1.0, None, None)[0, :, 0]
+        expected = unpacked[queries.argmax(-1)]
+        assert torch.allclose(ours.cpu().float(), expected, rtol=2e-3, atol=1e-3)
+    assert len(alone) == 16
+
+
+def test_programs_of_one_warp_keep_weak_channels(alone):
+    """Scales are relative to the largest of a block: small keys and small values lose nothing."""
+    for size in (1e-4, 1.0):
+        case = Case(torch.bfloat16, 8, heads=(4, 2), D=64, V=64, blocks=2, recent=0)
+        keys, values = normal(1, 2, 128, 64, seed=2) * size, normal(1, 2, 128, 64, seed=3) * size
+        case.query = (case.query / size).bfloat16()
+        packed = kv.pack(keys, values, 8)
+        case.packed = tuple(x.to(DEVICE) for x in packed)
+        case.all = [x.repeat_interleave(2, 1) for x in kv.unpack(packed, 8, 64, 64, torch.float64)]
+        case.check()
+    assert len(alone) == 2
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")  # of NumPy, which interprets
@@ -255,35 +313,61 @@ def test_cuda_graphs_record_it(bits):
 COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
-from hf_accel_patch.kernels import triton_decode as kernels
+from hf_accel_patch.kernels import triton_decode as kernels, triton_decode_codes as codes
+from hf_accel_patch.kernels import triton_decode_exact as exact
 
-for bits, type in ((0, "bf16"), (8, "bf16"), (4, "fp16"), (4, "fp32")):
-    t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
-    sizes = dict(KEY=64 if bits else 0, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64)
-    sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1 if bits else 0, VC=t.value_chunk, VCS=1)
-    sizes |= dict(STAGES=t.stages, TAIL_STAGES=1 if bits else t.stages, mask=None, sinks=None, bias=None, cap=None)
-    if not bits:
-        sizes |= dict.fromkeys(("key_codes", "key_scales", "value_codes", "value_scales"))
-    types = dict(q=type, k=type, v=type, key_codes="u8", value_codes="u8", key_scales="fp16", value_scales="fp16")
-    types = {name: "*" + each for name, each in (types | dict(out="fp32", stats="fp32")).items()} | dict(scale="fp32")
-    names = kernels._attend.arg_names
+
+def compiled(kernel, type, sizes, warps, registers=None, word="u8"):
+    types = dict(q=type, k=type, v=type, key_codes=word, value_codes=word, key_scales="fp16", value_scales="fp16")
+    types |= dict(out="fp32", stats="fp32", mask="u8")
+    types = {name: "*" + each for name, each in types.items()} | dict(scale="fp32")
+    sizes |= dict(sinks=None, cap=None, T=1)
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else types.get(name, "i32") for name in names}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name] != "constexpr" and (name in types or "_" in name or name in "DV") and name != "scale"
+        if signature[name] != "constexpr" and (name in types or "_" in name or name in "DV")
+        and name not in ("scale", "mask", "m_b", "m_h", "m_t")
     }
-    source = triton.compiler.ASTSource(kernels._attend, signature, sizes, attributes)
-    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=t.warps))
+    source = triton.compiler.ASTSource(kernel, signature, sizes, attributes)
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps, maxnreg=registers))
     assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
-    loop = [line for line in binary.asm["ttgir"].splitlines() if "async_copy_global_to_local" in line]
-    assert any("contiguity = 16" in line or not bits for line in loop), loop
-    assert ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in binary.asm["ptx"]) == bool(bits)
+    return binary.asm
+
+
+for bits in (8, 4):
+    sizes = dict(k_r=128, v_r=128, D=128, V=128, GROUPS=8 // bits, BITS=bits, SPLIT=True, ROWS=4)
+    stages, fit = codes.STAGES[bits], codes.fit(4, 128)
+    sizes |= dict(N=16, STAGES=stages, ASM=True, AHEAD=False)
+    asm = compiled(codes.attend_codes, "fp16", sizes, 1, kernels._registers(1, fit), "i32")
+    assert asm["ptx"].count("cp.async.cg.shared.global") >= 2 * bits * stages
+    assert asm["ptx"].count("lop3.b32") >= 256 and "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in asm["ptx"]
+
+for bits, type in ((8, "bf16"), (4, "fp16"), (4, "fp32")):
+    t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
+    sizes = dict(KEY=64, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64, bias=None, mask=None)
+    sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1, VC=t.value_chunk, VCS=1)
+    asm = compiled(kernels._attend, type, sizes | dict(STAGES=t.stages, TAIL_STAGES=1), t.warps)
+    assert any("contiguity = 16" in line for line in asm["ttgir"].splitlines() if "async_copy_global_to_local" in line)
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in asm["ptx"]
+
+for type, each in (("bf16", False), ("bf16", True), ("fp32", False)):
+    t = exact.tiling(4, 128, 128, type == "fp32")
+    sizes = dict(k_r=128, v_r=128, D=128, V=128, DP=128, VP=128, HEADS=each, TIMES=each, SPLIT=True)
+    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages, AHEAD=False)
+    asm = compiled(exact.attend_exact, type, sizes, t.warps, kernels._registers(t.warps, t.fit))
+    assert "cp.async.cg.shared.global" in asm["ptx"] and "cp.async.ca.shared.global" not in asm["ptx"], type
+    lines = asm["ttgir"].splitlines()
+    blocked = {line.split(" = ")[0] for line in lines if line.startswith("#") and "#ttg.blocked" in line}
+    exp2 = [line.partition(" loc(")[0] for line in lines if "math.exp2" in line and f"x{t.tokens}xf32" in line]
+    assert len(exp2) == 2 and not any(name + ">" in line for line in exp2 for name in blocked), exp2
 """
 
 
 def test_it_compiles_for_a_gpu_that_is_not_there():
-    """Within the shared memory of any GPU; codes are read 16 bytes at a time and multiplied as bytes."""
+    """Within the shared memory of any GPU; what is cached is read 16 bytes at a time, codes are multiplied as bytes,
+    and the softmax of exact keys is in the layout of products."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
