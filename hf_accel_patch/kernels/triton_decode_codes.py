@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_accel_patch.kernels.triton_decode_exact import _last_seen, _steps
 from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
@@ -142,7 +141,7 @@ def _attend_blocks(
     q, key_codes, key_scales, value_codes, value_scales, mask, sinks, stats, out, line, batch, head, tile, K, G, T,
     first, stop, scale, cap, q_h, q_t,
     D: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     rows = G * T
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -187,8 +186,6 @@ def _attend_blocks(
         for g in tl.static_range(GROUPS):
             new += (sums[g] * alpha[None, :] + _values(p, codes, scales, g, V, GROUPS, BITS, ASM),)
         sums = new
-    if AHEAD:
-        gdc_launch_dependents()
     weight = tl.sum(total, axis=0)
     for g in tl.static_range(GROUPS):
         channel = g * (V // GROUPS) + tl.arange(0, V // GROUPS)
@@ -199,7 +196,7 @@ def _attend_blocks(
 def _attend_rest(
     q, k, v, mask, sinks, stats, out, line, batch, head, tile, K, G, T, R, first, stop, scale, cap, q_h, q_t,
     k_r: tl.constexpr, v_r: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """As triton_decode_exact.py does it, with 8 rows."""
     rows = G * T
@@ -211,8 +208,6 @@ def _attend_rest(
     sums, m, total = _steps(
         tl.zeros([16, V], tl.float32), tl.full([16], float("-inf"), tl.float32), tl.zeros([16, N], tl.float32),
         queries, k, v, mask, first, stop, R, scale, cap, k_r, v_r, D, V, D, V, N, False, 8, 2, False, 2)  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
     if cap is None:
         m *= scale * LOG2E
     sums = tl.trans(tl.sum(tl.reshape(sums, [2, 8, V]), axis=0))
@@ -233,7 +228,6 @@ def attend_codes(
     q_b, q_h, q_t, k_b, k_k, v_b, v_k, kc_b, kc_k, ks_b, ks_k, vc_b, vc_k, vs_b, vs_k, m_b,
     k_r: tl.constexpr, v_r: tl.constexpr, D: tl.constexpr, V: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a key/value head: the first `coded` programs over `steps` blocks each, the others over `rest_steps`
     times N of the R tokens without codes. Codes are words."""
@@ -253,7 +247,7 @@ def attend_codes(
             q, key_codes + batch * kc_b + head * kc_k, key_scales + batch * ks_b + head * ks_k,
             value_codes + batch * vc_b + head * vc_k, value_scales + batch * vs_b + head * vs_k, mask, sinks, stats,
             out, line, batch, head, tile, K, G, T, begin, end, scale, cap, q_h, q_t,
-            D, V, GROUPS, BITS, SPLIT, ROWS, STAGES, ASM, AHEAD)  # fmt: skip
+            D, V, GROUPS, BITS, SPLIT, ROWS, STAGES, ASM)  # fmt: skip
     else:
         rest = mask
         if mask is not None:
@@ -262,7 +256,7 @@ def attend_codes(
         stop = tl.minimum(start + rest_steps, tl.cdiv(R, N))
         _attend_rest(
             q, k + batch * k_b + head * k_k, v + batch * v_b + head * v_k, rest, sinks, stats, out, line, batch, head,
-            tile, K, G, T, R, start, stop, scale, cap, q_h, q_t, k_r, v_r, D, V, SPLIT, ROWS, N, AHEAD)  # fmt: skip
+            tile, K, G, T, R, start, stop, scale, cap, q_h, q_t, k_r, v_r, D, V, SPLIT, ROWS, N)  # fmt: skip
 
 
 def fit(rows: int, size: int) -> int:

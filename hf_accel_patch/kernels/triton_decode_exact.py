@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
 
@@ -124,7 +123,7 @@ def attend_exact(
     q_b, q_h, q_t, k_b, k_k, v_b, v_k, m_b, m_h, m_t,
     k_r: tl.constexpr, v_r: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     HEADS: tl.constexpr, TIMES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
-    N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a key/value head over `steps` steps of N tokens. The mask differs between HEADS, and TIMES."""
     M: tl.constexpr = PIECES * ROWS
@@ -158,8 +157,6 @@ def attend_exact(
     sums, m, total = _steps(
         sums, m, total, queries, k, v, mask, tl.maximum(first, whole), stop, R, scale, cap,
         k_r, v_r, D, V, DP, VP, N, HEADS or TIMES, ROWS, PIECES, False, 1)  # fmt: skip
-    if AHEAD:
-        gdc_launch_dependents()
     total = tl.sum(total, axis=1)
     if cap is None:
         m *= scale * LOG2E

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,11 +34,8 @@ def inverse_of(most, total, sinks, head, live):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine(parts, stats, sinks, out, H, T, G, V, splits, SPLITS: tl.constexpr, C: tl.constexpr,
-            AHEAD: tl.constexpr):  # fmt: skip
+def combine(parts, stats, sinks, out, H, T, G, V, splits, SPLITS: tl.constexpr, C: tl.constexpr):
     """C channels of one row: the sums of its splits [splits, V], SPLITS at a time, in order."""
-    if AHEAD:  # started before what it adds was there
-        gdc_wait()
     rows = G * T
     head = tl.program_id(0).to(tl.int64) // rows
     row = tl.program_id(0) % rows

@@ -21,9 +21,9 @@ score, a tanh as slow as exp2 among them. Keys and values come from the L2 cache
 takes wgmma, 128 KB and all 255 registers in 8 warps. The FlashAttention-3 paper shows 395 TFLOP/s for such a kernel in
 Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens, not causal).
 
-On an H200 with 32 heads, causal, in turns with itself: 489 TFLOP/s, with sinks 482, with ALiBi 418, with a soft cap 403.
-Blocks of 128 keys reach 475 and 411 (with ALiBi 305, where they spill), 64 queries in 4 warps 454 and 398, a stage less
-409 and 362, a stage more the same (benchmarks/results/gpu.jsonl).
+On an H200 with 32 heads, causal, in turns with itself: 489 TFLOP/s, with sinks 482, with ALiBi 418, with a soft cap
+403. Blocks of 128 keys reach 475 and 411 (with ALiBi 305, where they spill), 64 queries in 4 warps 454 and 398, a stage
+less 409 and 362, a stage more the same (benchmarks/results/gpu.jsonl).
 """
 
 from __future__ import annotations

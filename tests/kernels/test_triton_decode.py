@@ -339,7 +339,7 @@ def compiled(kernel, type, sizes, warps, registers=None, word="u8"):
 for bits in (8, 4):
     sizes = dict(k_r=128, v_r=128, D=128, V=128, GROUPS=8 // bits, BITS=bits, SPLIT=True, ROWS=4)
     stages, fit = codes.STAGES[bits], codes.fit(4, 128)
-    sizes |= dict(N=16, STAGES=stages, ASM=True, AHEAD=False)
+    sizes |= dict(N=16, STAGES=stages, ASM=True)
     asm = compiled(codes.attend_codes, "fp16", sizes, 1, kernels._registers(1, fit), "i32")
     assert asm["ptx"].count("cp.async.cg.shared.global") >= 2 * bits * stages
     assert asm["ptx"].count("lop3.b32") >= 256 and "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in asm["ptx"]
@@ -348,14 +348,14 @@ for bits, type in ((8, "bf16"), (4, "fp16"), (4, "fp32")):
     t = kernels.tiling(bits, 4, 64, 64, type == "fp32")
     sizes = dict(KEY=64, VALUE=64, groups=1, BITS=bits, SPLIT=True, W=t.warps, ROWS=t.rows, DP=64, bias=None, mask=None)
     sizes |= dict(PIECES=t.pieces, DIGITS=t.digits, KC=t.key_chunk, KCS=1, VC=t.value_chunk, VCS=1)
-    asm = compiled(kernels._attend, type, sizes | dict(STAGES=t.stages, TAIL_STAGES=1), t.warps)
+    asm = compiled(kernels.attend_digits, type, sizes | dict(STAGES=t.stages), t.warps)
     assert any("contiguity = 16" in line for line in asm["ttgir"].splitlines() if "async_copy_global_to_local" in line)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in asm["ptx"]
 
 for type, each in (("bf16", False), ("bf16", True), ("fp32", False)):
     t = exact.tiling(4, 128, 128, type == "fp32")
     sizes = dict(k_r=128, v_r=128, D=128, V=128, DP=128, VP=128, HEADS=each, TIMES=each, SPLIT=True)
-    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages, AHEAD=False)
+    sizes |= dict(ROWS=t.rows, PIECES=t.pieces, N=t.tokens, STAGES=t.stages)
     asm = compiled(exact.attend_exact, type, sizes, t.warps, kernels._registers(t.warps, t.fit))
     assert "cp.async.cg.shared.global" in asm["ptx"] and "cp.async.ca.shared.global" not in asm["ptx"], type
     lines = asm["ttgir"].splitlines()
