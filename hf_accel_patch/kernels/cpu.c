@@ -33,7 +33,9 @@ typedef __m512 floats;
 #define FLOATS(a) _mm512_castsi512_ps(a)
 #define INTEGERS(a) _mm512_castps_si512(a)
 #define LOAD_CODES(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_INT8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define STORE(p, a) _mm512_storeu_si512(p, a)
+#define STREAM(p, a) _mm512_stream_si512((__m512i *)(p), a)
 #define IN_ORDER(a) _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), a)
 #else
 typedef __m256i integers;
@@ -49,7 +51,9 @@ typedef __m256 floats;
 #define FLOATS(a) _mm256_castsi256_ps(a)
 #define INTEGERS(a) _mm256_castps_si256(a)
 #define LOAD_CODES(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
+#define LOAD_INT8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
+#define STREAM(p, a) _mm256_stream_si256((__m256i *)(p), a)
 #define IN_ORDER(a) _mm256_permute4x64_epi64(a, 0xD8)
 #endif
 
@@ -75,6 +79,7 @@ enum {
     FEW_ROWS = 8,        /* rows of bfloat16 that int8 codes are multiplied with as integers */
     MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights before the next tile */
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
+    STREAMED_BYTES = 1 << 20, /* that are unpacked at a time at most, to go into the caches */
 };
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
@@ -716,10 +721,16 @@ static inline integers narrow(floats a, floats b) {
 #endif
 }
 
+/* Whether so many bytes from `out` on, in lines `stride` bytes apart, are written past the caches. To write a line into a
+ * cache reads it from memory first, and much of what is unpacked is out of the caches again before it is read. */
+static inline int streams(const void *out, int64_t bytes, int64_t stride) {
+    return bytes > STREAMED_BYTES && (uintptr_t)out % 64 == 0 && stride % 64 == 0;
+}
+
 /* 4-bit weights of `rows` rows, whole blocks, as bfloat16 [K, rows], `stride` apart. `codes` and `scales`, as above,
  * begin at these rows. */
 INLINE void unpack(const uint8_t *codes, const uint16_t *scales, const float *table, int64_t N, int64_t K,
-                   int64_t group, int64_t n, int64_t k0, uint16_t *out, int64_t stride) {
+                   int64_t group, int64_t n, int64_t k0, uint16_t *out, int64_t stride, const int streamed) {
     floats scale[4], zero[4], low = I(setzero_ps)(), high = low; /* zero is that of code 0 */
     if (table) low = I(loadu_ps)(table), high = I(loadu_ps)(table + 16 - LANES);
     for (int j = 0; j < 4; j++) {
@@ -738,26 +749,50 @@ INLINE void unpack(const uint8_t *codes, const uint16_t *scales, const float *ta
                 w[i] = table ? I(mul_ps)(LOOK_UP_FLOATS(low, high, q), scale[j + i])
                              : I(fmadd_ps)(I(cvtepi32_ps)(q), scale[j + i], zero[j + i]);
             }
-            STORE(to + j * LANES, narrow(w[0], w[1]));
+            if (streamed)
+                STREAM(to + j * LANES, narrow(w[0], w[1]));
+            else
+                STORE(to + j * LANES, narrow(w[0], w[1]));
         }
     }
 }
 
 void unpack_int4(const uint8_t *codes, const uint16_t *scales, const float *table, int64_t N, int64_t K, int64_t group,
                  int64_t rows, uint16_t *out, int64_t stride, int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads)
-    for (int64_t n = 0; n < rows; n += BLOCK)
-        for (int64_t k0 = 0; k0 < K; k0 += group)
-            if (table)
-                unpack(codes, scales, table, N, K, group, n, k0, out, stride);
-            else
-                unpack(codes, scales, NULL, N, K, group, n, k0, out, stride);
+    const int streamed = streams(out, 2 * rows * K, 2 * stride);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) nowait
+        for (int64_t n = 0; n < rows; n += BLOCK)
+            for (int64_t k0 = 0; k0 < K; k0 += group)
+                if (table)
+                    streamed ? unpack(codes, scales, table, N, K, group, n, k0, out, stride, 1)
+                             : unpack(codes, scales, table, N, K, group, n, k0, out, stride, 0);
+                else
+                    streamed ? unpack(codes, scales, NULL, N, K, group, n, k0, out, stride, 1)
+                             : unpack(codes, scales, NULL, N, K, group, n, k0, out, stride, 0);
+        _mm_sfence();
+    }
 }
 
 /* int8 codes as bfloat16, which holds them exactly. */
 void unpack_int8(const int8_t *codes, int64_t size, uint16_t *out, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < size; i++) {
+    const int streamed = streams(out, 2 * size, 64);
+    const int64_t whole = size / (2 * LANES) * (2 * LANES);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for nowait
+        for (int64_t i = 0; i < whole; i += 2 * LANES) {
+            const floats low = I(cvtepi32_ps)(LOAD_INT8(codes + i));
+            const floats high = I(cvtepi32_ps)(LOAD_INT8(codes + i + LANES));
+            if (streamed)
+                STREAM(out + i, narrow(low, high));
+            else
+                STORE(out + i, narrow(low, high));
+        }
+        _mm_sfence();
+    }
+    for (int64_t i = whole; i < size; i++) {
         float f = codes[i];
         uint32_t bits;
         memcpy(&bits, &f, 4);

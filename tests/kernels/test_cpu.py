@@ -23,6 +23,8 @@ from hf_accel_patch.ops.quantize import (
 
 ROUNDING = {torch.float32: 2**-13, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of activations and of results
 
+STREAMED = 1 << 19  # weights, from more of which at a time on they are written past the caches
+
 
 @pytest.fixture(params=[64, 32])
 def block(request):
@@ -151,9 +153,9 @@ def test_what_is_not_finite_shows(block, value):
 
 
 @pytest.mark.parametrize("scheme", ["int4", *sorted(TABLES)])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_unpacking_rounds_to_bfloat16_once(block, group_size, scheme):
-    w, table = normal(300, 384), TABLES.get(scheme)
+@pytest.mark.parametrize("group_size, N", [(32, 300), (64, 300), (128, 300), (64, STREAMED // 384 + 70)])
+def test_unpacking_rounds_to_bfloat16_once(block, group_size, N, scheme):
+    w, table = normal(N, 384), TABLES.get(scheme)
     if table is None:
         packed, scales = pack_int4(w, group_size, block)
         codes, scale, zero = quantize_int4(w, group_size)
@@ -165,12 +167,13 @@ def test_unpacking_rounds_to_bfloat16_once(block, group_size, scheme):
     expected = exact.float().bfloat16()
     for start, stop in ((0, len(packed)), (1, 3)):
         ours = cpu.unpack_int4(cpu.library(block), packed, scales, table, start, stop)
-        first, last = start * block, min(stop * block, 300)
+        first, last = start * block, min(stop * block, N)
         assert torch.equal(ours[:, : last - first].T, expected[first:last])
 
 
-def test_unpacking_int8_is_exact(block):
-    codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, 5)
+@pytest.mark.parametrize("columns", [5, STREAMED // 256 + 3])
+def test_unpacking_int8_is_exact(block, columns):
+    codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, columns)
     assert torch.equal(cpu.unpack_int8(cpu.library(block), codes), codes.bfloat16())
 
 
