@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention_kernels --device cuda                 # 16k tokens, 32 heads of 128, bfloat16
     python -m benchmarks.attention_kernels --device cuda --head-size 256 --kinds plain softcap --backward
+    python -m benchmarks.attention_kernels --device cuda --tiles 128,64,8,3 128,128,8,3 64,64,4,3
     TRITON_INTERPRET=1 python -m benchmarks.attention_kernels --length 64 --heads 2 --shared 1 --head-size 16 \\
         --dtype float32 --rounds 1           # tries the benchmark itself on a CPU
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     every = [name for name in BACKENDS if name != "auto"]
     parser.add_argument("--backends", nargs="+", choices=every, default=every)
+    parser.add_argument("--tiles", nargs="+", metavar="M,N,W,S", help="of Triton alone: queries, keys, warps, stages")
     parser.add_argument("--length", type=int, default=16384, help="tokens (default: 16384)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
@@ -57,7 +60,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "attention_kernels.jsonl")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.tiles = [tuple(map(int, tile.split(","))) for tile in options.tiles or ()]
+    if any(len(tile) != 4 for tile in options.tiles):
+        parser.error("--tiles are four numbers each, as in 128,64,8,3")
+    return options
 
 
 class Case:
@@ -138,6 +145,33 @@ def measured(case: Case, options: argparse.Namespace) -> list[Row]:
     return [{"backend": name} | row for name, row in rows.items()]
 
 
+def tiled(options: argparse.Namespace) -> list[Row]:
+    """One row per kind and tile, all in turns: the speed of the Triton kernel."""
+    from hf_accel_patch.kernels import triton_prefill
+
+    module, chosen = nn.Module(), triton_prefill.tiling
+    setattr(module, BACKEND, Asked("triton"))
+    cases = {kind: Case(kind, options) for kind in options.kinds}
+
+    def call(kind: str, tile: tuple[int, ...]) -> Tensor:
+        triton_prefill.tiling = lambda *args, **more: triton_prefill.Tiling(*tile)  # type: ignore[assignment]
+        return cases[kind].call(module)
+
+    calls = {(kind, tile): partial(call, kind, tile) for kind in options.kinds for tile in options.tiles}
+    seconds: dict[tuple[str, tuple[int, ...]], list[float]] = {key: [] for key in calls}
+    try:
+        for number in range(options.rounds + 1):  # the first compiles
+            for key in list(calls)[:: 1 if number % 2 == 0 else -1]:
+                seconds[key].append(timed(calls[key], 5, options.device))
+    finally:
+        triton_prefill.tiling = chosen
+    rows = []
+    for (kind, tile), times in seconds.items():
+        found = median(times[1:])
+        rows.append({"kind": kind, "tile": tile, "ms": 1e3 * found, "tflops": cases[kind].operations / found / 1e12})
+    return rows
+
+
 def timed(call: Callable[[], Tensor], repeats: int, device: str) -> float:
     """Seconds of one call."""
     synchronize(device)
@@ -158,6 +192,12 @@ def main() -> None:
     run, begin = start(options.device), time.perf_counter()
     names = ("length", "batch", "heads", "shared", "head_size", "value_size", "backward", "dtype", "device")
     same = {"part": "attention-kernels"} | {name: getattr(options, name) for name in names}
+    if options.tiles:
+        with torch.set_grad_enabled(options.backward):
+            rows = tiled(options)
+        for row in record(run, [same | {"part": "attention-tilings"} | row for row in rows], options.out):
+            print(f"{row['kind']:8} {row['tile']} {row['ms']:9.3f} {row['tflops']:9.4f}", flush=True)
+        return
     print(f"{'kind':8} {'backend':11} {'ms':>9} {'TFLOP/s':>9} {'difference':>11}")
     for kind in options.kinds:
         if time.perf_counter() - begin > options.limit:

@@ -87,7 +87,7 @@ def load(
         with dropped(system, {}, reasons):
             workers[system] = Worker(jobs[system], *limits)
 
-    if device.startswith("cuda"):
+    if jobs and device.startswith("cuda"):
         with ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(begin, jobs))
         for system in jobs:  # in their order, not in that of their coming

@@ -6,7 +6,7 @@
 #   PARTS="machine decode graphs" bash benchmarks/gpu.sh               # some parts only
 #
 # Every part has a time limit; one that fails or runs out of time is named in the summary, and the next one goes on. The
-# limits together are more than 10 minutes, so PARTS chooses; what has no rows yet comes first. A system that is compared
+# limits together are a quarter of an hour; PARTS chooses. What has no rows yet comes first. A system that is compared
 # has a process of its own, which took 17 s on the machine of the rows to import, start CUDA and make a 1B model, and 25 s
 # with an 8B one; those of a part begin together. Triton compiles for seconds what it has not compiled
 # before, so what the benchmarks need is compiled beside the tests.
@@ -77,7 +77,8 @@ parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8 --dist worksteal)
 signal=INT # so that pytest still says what failed
 part tests 110 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
-    tests/kernels/test_models_on_a_gpu.py tests/kernels/test_triton_linear.py tests/kernels/test_triton_prefill.py \
+    tests/kernels/test_triton_codes.py tests/kernels/test_triton_linear.py tests/kernels/test_models_on_a_gpu.py \
+    tests/kernels/test_triton_prefill.py \
     tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
 signal=TERM
 [ ${#compiling[@]} -eq 0 ] || wait "${compiling[@]}"

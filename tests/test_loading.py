@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -250,6 +251,40 @@ def test_the_layout_of_another_processor_is_laid_out_anew(found, wanted, family,
         codes, _, spec = module.held(next(iter(module.specs)))
         assert codes.shape[-1] * 2 == wanted and codes.shape[-3] == -(-spec.shape[0] // wanted)
         assert torch.equal(dense_of(module), dense[name])
+
+
+def clone(tensor):
+    return tensor.clone()
+
+
+@pytest.mark.parametrize("scheme", ("int4", "nf4"))
+@pytest.mark.parametrize("name", ("llama", "gpt2", "mixtral"))
+def test_what_moves_is_laid_out_for_where_it_comes(name, scheme, monkeypatch):
+    """As if a GPU had the memory: nothing else tells the two apart."""
+    stock, model = tiny(name), tiny(name)
+    patch(model, quantize=Quantize(scheme, originals="keep"), **OFF)
+    expected, before = logits(model, prompt()), {each: dense_of(module) for each, module in quantized(model)}
+    monkeypatch.setattr("hf_accel_patch.ops.modules.block_on", lambda device: 2)
+    read = pickle.loads(pickle.dumps(model))
+    model._apply(clone)
+    for each in (model, read):
+        for path, module in quantized(each):
+            codes, _, spec = module.held(next(iter(module.specs)))
+            assert codes.shape[-1] == 1 and codes.shape[-3] == -(-spec.shape[0] // 2)
+            assert torch.equal(dense_of(module), before[path])
+        shared = [module for _, module in quantized(each) if getattr(module, "weight", None) is not None]
+        heads = [module._buffers["weight"] for module in shared if isinstance(module, torch.nn.Embedding)]
+        assert all(any(head is module._buffers["weight"] for module in shared) for head in heads)
+        if name != "mixtral":  # whose router may choose anew where weights are unpacked to bfloat16
+            assert (logits(each, prompt()) - expected).norm() < 0.05 * expected.norm()
+    monkeypatch.undo()
+    model._apply(clone)
+    assert torch.equal(logits(model, prompt()), expected)
+    assert same_state(unpatch(model), stock)
+
+
+def same_state(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def quantized(model):

@@ -10,9 +10,9 @@ What multiplies depends on the rows M of x:
 * Up to MATMUL_ROWS, tensor cores multiply the codes themselves, exact in 16 bits, and the float32 product of a group is
   scaled. Bytes come ahead of time to shared memory and lie there as the tensor cores want them, so that a warp has them
   with one instruction per 8 weights; a weight takes 2.2 to 3.1 instructions with 4 bits, 3.4 with 8, 5.1 with a table,
-  of which an H200 has 29e12 a second. A row costs as much as eight, whose columns are there anyway.
+  of which an H200 has 29e12 a second. Up to eight rows, or S, that would be padding cost little.
 * float32 activations up to EXACT_ROWS are multiplied number by number: tensor cores would round them.
-* Beyond, and on GPUs before compute capability 8.0, weights are dequantized for cuBLAS.
+* Beyond, and for 16 bits on GPUs before compute capability 8.0, weights are dequantized for cuBLAS.
 
 A small product is over in microseconds, most of which are its start. So K is split inside of a program
 (kernels/triton_products.py), and between programs only where many rows meet few outputs: a second kernel adds their
@@ -136,7 +136,8 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 @lru_cache(maxsize=1024)
 def tile4(M: int, N: int, group: int) -> Tile:
-    """As they were fastest on an H200. Few outputs need many parts of K for all processors to read."""
+    """As they were fastest on an H200 up to 16 rows; for more, the tile with half the instructions of the one that was
+    timed there. Few outputs need many parts of K for all processors to read."""
     few = N < 8192
     if M <= 1:
         outputs, parts, unroll, stages, warps = (
@@ -160,7 +161,7 @@ def tile4(M: int, N: int, group: int) -> Tile:
 
 @lru_cache(maxsize=1024)
 def tile8(M: int, N: int) -> Tile:
-    """As they were fastest on an H200."""
+    """As they were fastest on an H200 up to 16 rows."""
     if M <= 2:
         outputs, parts, step, stages, warps = (4, 8, 128, 4, 2) if M == 1 and N < 4096 else (8, 4, 256, 3, 2)
     elif M <= 4:
@@ -270,6 +271,8 @@ def _check_pairs(codes: Tensor) -> tuple[int, int]:
 def _pairs(scales: Tensor) -> Tensor:
     """What is said of two rows, two words, as one int64: [K / G, N / 2]."""
     scales = scales.contiguous()
+    if scales.storage_offset() * scales.element_size() % 8 or scales.data_ptr() % 8:
+        scales = scales.clone()
     return scales.view(torch.int32).view(len(scales), -1).view(torch.int64)
 
 

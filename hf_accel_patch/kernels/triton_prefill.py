@@ -23,7 +23,8 @@ Triton, 370 for FlashAttention-2, 595 for cuDNN (H100, head size 128, 16k tokens
 
 On an H200 with 32 heads, causal, in turns with itself: 489 TFLOP/s, with sinks 482, with ALiBi 418, with a soft cap
 403. Blocks of 128 keys reach 475 and 411 (with ALiBi 305, where they spill), 64 queries in 4 warps 454 and 398, a stage
-less 409 and 362, a stage more the same (benchmarks/results/gpu.jsonl).
+less 409 and 362; a stage more gives the same with plain attention and soft caps, and 3 to 5 % less with the others
+(benchmarks.attention_kernels --tiles, benchmarks/results/gpu.jsonl).
 """
 
 from __future__ import annotations

@@ -227,7 +227,9 @@ def _decoded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, var
     sinks = None if variant.sinks is None else variant.sinks.float().reshape(-1).contiguous()
     mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     inputs = query, None, 0, 0, key, value, mask, variant.scale, variant.softcap, sinks
-    return launch(("decode", *_kind(query, value, variant)), query.device, lambda: triton_decode.attend(*inputs))
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    kind = "decode", rows, *_kind(query, value, variant)
+    return launch(kind, query.device, lambda: triton_decode.attend(*inputs))
 
 
 @cache

@@ -70,6 +70,9 @@ def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, 
         rows = slice(start * 2 * half, stop * 2 * half)
         if kernels is not None:
             torch.mm(x, cpu.unpack_int4(kernels, codes, scales, table, start, stop), out=out[:, rows])
+        elif half == 1:  # as a GPU has them
+            dense = unpack_int4(codes, scales, table, start, stop).transpose(1, 2).reshape(-1, K)
+            torch.mm(x, dense.T, out=out[:, rows])
         else:
             product = torch.matmul(x, unpack_int4(codes, scales, table, start, stop))
             out[:, rows].view(-1, stop - start, 2 * half).copy_(product.transpose(0, 1))
@@ -200,7 +203,7 @@ def dense_triton(codes: Tensor, scales: Tensor, scheme: str, N: int, dtype: torc
 
 
 def _in_pairs(codes: Tensor) -> Tensor:
-    """As the Triton kernels read them: what a hook brings to a GPU for one call lies as a CPU reads it."""
+    """As the Triton kernels read them: what a hook brings to a GPU lies as a CPU reads it."""
     return codes if codes.shape[-1] * 2 == CUDA_BLOCK else pack_codes(unpack_codes(codes), CUDA_BLOCK)
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.packing import INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, block_on, pack_codes, unpack_codes
 from hf_accel_patch.ops.products import Spec, dequantize, product, rows
 from hf_accel_patch.ops.weight import UNCHANGEABLE, QuantizedWeight
+
+REBLOCKED = 1 << 22  # codes that are laid out anew at a time
 
 
 class FastLinear(nn.Linear):
@@ -55,20 +57,32 @@ class QuantizedModule(nn.Module):
     transposed = False  # whether the parameter was [K, N]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves what is tied once, and keeps codes as kernels of the device read them, whatever the memory format."""
+        """Keeps codes as kernels of the device read them, whatever the memory format."""
+        before = self._codes()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle(before, anew=False)
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may come from another device."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._settle(self._codes(), anew=True)
+
+    def _codes(self) -> Any:
+        return self._buffers[next(iter(self.specs))]
+
+    def _settle(self, before: Any, *, anew: bool) -> None:
+        """Lay out what has moved, or is `anew`, for the device where it is; once for all that are tied."""
         names = [key for name in self.specs for key in (name, f"{name}_scales")]
         buffers: dict[str, Any] = self._buffers
-        before, moved = buffers[names[0]], self.specs.moved
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.specs.moved
         if moved is not None and moved[0]() is before and all(tensor() is not None for tensor in moved[1].values()):
             buffers.update({key: tensor() for key, tensor in moved[1].items()})
-        elif buffers[names[0]] is not before:
+        elif anew or self._codes() is not before:
             buffers.update({key: buffers[key].contiguous() for key in names})
-            kinds = before.device.type, (device := buffers[names[0]].device).type
-            if kinds[0] != kinds[1] and "meta" not in kinds:
+            if (device := self._codes().device).type != "meta":
                 reblock(self, block_on(device))
             self.specs.moved = ref(before), {key: ref(buffers[key]) for key in names}
-        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
@@ -93,14 +107,29 @@ def reblock(module: QuantizedModule, block: int) -> None:
         if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
             continue
         N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
-
-        def sized(x: Tensor, at: int, N: int = N) -> Tensor:
-            short = x.new_zeros(*x.shape[:at], max(0, N - x.shape[at]), *x.shape[at + 1 :])
-            return torch.cat((x.narrow(at, 0, min(N, x.shape[at])), short), at)
-
-        parts = [pack_codes(sized(unpack_codes(each), 0), block) for each in ([codes] if dim == 1 else codes)]
+        parts = [_in_blocks(each, N, block) for each in ([codes] if dim == 1 else codes)]
         module._buffers[name] = parts[0] if dim == 1 else torch.stack(parts)
-        module._buffers[f"{name}_scales"] = sized(scales, dim)
+        module._buffers[f"{name}_scales"] = _of_rows(scales, N, dim)
+
+
+def _in_blocks(codes: Tensor, N: int, block: int) -> Tensor:
+    """Codes of at least N rows, or with zeros behind them, some rows at a time."""
+    found, K = codes.shape[2] * 2, codes.shape[1]
+    step = max(REBLOCKED // (K * found), 1) * max(found, block)
+    laid = codes.new_empty(N // block, K, block // 2)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        rows = unpack_codes(codes[start // found : -(-stop // found)])
+        laid[start // block : stop // block] = pack_codes(_of_rows(rows, stop - start, 0), block)
+    return laid
+
+
+def _of_rows(x: Tensor, N: int, dim: int) -> Tensor:
+    """The first N rows, with zeros where there are fewer."""
+    if x.shape[dim] == N:
+        return x
+    short = x.new_zeros(*x.shape[:dim], max(0, N - x.shape[dim]), *x.shape[dim + 1 :])
+    return torch.cat((x.narrow(dim, 0, min(N, x.shape[dim])), short), dim)
 
 
 class HasWeight(QuantizedModule):
@@ -137,6 +166,9 @@ class QuantizedLinear(HasWeight, nn.Linear):
         buffers: dict[str, Any] = self._buffers
         if (order := buffers.get("weight_order")) is not None:
             input = input[..., order]
+        codes = buffers["weight"]
+        if codes.is_cuda and codes.dtype is torch.uint8 and codes.shape[-1] * 2 != CUDA_BLOCK:  # a hook brought them
+            reblock(self, CUDA_BLOCK)
         y = product(input, buffers["weight"], buffers["weight_scales"], self.specs["weight"])
         bias = self.bias
         return y if bias is None else y + bias

@@ -241,16 +241,16 @@ def test_every_code_is_its_own_for_programs_of_one_warp(alone, bits):
 
 
 def test_programs_of_one_warp_keep_weak_channels(alone):
-    """Scales are relative to the largest of a block: small keys and small values lose nothing."""
-    for size in (1e-4, 1.0):
-        case = Case(torch.bfloat16, 8, heads=(4, 2), D=64, V=64, blocks=2, recent=0)
-        keys, values = normal(1, 2, 128, 64, seed=2) * size, normal(1, 2, 128, 64, seed=3) * size
-        case.query = (case.query / size).bfloat16()
-        packed = kv.pack(keys, values, 8)
-        case.packed = tuple(x.to(DEVICE) for x in packed)
-        case.all = [x.repeat_interleave(2, 1) for x in kv.unpack(packed, 8, 64, 64, torch.float64)]
-        case.check()
-    assert len(alone) == 2
+    """Scales are relative to the largest of a block: channels with small keys lose nothing."""
+    case = Case(torch.bfloat16, 8, heads=(4, 2), D=64, V=64, blocks=2, recent=0)
+    size = torch.where(torch.arange(64) % 2 == 0, 1.0, 1e-4)
+    keys, values = normal(1, 2, 128, 64, seed=2) * size, normal(1, 2, 128, 64, seed=3)
+    case.query = case.query * torch.where(size == 1, 0.0, 1e4).to(case.query)  # the weak ones alone say what is seen
+    packed = kv.pack(keys, values, 8)
+    case.packed = tuple(x.to(DEVICE) for x in packed)
+    case.all = [x.repeat_interleave(2, 1) for x in kv.unpack(packed, 8, 64, 64, torch.float64)]
+    case.check()
+    assert len(alone) == 1
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")  # of NumPy, which interprets

@@ -141,11 +141,13 @@ def test_many_rows_multiply_dequantized_weights(monkeypatch, kind, shape, dtype)
 
 @pytest.mark.parametrize("kind, shape", [(Int4, SHAPES[1]), (Table, SHAPES[1]), (Int8, (130, 64))])
 def test_older_gpus_multiply_dequantized_weights(monkeypatch, kind, shape):
-    monkeypatch.setattr(kernels, "_tensor_cores", lambda device: False)
+    asked, weights = [], kind(*shape)
+    monkeypatch.setattr(kernels, "_tensor_cores", lambda device: bool(asked.append(device)))
     for name in ("_product4", "_product8"):
         monkeypatch.delattr(kernels, name)
-    monkeypatch.setattr(kernels, "MATMUL_ROWS", 0)  # where weights are rounded
-    check(kind(*shape), normal(5, shape[1]).to(DEVICE, torch.float16))
+    monkeypatch.setattr(weights, "rounded", lambda rows, dtype: True)
+    check(weights, normal(5, shape[1]).to(DEVICE, torch.float16))
+    assert asked
 
 
 @pytest.mark.parametrize("kind, shape", [(Int4, (34, 1056, 32)), (Table, (34, 1056, 32)), (Int8, (70, 4200))])
@@ -233,6 +235,13 @@ def test_tiles_fit(N):
             assert tile.outputs * tile.parts % 16 == 0 and tile.columns % 8 == 0
             step = tile.step * (tile.outputs * tile.parts + 2 * tile.columns)
             assert tile.stages * tile.unroll * step <= 99 << 10
+
+
+def test_scales_that_begin_anywhere():
+    weights, x = Int4(34, 96, 32), normal(2, 96).to(DEVICE, torch.bfloat16)
+    codes, scales = weights.packed
+    apart = torch.cat((scales.new_zeros(2), scales.flatten()))[2:].view(scales.shape)  # four bytes on
+    assert torch.equal(kernels.linear_int4(x, codes, apart), weights.linear(x))
 
 
 def test_what_the_kernels_cannot_read():

@@ -663,7 +663,7 @@ def test_what_the_benchmark_measures(made, monkeypatch):
     passes(monkeypatch, 4)
     asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2}
     with torch.no_grad():
-        rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu"))
+        rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu", profile=False))
     assert [row["width"] for row in rows] == list(replaying.WIDTHS)
     assert all(row["replays"] == 2 and row["difference"] < 1e-3 and "reason" not in row for row in rows)
 
@@ -671,7 +671,7 @@ def test_what_the_benchmark_measures(made, monkeypatch):
 def test_the_benchmark_says_why_there_is_nothing(made, monkeypatch):
     monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
     asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 1, "prompt": 9, "rounds": 1}
-    options = argparse.Namespace(**asked, dtype="float32", device="cpu")
+    options = argparse.Namespace(**asked, dtype="float32", device="cpu", profile=False)
     monkeypatch.setattr(graphs, "why_not", lambda *_: "a reason of this call")
     with torch.no_grad():
         assert benchmark.measured(options) == [{"reason": "a reason of this call"}]
