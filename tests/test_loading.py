@@ -278,8 +278,12 @@ def test_what_moves_is_laid_out_for_where_it_comes(name, scheme, monkeypatch):
         if name != "mixtral":  # whose router may choose anew where weights are unpacked to bfloat16
             assert (logits(each, prompt()) - expected).norm() < 0.05 * expected.norm()
     monkeypatch.undo()
-    model._apply(clone)
-    assert torch.equal(logits(model, prompt()), expected)
+    for each in (model, read, pickle.loads(pickle.dumps(model._apply(clone)))):
+        codes = [module.held(next(iter(module.specs)))[0] for _, module in quantized(each)]
+        each._apply(clone)
+        found = [module.held(next(iter(module.specs)))[0] for _, module in quantized(each)]
+        assert not any(new is old for new, old in zip(found, codes, strict=True))  # what was read moves too
+        assert torch.equal(logits(each, prompt()), expected)
     assert same_state(unpatch(model), stock)
 
 

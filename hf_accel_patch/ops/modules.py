@@ -82,7 +82,8 @@ class QuantizedModule(nn.Module):
             buffers.update({key: buffers[key].contiguous() for key in names})
             if (device := self._codes().device).type != "meta":
                 reblock(self, block_on(device))
-            self.specs.moved = ref(before), {key: ref(buffers[key]) for key in names}
+            if self._codes() is not before:
+                self.specs.moved = ref(before), {key: ref(buffers[key]) for key in names}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
