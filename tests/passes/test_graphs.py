@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from benchmarks import graphs as benchmark
 from hf_accel_patch import KVCache, Quantize, Speculative, UnsupportedModel, patch, report, unpatch
 from hf_accel_patch.kernels import cpu, cpu_decode, cpu_steps
-from hf_accel_patch.ops import backends
+from hf_accel_patch.ops import backends, dense, linear
 from hf_accel_patch.ops.graphs import marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes import drafting, drafts, graphs, replaying, rooms
@@ -42,12 +42,16 @@ def kind(request):
 @pytest.fixture(autouse=True)
 def _operators_only(monkeypatch, request):
     """What compiled kernels do, no dispatcher sees; on a CPU it is noted."""
-    if "kind" not in request.fixturenames or request.getfixturevalue("kind") is SimulatedRecorder:
+    if without := "kind" not in request.fixturenames or request.getfixturevalue("kind") is SimulatedRecorder:
         for module in (cpu, cpu_decode):
             monkeypatch.setattr(module, "library", lambda width=None: None)
     monkeypatch.setattr(backends, "_triton", lambda: None)
     monkeypatch.setattr(rooms, "LEAST_VISIBLE", 16)  # so that short texts pass several of the lengths that steps see
     monkeypatch.setattr(replaying, "AHEAD", 8)
+    yield
+    if without:  # or other tests would find what was measured without kernels
+        for measured in (linear.backend_for, dense._measured):
+            measured.cache_clear()
 
 
 @pytest.fixture(autouse=True)
