@@ -234,10 +234,10 @@ static inline integers load_table(const int16_t *p) {
 #endif
 
 /* The codes of eight input features, from a block of int4 codes, as 16-bit integers, or the entries of `table` that
- * they stand for. A vector of codes holds two features, one in each half of its lanes; two rounds of
- * interleaving give lanes with four features of one row. Of the four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low half-bytes' features (0 4 | 1 5), of the high
- * half-bytes' the same features, and of either the features (2 6 | 3 7). The first half of the parts of a vector are
- * for the even features, the second half for the odd ones. */
+ * they stand for. A vector of codes holds two features, one in each half of its lanes; two rounds of interleaving give
+ * lanes with four features of one row. Of the four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low
+ * half-bytes' features (0 4 | 1 5), of the high half-bytes' the same features, and of either the features (2 6 | 3 7).
+ * The first half of the parts of a vector are for the even features, the second half for the odd ones. */
 INLINE void expand_int4(const uint8_t *codes, const int16_t *table, integers w[4][4]) {
     const integers mask = I(set1_epi16)(15);
     const integers c0 = LOAD(codes), c2 = LOAD(codes + 2 * HALF);
@@ -470,9 +470,9 @@ static char *laid_out(const void *x, enum dtype dtype, int64_t M, int64_t K, int
 }
 
 /* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, of whole
- * chunks. A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there are: so a
- * row gives the same bits among others as it does alone. At `next` lie weights that come later, of which `ahead` rows are
- * prefetched. */
+ * chunks. A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there
+ * are: so a row gives the same bits among others as it does alone. At `next` lie weights that come later, of which
+ * `ahead` rows are prefetched. */
 INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *x, int rows, int columns,
                         const char *next, int ahead, float (*out)[TILE]) {
     const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), step = 2 * LANES;
@@ -614,20 +614,33 @@ int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *wei
     return 0;
 }
 
+/* One bfloat16 per 32-bit lane of a, those of b above them: 2 LANES of them in order. */
+static inline integers narrow(floats a, floats b) {
+#if defined(__AVX512BF16__) && BLOCK == 64
+    return (integers)_mm512_cvtne2ps_pbh(b, a);
+#else
+    integers x = INTEGERS(a), y = INTEGERS(b);
+    const integers one = I(set1_epi32)(1), half = I(set1_epi32)(0x7FFF);
+    x = I(srli_epi32)(I(add_epi32)(I(add_epi32)(x, half), AND(I(srli_epi32)(x, 16), one)), 16);
+    y = I(srli_epi32)(I(add_epi32)(I(add_epi32)(y, half), AND(I(srli_epi32)(y, 16), one)), 16);
+    return IN_ORDER(I(packus_epi32)(x, y));
+#endif
+}
+
+/* 2 LANES int8 codes as bfloat16, which holds them exactly. */
+static inline integers as_bfloat16(const int8_t *codes) {
+    return narrow(I(cvtepi32_ps)(LOAD_INT8(codes)), I(cvtepi32_ps)(LOAD_INT8(codes + LANES)));
+}
+
 #if PRODUCTS_OF_BFLOAT16
-/* COLUMNS rows of int8 codes from the n-th on as bfloat16, which holds them exactly, times all rows of activations, which
- * are bfloat16, as they came in `plain` and laid out in `x`. */
+/* COLUMNS rows of int8 codes from the n-th on as bfloat16, times all rows of activations, which are bfloat16, as they
+ * came in `plain` and laid out in `x`. */
 static void columns_int8(const char *x, const uint16_t *plain, int64_t M, int64_t K, const int8_t *codes, int64_t N,
                          int64_t n, uint16_t *expanded, float (*out)[TILE]) {
     const int64_t whole = K / (2 * LANES) * (2 * LANES), columns = N - n < COLUMNS ? N - n : COLUMNS;
     const int8_t *w = codes + n * K;
     for (int64_t c = 0; c < columns; c++)
-        for (int64_t k = 0; k < whole; k += 2 * LANES) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + c * K + k));
-            const floats low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-            const floats high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-            STORE(expanded + c * whole + k, (integers)_mm512_cvtne2ps_pbh(high, low));
-        }
+        for (int64_t k = 0; k < whole; k += 2 * LANES) STORE(expanded + c * whole + k, as_bfloat16(w + c * K + k));
     for (int64_t m = 0, rows; m < M; m += rows) {
         const int ahead = m == 0 && N - n >= 2 * COLUMNS ? 2 : 0; /* as many bytes as COLUMNS rows of codes */
         rows = together(M - m);
@@ -708,23 +721,17 @@ int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *co
     return 0;
 }
 
-/* One bfloat16 per 32-bit lane of a, those of b above them: 2 LANES of them in order. */
-static inline integers narrow(floats a, floats b) {
-#if defined(__AVX512BF16__) && BLOCK == 64
-    return (integers)_mm512_cvtne2ps_pbh(b, a);
-#else
-    integers x = INTEGERS(a), y = INTEGERS(b);
-    const integers one = I(set1_epi32)(1), half = I(set1_epi32)(0x7FFF);
-    x = I(srli_epi32)(I(add_epi32)(I(add_epi32)(x, half), AND(I(srli_epi32)(x, 16), one)), 16);
-    y = I(srli_epi32)(I(add_epi32)(I(add_epi32)(y, half), AND(I(srli_epi32)(y, 16), one)), 16);
-    return IN_ORDER(I(packus_epi32)(x, y));
-#endif
-}
-
-/* Whether so many bytes from `out` on, in lines `stride` bytes apart, are written past the caches. To write a line into a
- * cache reads it from memory first, and much of what is unpacked is out of the caches again before it is read. */
+/* Whether so many bytes from `out` on, in lines `stride` bytes apart, are written past the caches. To write a line into
+ * a cache reads it from memory first, and much of what is unpacked is out of the caches again before it is read. */
 static inline int streams(const void *out, int64_t bytes, int64_t stride) {
     return bytes > STREAMED_BYTES && (uintptr_t)out % 64 == 0 && stride % 64 == 0;
+}
+
+INLINE void keep(uint16_t *to, integers a, const int streamed) {
+    if (streamed)
+        STREAM(to, a);
+    else
+        STORE(to, a);
 }
 
 /* 4-bit weights of `rows` rows, whole blocks, as bfloat16 [K, rows], `stride` apart. `codes` and `scales`, as above,
@@ -749,10 +756,7 @@ INLINE void unpack(const uint8_t *codes, const uint16_t *scales, const float *ta
                 w[i] = table ? I(mul_ps)(LOOK_UP_FLOATS(low, high, q), scale[j + i])
                              : I(fmadd_ps)(I(cvtepi32_ps)(q), scale[j + i], zero[j + i]);
             }
-            if (streamed)
-                STREAM(to + j * LANES, narrow(w[0], w[1]));
-            else
-                STORE(to + j * LANES, narrow(w[0], w[1]));
+            keep(to + j * LANES, narrow(w[0], w[1]), streamed);
         }
     }
 }
@@ -775,21 +779,14 @@ void unpack_int4(const uint8_t *codes, const uint16_t *scales, const float *tabl
     }
 }
 
-/* int8 codes as bfloat16, which holds them exactly. */
+/* int8 codes as bfloat16. */
 void unpack_int8(const int8_t *codes, int64_t size, uint16_t *out, int threads) {
     const int streamed = streams(out, 2 * size, 64);
     const int64_t whole = size / (2 * LANES) * (2 * LANES);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for nowait
-        for (int64_t i = 0; i < whole; i += 2 * LANES) {
-            const floats low = I(cvtepi32_ps)(LOAD_INT8(codes + i));
-            const floats high = I(cvtepi32_ps)(LOAD_INT8(codes + i + LANES));
-            if (streamed)
-                STREAM(out + i, narrow(low, high));
-            else
-                STORE(out + i, narrow(low, high));
-        }
+        for (int64_t i = 0; i < whole; i += 2 * LANES) keep(out + i, as_bfloat16(codes + i), streamed);
         _mm_sfence();
     }
     for (int64_t i = whole; i < size; i++) {

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.launching import launch
-from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, int4_block, on_cpu, pack, pack_codes, unpack_codes, unpack_int4
+from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, in_blocks, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
 
 UNPACK_ELEMENTS = 1 << 23  # weights unpacked at a time, 16 MB in bfloat16: products with more are no faster
@@ -175,14 +175,12 @@ def linear_triton(x: Tensor, codes: Tensor, scales: Tensor, scheme: str) -> Tens
     from hf_accel_patch.kernels import triton_linear
 
     flat = x.reshape(-1, x.shape[-1])
-    if scheme not in INT8:
-        codes = _in_pairs(codes)
     if scheme in INT8:
         y = triton_linear.linear_int8(flat, codes.view(codes.shape[-2:]), scales)
     elif scheme in TABLES:
-        y = triton_linear.linear_table(flat, codes, scales, _table_on(scheme, x.device))
+        y = triton_linear.linear_table(flat, _in_pairs(codes), scales, _table_on(scheme, x.device))
     else:
-        y = triton_linear.linear_int4(flat, codes, scales)
+        y = triton_linear.linear_int4(flat, _in_pairs(codes), scales)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -204,7 +202,8 @@ def dense_triton(codes: Tensor, scales: Tensor, scheme: str, N: int, dtype: torc
 
 def _in_pairs(codes: Tensor) -> Tensor:
     """As the Triton kernels read them: what a hook brings to a GPU lies as a CPU reads it."""
-    return codes if codes.shape[-1] * 2 == CUDA_BLOCK else pack_codes(unpack_codes(codes), CUDA_BLOCK)
+    rows = codes.shape[0] * codes.shape[2] * 2
+    return codes if codes.shape[-1] * 2 == CUDA_BLOCK else in_blocks(codes, rows, CUDA_BLOCK)
 
 
 @cache

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
-from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, block_on, pack_codes, unpack_codes
+from hf_accel_patch.ops.packing import INT8, block_on, first_rows, in_blocks
 from hf_accel_patch.ops.products import Spec, dequantize, product, rows
 from hf_accel_patch.ops.weight import UNCHANGEABLE, QuantizedWeight
-
-REBLOCKED = 1 << 22  # codes that are laid out anew at a time
 
 
 class FastLinear(nn.Linear):
@@ -108,29 +106,9 @@ def reblock(module: QuantizedModule, block: int) -> None:
         if spec.scheme in INT8 or codes.shape[-1] * 2 == block:
             continue
         N, dim = -(-spec.shape[0] // block) * block, 1 if codes.ndim == 3 else 2
-        parts = [_in_blocks(each, N, block) for each in ([codes] if dim == 1 else codes)]
+        parts = [in_blocks(each, N, block) for each in ([codes] if dim == 1 else codes)]
         module._buffers[name] = parts[0] if dim == 1 else torch.stack(parts)
-        module._buffers[f"{name}_scales"] = _of_rows(scales, N, dim)
-
-
-def _in_blocks(codes: Tensor, N: int, block: int) -> Tensor:
-    """Codes of at least N rows, or with zeros behind them, some rows at a time."""
-    found, K = codes.shape[2] * 2, codes.shape[1]
-    step = max(REBLOCKED // (K * found), 1) * max(found, block)
-    laid = codes.new_empty(N // block, K, block // 2)
-    for start in range(0, N, step):
-        stop = min(start + step, N)
-        rows = unpack_codes(codes[start // found : -(-stop // found)])
-        laid[start // block : stop // block] = pack_codes(_of_rows(rows, stop - start, 0), block)
-    return laid
-
-
-def _of_rows(x: Tensor, N: int, dim: int) -> Tensor:
-    """The first N rows, with zeros where there are fewer."""
-    if x.shape[dim] == N:
-        return x
-    short = x.new_zeros(*x.shape[:dim], max(0, N - x.shape[dim]), *x.shape[dim + 1 :])
-    return torch.cat((x.narrow(dim, 0, min(N, x.shape[dim])), short), dim)
+        module._buffers[f"{name}_scales"] = first_rows(scales, N, dim)
 
 
 class HasWeight(QuantizedModule):
@@ -167,9 +145,6 @@ class QuantizedLinear(HasWeight, nn.Linear):
         buffers: dict[str, Any] = self._buffers
         if (order := buffers.get("weight_order")) is not None:
             input = input[..., order]
-        codes = buffers["weight"]
-        if codes.is_cuda and codes.dtype is torch.uint8 and codes.shape[-1] * 2 != CUDA_BLOCK:  # a hook brought them
-            reblock(self, CUDA_BLOCK)
         y = product(input, buffers["weight"], buffers["weight_scales"], self.specs["weight"])
         bias = self.bias
         return y if bias is None else y + bias

@@ -21,6 +21,7 @@ INT8 = ("int8", "llm.int8")  # schemes with codes in 8 bits
 HEAD_REFINEMENTS = 6
 CUDA_BLOCK = 2  # rows per block of 4-bit codes: codes of a row lie one after the other, as tensor cores read them
 BLOCKS = (CUDA_BLOCK, 32, 64)
+REBLOCKED = 1 << 22  # codes that are laid out anew at a time
 
 
 def pack_int4(weight: Tensor, group_size: int, block: int, refinements: int | None = None) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,26 @@ def unpack_codes(packed: Tensor) -> Tensor:
     """The inverse of `pack_codes`."""
     blocks, K, half = packed.shape
     return torch.stack((packed & 15, packed >> 4), 1).transpose(2, 3).reshape(blocks * half * 2, K)
+
+
+def in_blocks(codes: Tensor, N: int, block: int) -> Tensor:
+    """The first N rows of codes, with zeros where there are fewer, in blocks of another size, of which N are some."""
+    found, K = codes.shape[2] * 2, codes.shape[1]
+    step = max(REBLOCKED // (K * found), 1) * max(found, block)
+    laid = codes.new_empty(N // block, K, block // 2)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        rows = unpack_codes(codes[start // found : -(-stop // found)])
+        laid[start // block : stop // block] = pack_codes(first_rows(rows, stop - start, 0), block)
+    return laid
+
+
+def first_rows(x: Tensor, N: int, dim: int) -> Tensor:
+    """The first N rows, with zeros where there are fewer."""
+    if x.shape[dim] == N:
+        return x
+    short = x.new_zeros(*x.shape[:dim], max(0, N - x.shape[dim]), *x.shape[dim + 1 :])
+    return torch.cat((x.narrow(dim, 0, min(N, x.shape[dim])), short), dim)
 
 
 def _packed(weight: Tensor, block: int, quantize: Callable[[Tensor], tuple[Tensor, Tensor]], scales: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class Quantize:
 
     Backends on the CPU: `compiled` is a kernel in C that this machine's compiler makes at first use (x86 with AVX2 or
     AVX512); `torch` is what PyTorch ships, which rounds activations to bfloat16; `auto` takes the first where it can be
-    made. Both work on the same bytes. CUDA has Triton kernels. `bitsandbytes`, by name only:
-    its own modules in the place of `nn.Linear`, for nf4 and llm.int8, as `BitsAndBytesConfig` would have loaded them.
+    made. Both work on the same bytes. CUDA has Triton kernels. `bitsandbytes`, by name only: its own modules instead
+    of `nn.Linear`, for nf4 and llm.int8, as `BitsAndBytesConfig` would have loaded them.
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
     bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
