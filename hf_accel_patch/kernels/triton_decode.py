@@ -33,10 +33,12 @@ PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every G
 LOADED_BYTES = 65536  # ahead
 COMBINED = 16  # channels at a time
 
+Stored = tuple[Tensor, Tensor, Tensor, Tensor]  # codes and scales of keys, and of values
+
 
 def attend(
     query: Tensor,
-    packed: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    packed: Stored | None,
     bits: int,
     blocks: int,
     keys: Tensor,
@@ -56,87 +58,74 @@ def attend(
     positive. softcap: scores become softcap * tanh(scale * scores / softcap). sinks: float32 [H], one more score per
     head, without a value.
     """
-    B, H, T, D = query.shape
-    K, R, V = values.shape[1:]
-    _check(query, keys, values, mask, 64 * blocks + R)
-    out = query.new_empty(B, T, H, V)
+    B, H, T, _ = query.shape
+    _check(query, keys, values, mask, 64 * blocks + keys.shape[2])
+    out = query.new_empty(B, T, H, values.shape[3])
     if not out.numel():
         return out
-    if packed is None or not blocks:
-        return _attend_exact(query, keys, values, mask, scale, softcap, sinks, out)
-    codes, key_scales, value_codes, value_scales = packed
-    KEY, VALUE, groups = key_scales.shape[-1], value_codes.shape[4], value_scales.shape[4]
-    G = H // K
-    same = mask is None or mask.shape[1:3] == (1, 1)
-    sizes = D == KEY and V == VALUE and query.dtype is not torch.float32
-    if same and sizes and bias is None and coded.takes(bits, G * T, D, V):
-        return _attend_codes(query, packed, bits, blocks, keys, values, mask, scale, softcap, sinks, out)
-    t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
-    tiles = triton.cdiv(G * T, t.rows)
-    splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL.value * t.warps))
-    parts, stats = _parts(out, K, splits)
+    given = _Given(query, keys, values, mask, scale, softcap, sinks, out)
     with torch.cuda.device_of(query):
-        attend_digits[(B * K * tiles, splits)](
-            query, keys, values, codes, key_scales, value_codes, value_scales,
-            None if mask is None else mask.view(torch.uint8), sinks, bias, stats, parts,
-            K, G, T, D, V, blocks, R, steps, scale, softcap,
-            *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
-            *_mask_strides(mask), *_mask_strides(bias),
-            KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
-            t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
-            t.stages, num_warps=t.warps,
-        )  # fmt: skip
-        _combined(parts, stats, sinks, out, K, splits)
+        if packed is None or not blocks:
+            _attend_exact(given)
+        elif bias is None and _codes_take(given, packed, bits):
+            _attend_codes(given, packed, bits, blocks)
+        else:
+            _attend_digits(given, packed, bits, blocks, bias)
     return out
 
 
-def _attend_exact(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    B, H, T, D = query.shape
-    K, R, V = values.shape[1:]
-    G, DP, VP = H // K, _power_of_2(max(D, 16)), _power_of_2(max(V, 16))
+class _Given(NamedTuple):
+    """What `attend` was called with, and where its answer goes."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    out: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """B, K, G, T, R, D and V."""
+        (B, H, T, D), (K, R, V) = self.query.shape, self.values.shape[1:]
+        return B, K, H // K, T, R, D, V
+
+    @property
+    def mask_bytes(self) -> Tensor | None:
+        return None if self.mask is None else self.mask.view(torch.uint8)
+
+
+def _attend_exact(given: _Given) -> None:
+    query, keys, values, mask, scale, softcap, sinks, out = given
+    B, K, G, T, R, D, V = given.sizes
+    DP, VP = _power_of_2(max(D, 16)), _power_of_2(max(V, 16))
     t = exact.tiling(G * T, DP, VP, query.dtype is torch.float32)
     tiles = triton.cdiv(G * T, t.rows)
     splits, steps = split(B * K * tiles, triton.cdiv(R, t.tokens), t.fit)
     parts, stats = _parts(out, K, splits)
     m_b, m_h, m_t = _mask_strides(mask)
-    with torch.cuda.device_of(query):
-        exact.attend_exact[(B * K * tiles, splits)](
-            query, keys, values, None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
-            K, G, T, R, steps, scale, softcap, *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
-            m_b, m_h, m_t, keys.stride(2), values.stride(2), D, V, DP, VP, m_h != 0, m_t != 0, splits > 1,
-            t.rows, t.pieces, t.tokens, t.stages, num_warps=t.warps,
-            maxnreg=_registers(t.warps, t.fit),
-        )  # fmt: skip
-        _combined(parts, stats, sinks, out, K, splits)
-    return out
+    exact.attend_exact[(B * K * tiles, splits)](
+        query, keys, values, given.mask_bytes, sinks, stats, parts,
+        K, G, T, R, steps, scale, softcap, *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
+        m_b, m_h, m_t, keys.stride(2), values.stride(2), D, V, DP, VP, m_h != 0, m_t != 0, splits > 1,
+        t.rows, t.pieces, t.tokens, t.stages, num_warps=t.warps, maxnreg=_registers(t.warps, t.fit),
+    )  # fmt: skip
+    _combined(parts, stats, sinks, out, K, splits)
 
 
-def _attend_codes(
-    query: Tensor,
-    packed: tuple[Tensor, Tensor, Tensor, Tensor],
-    bits: int,
-    blocks: int,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    B, H, T, D = query.shape
-    K, R, V = values.shape[1:]
-    G = H // K
+def _codes_take(given: _Given, packed: Stored, bits: int) -> bool:
+    """Whether triton_decode_codes.py is for this."""
+    _, _, G, T, _, D, V = given.sizes
+    sizes = packed[1].shape[-1] == D and packed[2].shape[4] == V and given.query.dtype is not torch.float32
+    same = given.mask is None or given.mask.shape[1:3] == (1, 1)
+    return sizes and same and coded.takes(bits, G * T, D, V)
+
+
+def _attend_codes(given: _Given, packed: Stored, bits: int, blocks: int) -> None:
+    query, keys, values, mask, scale, softcap, sinks, out = given
+    B, K, G, T, R, D, V = given.sizes
     key_codes, key_scales, value_codes, value_scales = packed
     key_words, value_words = key_codes.view(torch.int32), value_codes.view(torch.int32)
     rows = 4 if G * T <= 4 else 8
@@ -144,20 +133,39 @@ def _attend_codes(
     tiles = triton.cdiv(G * T, rows)
     first, steps = split(B * K * tiles, blocks, fit)
     rest, rest_steps = split(B * K * tiles, triton.cdiv(R, coded.TAIL_TOKENS), fit) if R else (0, 1)
-    parts, stats = _parts(out, K, first + rest)
-    with torch.cuda.device_of(query):
-        coded.attend_codes[(B * K * tiles, first + rest)](
-            query, keys, values, key_words, key_scales, value_words, value_scales,
-            None if mask is None else mask.view(torch.uint8), sinks, stats, parts,
-            K, G, T, blocks, R, steps, first, rest_steps, scale, softcap,
-            *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *_strides(key_words), *_strides(key_scales),
-            *_strides(value_words), *_strides(value_scales), _mask_strides(mask)[0],
-            keys.stride(2), values.stride(2), D, V, value_scales.shape[4], bits, first + rest > 1, rows,
-            coded.TAIL_TOKENS, stages, not coded.INTERPRETED, num_warps=1,
-            maxnreg=_registers(1, fit),
-        )  # fmt: skip
-        _combined(parts, stats, sinks, out, K, first + rest)
-    return out
+    splits = first + rest
+    parts, stats = _parts(out, K, splits)
+    coded.attend_codes[(B * K * tiles, splits)](
+        query, keys, values, key_words, key_scales, value_words, value_scales, given.mask_bytes, sinks, stats, parts,
+        K, G, T, blocks, R, steps, first, rest_steps, scale, softcap,
+        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *_strides(key_words), *_strides(key_scales),
+        *_strides(value_words), *_strides(value_scales), _mask_strides(mask)[0],
+        keys.stride(2), values.stride(2), D, V, value_scales.shape[4], bits, splits > 1, rows,
+        coded.TAIL_TOKENS, stages, not coded.INTERPRETED, num_warps=1, maxnreg=_registers(1, fit),
+    )  # fmt: skip
+    _combined(parts, stats, sinks, out, K, splits)
+
+
+def _attend_digits(given: _Given, packed: Stored, bits: int, blocks: int, bias: Tensor | None) -> None:
+    query, keys, values, mask, scale, softcap, sinks, out = given
+    B, K, G, T, R, D, V = given.sizes
+    codes, key_scales, value_codes, value_scales = packed
+    KEY, VALUE, groups = key_scales.shape[-1], value_codes.shape[4], value_scales.shape[4]
+    t = tiling(bits, G * T, max(D, KEY), VALUE, query.dtype is torch.float32)
+    tiles = triton.cdiv(G * T, t.rows)
+    splits, steps = split(B * K * tiles, triton.cdiv(blocks, t.warps) + triton.cdiv(R, TAIL.value * t.warps))
+    parts, stats = _parts(out, K, splits)
+    attend_digits[(B * K * tiles, splits)](
+        query, keys, values, codes, key_scales, value_codes, value_scales, given.mask_bytes, sinks, bias, stats, parts,
+        K, G, T, D, V, blocks, R, steps, scale, softcap,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        *_strides(codes), *_strides(key_scales), *_strides(value_codes), *_strides(value_scales),
+        *_mask_strides(mask), *_mask_strides(bias),
+        KEY, VALUE, groups, bits, splits > 1, t.warps, t.rows, t.pieces, t.digits, _power_of_2(max(D, 16)),
+        t.key_chunk, triton.cdiv(KEY, t.key_chunk), t.value_chunk, triton.cdiv(VALUE, t.value_chunk),
+        t.stages, num_warps=t.warps,
+    )  # fmt: skip
+    _combined(parts, stats, sinks, out, K, splits)
 
 
 def _parts(out: Tensor, K: int, splits: int) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from hf_accel_patch.kernels.triton_decode_exact import _last_seen, _steps
-from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
+from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, placed
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 TAIL_TOKENS = 16
@@ -126,13 +126,8 @@ def _values(p, codes, scales, group: tl.constexpr, VALUE: tl.constexpr, GROUPS: 
 def _stored(sums, m, total, sinks, stats, out, row, rows, line, batch, head, K, G, T, channel, V: tl.constexpr,
             SPLIT: tl.constexpr):  # fmt: skip
     """sums [channels, ROWS]."""
-    if SPLIT:
-        at = (line * tl.num_programs(1) + tl.program_id(1)) * rows + row
-        tl.store(stats + 2 * at, m, mask=row < rows)
-        tl.store(stats + 2 * at + 1, total, mask=row < rows)
-    else:
-        at = (batch * T + row % T) * (K * G) + head * G + row // T
-        sums *= inverse_of(m, total, sinks, head * G + row // T, row < rows)[None, :]
+    at, inverse = placed(m, total, sinks, stats, row, rows, line, batch, head, K, G, T, SPLIT)
+    sums *= inverse[None, :]
     tl.store(out + at[None, :] * V + channel[:, None], sums.to(out.dtype.element_ty), mask=(row < rows)[None, :])
 
 

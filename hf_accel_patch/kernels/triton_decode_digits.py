@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
+from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, placed
 
 TAIL = tl.constexpr(16)  # exact tokens that a warp takes at a time
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the bits
@@ -220,13 +220,12 @@ def attend_digits(
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = PIECES * ROWS
     tiles = tl.cdiv(G * T, ROWS)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
+    line = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    split = tl.program_id(1)
-    batch, head = head // K, head % K
+    batch, head = line // K, line % K
     w = tl.arange(0, W)[:, None, None]
     row = tile * ROWS + tl.arange(0, ROWS)[None, :, None]
-    first = split * steps
+    first = tl.program_id(1) * steps
     quantized = tl.cdiv(blocks, W)
     q += batch * q_b + head * G * q_h
     k += batch * k_b + head * k_k
@@ -299,14 +298,7 @@ def attend_digits(
     total = tl.sum(total * factor, axis=0)
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = G * T
-    if SPLIT:
-        at = (tl.program_id(0) // tiles * tl.num_programs(1) + split).to(tl.int64) * rows + row
-        tl.store(stats + 2 * at, most, mask=row < rows)
-        tl.store(stats + 2 * at + 1, total, mask=row < rows)
-        inverse = tl.full([ROWS], 1.0, tl.float32)
-    else:
-        at = (batch * T + row % T) * (K * G) + head * G + row // T
-        inverse = inverse_of(most, total, sinks, head * G + row // T, row < rows)
+    at, inverse = placed(most, total, sinks, stats, row, rows, line, batch, head, K, G, T, SPLIT)
     for c in tl.static_range(VCS):
         channel = c * VC + tl.arange(0, VC)[None, :]
         y = tl.sum(sums[c] * factor[:, :, None], axis=0) * inverse[:, None]

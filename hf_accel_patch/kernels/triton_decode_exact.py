@@ -24,7 +24,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, inverse_of
+from hf_accel_patch.kernels.triton_decode_parts import LOG2E, capped, placed
 
 STEP_BYTES = 32768  # of keys and values that a program loads at a time
 PROCESSOR_BYTES = 227 << 10  # of shared memory
@@ -165,13 +165,8 @@ def attend_exact(
         m = tl.max(tl.reshape(m, [PIECES, ROWS]), axis=0)
         total = tl.max(tl.reshape(total, [PIECES, ROWS]), axis=0)
     row = tile * ROWS + tl.arange(0, ROWS)
-    if SPLIT:
-        at = (line * tl.num_programs(1) + tl.program_id(1)) * rows + row
-        tl.store(stats + 2 * at, m, mask=row < rows)
-        tl.store(stats + 2 * at + 1, total, mask=row < rows)
-    else:
-        at = (batch * T + row % T) * (K * G) + head * G + row // T
-        sums *= inverse_of(m, total, sinks, head * G + row // T, row < rows)[:, None]
+    at, inverse = placed(m, total, sinks, stats, row, rows, line, batch, head, K, G, T, SPLIT)
+    sums *= inverse[:, None]
     channel = tl.arange(0, VP)[None, :]
     tl.store(out + at[:, None] * V + channel, sums.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (channel < V))
 

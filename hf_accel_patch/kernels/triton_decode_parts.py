@@ -33,6 +33,21 @@ def inverse_of(most, total, sinks, head, live):
     return factor / tl.where(total == 0, 1.0, total)
 
 
+@triton.jit
+def placed(most, total, sinks, stats, row, rows, line, batch, head, K, G, T, SPLIT: tl.constexpr):
+    """Of rows of key/value head `line`, of which `rows` exist, where their sums go, and what these are multiplied with.
+    If other programs have a share in them, what `combine` needs is stored."""
+    if SPLIT:
+        at = (line * tl.num_programs(1) + tl.program_id(1)) * rows + row
+        tl.store(stats + 2 * at, most, mask=row < rows)
+        tl.store(stats + 2 * at + 1, total, mask=row < rows)
+        inverse = tl.full(total.shape, 1.0, tl.float32)
+    else:
+        at = (batch * T + row % T) * (K * G) + head * G + row // T
+        inverse = inverse_of(most, total, sinks, head * G + row // T, row < rows)
+    return at, inverse
+
+
 @triton.jit(do_not_specialize=["splits"])
 def combine(parts, stats, sinks, out, H, T, G, V, splits, SPLITS: tl.constexpr, C: tl.constexpr):
     """C channels of one row: the sums of its splits [splits, V], SPLITS at a time, in order."""
