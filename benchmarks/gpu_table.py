@@ -86,11 +86,8 @@ def _tilings(rows: list[Row]) -> str:
     lines = [caption, "", line("queries, keys, warps, stages", *kinds), line("---", *(["---:"] * len(kinds)))]
     by = {(tuple(row["tile"]), row["kind"]): row for row in rows}
     for tile in dict.fromkeys(tuple(row["tile"]) for row in rows):
-        lines.append(
-            line(
-                ", ".join(map(str, tile)), *(number(by.get((tile, kind), {}).get("tflops"), "{:.0f}") for kind in kinds)
-            )
-        )
+        found = (by.get((tile, kind), {}).get("tflops") for kind in kinds)
+        lines.append(line(", ".join(map(str, tile)), *(number(each, "{:.0f}") for each in found)))
     return "\n".join(lines)
 
 

@@ -42,6 +42,32 @@ MATMUL_ROWS = 128
 DENSE_WEIGHTS = 1 << 26  # dequantized at a time: 128 MB in 16 bits, enough for a layer of an 8B model
 BLOCK = 2  # rows that share the bytes of 4-bit codes
 HALVES = (torch.bfloat16, torch.float16)
+ANY = 1 << 62  # outputs
+# Which tile up to how many rows of x, and below how many outputs: up to 16 rows those that were the fastest on an H200,
+# for more those with the fewest instructions. Few outputs need many parts of K for all processors to read.
+TILES4 = (  # pairs of outputs, parts of K, steps at a time, stages, warps
+    (1, 8192, (4, 8, 2, 4, 2)),
+    (1, 65536, (8, 8, 1, 3, 4)),
+    (1, ANY, (16, 8, 2, 3, 4)),
+    (2, ANY, (8, 4, 2, 4, 2)),
+    (4, 8192, (8, 4, 2, 4, 2)),
+    (4, ANY, (16, 2, 2, 4, 2)),
+    (8, 8192, (8, 4, 2, 3, 2)),
+    (8, ANY, (16, 2, 2, 3, 2)),
+    (16, 8192, (16, 2, 2, 3, 2)),
+    (16, ANY, (32, 1, 2, 3, 2)),
+    (MATMUL_ROWS, ANY, (64, 1, 1, 3, 4)),
+)
+TILES8 = (  # outputs, parts of K, input features per step, stages, warps
+    (1, 4096, (4, 8, 128, 4, 2)),
+    (2, ANY, (8, 4, 256, 3, 2)),
+    (4, 8192, (8, 4, 128, 4, 2)),
+    (4, ANY, (16, 2, 128, 4, 2)),
+    (8, 4096, (8, 4, 128, 4, 2)),
+    (16, 8192, (16, 2, 128, 4, 2)),
+    (16, ANY, (32, 1, 128, 4, 2)),
+    (MATMUL_ROWS, ANY, (64, 1, 128, 3, 4)),
+)
 
 
 class Table(NamedTuple):
@@ -136,44 +162,21 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 @lru_cache(maxsize=1024)
 def tile4(M: int, N: int, group: int) -> Tile:
-    """As they were fastest on an H200 up to 16 rows; for more, the tile with half the instructions of the one that was
-    timed there. Few outputs need many parts of K for all processors to read."""
-    few = N < 8192
-    if M <= 1:
-        outputs, parts, unroll, stages, warps = (
-            (4, 8, 2, 4, 2) if few else (8, 8, 1, 3, 4) if N < 65536 else (16, 8, 2, 3, 4)
-        )
-    elif M <= 2:
-        outputs, parts, unroll, stages, warps = 8, 4, 2, 4, 2
-    elif M <= 4:
-        outputs, parts, unroll, stages, warps = (8, 4, 2, 4, 2) if few else (16, 2, 2, 4, 2)
-    elif M <= 8:
-        outputs, parts, unroll, stages, warps = (8, 4, 2, 3, 2) if few else (16, 2, 2, 3, 2)
-    elif M <= 16:
-        outputs, parts, unroll, stages, warps = (16, 2, 2, 3, 2) if few else (32, 1, 2, 3, 2)
-    else:
-        outputs, parts, unroll, stages, warps = 64, 1, 1, 3, 4  # 64 rows of codes: wgmma where there is one
+    outputs, parts, unroll, stages, warps = next(tile for rows, most, tile in TILES4 if rows >= M and most > N)
     if group > 64:
         unroll, stages = 1, 3
-    rows = min(64, _power_of_2_from(M))
-    return Tile(rows, max(8, rows * parts), outputs, parts, group, unroll, stages, warps)
+    return _tile(M, outputs, parts, group, unroll, stages, warps)
 
 
 @lru_cache(maxsize=1024)
 def tile8(M: int, N: int) -> Tile:
-    """As they were fastest on an H200 up to 16 rows."""
-    if M <= 2:
-        outputs, parts, step, stages, warps = (4, 8, 128, 4, 2) if M == 1 and N < 4096 else (8, 4, 256, 3, 2)
-    elif M <= 4:
-        outputs, parts, step, stages, warps = (8, 4, 128, 4, 2) if N < 8192 else (16, 2, 128, 4, 2)
-    elif M <= 16:
-        outputs, parts, step, stages, warps = (8, 4, 128, 4, 2) if M <= 8 and N < 4096 else (16, 2, 128, 4, 2)
-        if N >= 8192:
-            outputs, parts = 32, 1
-    else:
-        outputs, parts, step, stages, warps = 64, 1, 128, 3, 4
+    outputs, parts, step, stages, warps = next(tile for rows, most, tile in TILES8 if rows >= M and most > N)
+    return _tile(M, outputs, parts, step, 1, stages, warps)
+
+
+def _tile(M: int, outputs: int, parts: int, step: int, unroll: int, stages: int, warps: int) -> Tile:
     rows = min(64, _power_of_2_from(M))
-    return Tile(rows, max(8, rows * parts), outputs, parts, step, 1, stages, warps)
+    return Tile(rows, max(8, rows * parts), outputs, parts, step, unroll, stages, warps)
 
 
 def splits(tiles: int, steps: int, M: int) -> int:
