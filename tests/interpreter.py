@@ -26,7 +26,8 @@ def load(name: str) -> ModuleType:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Without a GPU: transformers has imported triton already, so Triton's own functions are there to be compiled; and
-    the interpreter multiplies matrices of bfloat16 as if their bits were integers."""
+    the interpreter multiplies matrices of bfloat16 as if their bits were integers, and cuts off what it should round to
+    it."""
     triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
@@ -45,5 +46,14 @@ def interpreted() -> Iterator[None]:
             def dot(self, a, b, d, *_):
                 return interpreter.TensorHandle(numbers(a) @ numbers(b) + d.data, d.dtype.scalar)
 
+            inner = interpreter.InterpreterBuilder.cast_impl
+
+            def cast(self, source, dtype):
+                if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+                    return inner(self, source, dtype)
+                values = torch.from_numpy(source.data.copy()).bfloat16()  # copied: what is broadcast may not be written
+                return interpreter.TensorHandle(values.view(torch.int16).numpy().view("uint16"), dtype.scalar)
+
             patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+            patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         yield

@@ -16,10 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from interpreter import interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_accel_patch.fusing.planning import planned
+from hf_accel_patch.fusing.running import Runner
+from hf_accel_patch.fusing.tracing import traced
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops.graphs import Watching
 from hf_accel_patch.ops.refusing import Refused, check
@@ -70,6 +74,43 @@ class SimulatedRecorder:
         capture.end(output)
         self.made.append(Simulated(output, capture.run))
         return self.made[-1]
+
+
+class FusedRecorder:
+    """Plans as `CudaRecorder` does on a GPU, with kernels that are interpreted, and carries the plan out at each
+    replay."""
+
+    passes: int = 8
+    most_bytes: int | None = None
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        self.made: list[Fused] = []
+
+    @property
+    def replays(self) -> int:
+        return sum(each.replays for each in self.made)
+
+    def __call__(self, function: Callable[[], Tensor]) -> Fused:
+        with interpreted():
+            trace = traced(function, self.device)
+            expected = trace.output.clone()
+            runner = Runner(planned(trace, self.device))
+            made = Fused(runner, expected, runner())
+        self.made.append(made)
+        return made
+
+
+class Fused:
+    """A plan, what the function gave that it was made of, and what it gave itself on the same."""
+
+    def __init__(self, runner: Runner, expected: Tensor, first: Tensor) -> None:
+        self.runner, self.expected, self.first, self.replays = runner, expected, first, 0
+
+    def replay(self) -> Tensor:
+        self.replays += 1
+        with interpreted():
+            return self.runner()
 
 
 class CountedTape:

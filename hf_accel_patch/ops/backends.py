@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from hf_accel_patch.fusing.tracing import noted
 from hf_accel_patch.ops import flash, flex
 from hf_accel_patch.ops.case import Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS
@@ -229,7 +230,7 @@ def _decoded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, var
     inputs = query, None, 0, 0, key, value, mask, variant.scale, variant.softcap, sinks
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     kind = "decode", rows, *_kind(query, value, variant)
-    return launch(kind, query.device, lambda: triton_decode.attend(*inputs))
+    return launch(kind, query.device, lambda: noted(triton_decode.attend, *inputs))
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one, on a
-CPU as ops/tape.py says.
+"""Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one, with
+small operators fused (fusing/), on a CPU as ops/tape.py says.
 
 A replay does to the same memory what the recorded function did, and runs nothing of Python. So the function has to read
 what changes between its calls from tensors that stay where they are, and must neither wait for the device nor keep a
@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_accel_patch.fusing.running import fused
 from hf_accel_patch.kernels import cpu_steps
-from hf_accel_patch.ops.refusing import check
+from hf_accel_patch.logs import get_logger
+from hf_accel_patch.ops.launching import unsuitable
+from hf_accel_patch.ops.refusing import Refused, check
 from hf_accel_patch.ops.tape import TapeRecorder
 
+logger = get_logger(__name__)
 STATE = threading.local()
 LOCK = threading.RLock()  # of captures and replays of all models: a capture waits for the whole device
 
@@ -123,6 +127,7 @@ class CudaRecorder:
     and its handle is of no use afterwards."""
 
     passes, most_bytes = 64, None  # a recording takes about as long as so many passes
+    fuses = True  # small operators become few kernels
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -137,8 +142,8 @@ class CudaRecorder:
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
             try:
-                with torch.cuda.stream(self.stream), Watching(self.device):
-                    function()  # libraries load and take their workspaces, kernels are compiled
+                with torch.cuda.stream(self.stream):
+                    function = self._tried(function)
             finally:
                 current.wait_stream(self.stream)
             with LOCK, _uncollected():
@@ -149,6 +154,22 @@ class CudaRecorder:
                 recorded = CudaRecorded(self._capture(graph, function), graph, self)
                 self.made.append(weakref.ref(recorded))
                 return recorded
+
+    def _tried(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What does the same, if possible in fewer kernels. It has run: libraries are loaded and have taken their
+        workspaces, kernels are compiled."""
+        reason = unsuitable(self.device.index) if self.fuses else "asked not to"
+        if not reason:
+            try:
+                return fused(function, self.device)
+            except Refused:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        logger.info(f"a step is recorded kernel by kernel: {reason}")
+        with Watching(self.device):
+            function()
+        return function
 
     def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor:
         """What `torch.cuda.graph` does, which leaves its stream in use, and its memory in recording, if CUDA has

@@ -8,9 +8,10 @@ import pytest
 import torch
 from simulated_graphs import SimulatedRecorder
 
+from hf_accel_patch.fusing.tracing import Unfusable, noted
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops import graphs
-from hf_accel_patch.ops.graphs import Watching, marked, recorder_for, recording
+from hf_accel_patch.ops.graphs import CudaRecorder, Watching, marked, recorder_for, recording
 from hf_accel_patch.ops.refusing import Refused
 from hf_accel_patch.ops.tape import TapeRecorder
 
@@ -224,6 +225,7 @@ def cuda(monkeypatch):
     }  # fmt: skip
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(CudaRecorder, "fuses", False)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *args, name=name: log.append((name, *args)), raising=False)
     return log, current
@@ -252,6 +254,33 @@ def test_the_order_in_which_a_graph_is_made_and_replayed(cuda):
     first, current[0] = current[0], Told(log, "other")
     recorder(lambda: X * 3).replay()
     assert log[-2:] == [("other", "wait_stream", first.name), ("graph 1", "replay")]
+
+
+def test_a_fused_function_runs_once(cuda, monkeypatch):
+    """What it did is done again by what was noted of it: to be tried, and to be captured."""
+    _, current = cuda
+    monkeypatch.setattr(CudaRecorder, "fuses", True)
+    runs, again = [], []
+
+    def kernel(x):
+        again.append(current[0].name)
+        return x * 2
+
+    recorded = recorder_for(torch.device("cuda", 0))(lambda: (runs.append(current[0].name), noted(kernel, X) + 1)[1])
+    assert runs == ["side"] and again == ["side"] * 3 and torch.equal(recorded.output, X * 2 + 1)
+
+
+@pytest.mark.parametrize("error", [Unfusable("why"), ImportError("no module triton"), RuntimeError("anything")])
+def test_what_cannot_be_fused_is_recorded_as_it_is(error, cuda, monkeypatch):
+    monkeypatch.setattr(CudaRecorder, "fuses", True)
+
+    def fails(function, device):
+        raise error
+
+    monkeypatch.setattr(graphs, "fused", fails)
+    runs = []
+    recorded = recorder_for(torch.device("cuda", 0))(lambda: (runs.append(1), X * 2)[1])
+    assert len(runs) == 2 and torch.equal(recorded.output, X * 2)
 
 
 def test_a_pool_goes_with_its_last_graph(cuda):

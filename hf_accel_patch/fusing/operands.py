@@ -1,0 +1,61 @@
+"""What operators of PyTorch are given, as values of a kernel."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_accel_patch.fusing.values import DTYPES, FLOATS, Constant, Pointwise, Value
+
+
+class Read(Protocol):
+    """Says what a tensor holds."""
+
+    def __call__(self, tensor: Tensor) -> Value: ...
+
+    def in_memory(self, tensor: Tensor) -> bool:
+        """Whether it lies in memory already."""
+
+
+def operand(given: Any, dtype: torch.dtype, device: torch.device, read: Read) -> Value | None:
+    """A tensor, or a number of Python's, also where that is a tensor on the host beside those on a GPU."""
+    if isinstance(given, Tensor) and given.device == device:
+        return read(given)
+    if isinstance(given, Tensor):
+        given = given.item() if given.device.type == "cpu" and not given.dim() else None
+    if isinstance(given, bool | int | float):
+        return Constant((), torch.float32 if dtype in FLOATS else dtype, given)
+    return None
+
+
+def cast(value: Value, dtype: torch.dtype) -> Value:
+    if value.dtype is dtype:
+        return value
+    return Pointwise(value.sizes, dtype, "{0}", (value,), torch.float32 if dtype in FLOATS else None)
+
+
+def spread(value: Value, sizes: tuple[int, ...]) -> Value:
+    """In more elements, by broadcasting."""
+    return value if value.sizes == sizes else Pointwise(sizes, value.dtype, "{0}", (value,))
+
+
+def readable(tensor: Tensor, device: torch.device) -> bool:
+    known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype in DTYPES
+    return known and (tensor.device == device or not tensor.dim()) and not tensor.is_conj() and not tensor.is_neg()
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory, each element once."""
+    elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+    return tensor.storage_offset() == 0 and tensor.numel() <= elements and not overlaps(tensor) and tensor.numel() > 0
+
+
+def overlaps(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < expected:
+            return True
+        expected = stride * n
+    return False
