@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_accel_patch.fusing.joining import joined
 from hf_accel_patch.fusing.operators import value_in_place, value_of
 from hf_accel_patch.fusing.stores import Store, store_of
 from hf_accel_patch.fusing.sums import layer_norm
@@ -71,7 +72,7 @@ class _Planner:
                 unwritten |= {address(each) for each in node.made}
             self._take(i, node)
         self._flush(END)
-        return Plan(self.trace, self.steps)
+        return Plan(self.trace, joined(self.steps))
 
     def __call__(self, tensor: Tensor) -> Value:
         found = self.pending.get(address(tensor))

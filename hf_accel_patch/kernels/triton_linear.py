@@ -26,14 +26,23 @@ int8, 2.84 with nf4, most of it in small products: the head alone is read at 3.6
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from hf_accel_patch.kernels.triton_codes import lookup
-from hf_accel_patch.kernels.triton_products import _add, _dense4, _exact4, _exact8, _product4, _product8
+from hf_accel_patch.kernels.triton_products import (
+    _add,
+    _dense4,
+    _exact4,
+    _exact8,
+    _product4,
+    _product8,
+    _three4,
+    _three8,
+)
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as it was when the kernels were decorated
 PROCESSORS = 132  # of an H100 or H200; not asked of the device, so that every GPU adds in the same order
@@ -68,6 +77,9 @@ TILES8 = (  # outputs, parts of K, input features per step, stages, warps
     (16, ANY, (32, 1, 128, 4, 2)),
     (MATMUL_ROWS, ANY, (64, 1, 128, 3, 4)),
 )
+
+
+Weights = list[tuple[Tensor, Tensor]]  # codes and scales of each
 
 
 class Table(NamedTuple):
@@ -145,6 +157,21 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
+def linear_together(x: Tensor, weights: Weights, table: Table | None) -> list[Tensor] | None:
+    """`linear_int4`, or with a table `linear_table`, or of codes [N, K] `linear_int8`, of one x with two or three
+    weights, in one kernel: a small product is over in microseconds, most of which are its start. None where they are
+    better apart: with float32 activations, more than MATMUL_ROWS rows, or where programs share K."""
+    codes = [codes for codes, _ in weights]
+    x = _activations(x, codes[0].shape[1])
+    if x.dtype is torch.float32 or not _few(x) or not len(x):
+        return None
+    N = [len(each) * (2 if each.dim() == 3 else 1) for each in codes]
+    outs = [x.new_empty(len(x), n) for n in N]
+    run = _together8 if codes[0].dim() == 2 else _together4
+    with torch.cuda.device_of(x):
+        return outs if run(x, weights, N, outs, table) else None
+
+
 def dequantize_int4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights [N, K], computed in float32 and rounded once."""
     return _dequantized(codes, _pairs(scales), None, dtype)
@@ -158,6 +185,50 @@ def dequantize_table(codes: Tensor, absmax: Tensor, table: Table, dtype: torch.d
 def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights [N, K], computed in float32 and rounded once: PyTorch has a kernel for that."""
     return torch.mul(codes, scales.float()[:, None], out=torch.empty_like(codes, dtype=dtype))
+
+
+def _together4(x: Tensor, weights: Weights, N: list[int], outs: list[Tensor], table: Table | None) -> bool:
+    codes, scales = [each for each, _ in weights], [_pairs(each) for _, each in weights]
+    for each in codes:
+        _check_pairs(each)
+    (M, K), groups = x.shape, len(scales[0])
+    t = tile4(M, sum(N), K // groups)
+    tiles, second, third = _tiles([n // 2 for n in N], t.outputs)
+    rows, steps = triton.cdiv(M, t.rows), triton.cdiv(groups, t.parts)
+    if splits(tiles * rows, steps, M) > 1:
+        return False
+    values, found = _lookup(table, x.dtype)
+    _three4[(tiles, 1, rows)](
+        x, *_three(codes), *_three(scales), values, *_three(outs), M, K,
+        *_three([n // 2 for n in N]), groups, steps, second, third, found, t.rows, t.columns, t.outputs, t.parts,
+        K // groups, t.unroll, t.stages, not INTERPRETED, num_warps=t.warps,
+    )  # fmt: skip
+    return True
+
+
+def _together8(x: Tensor, weights: Weights, N: list[int], outs: list[Tensor], table: Table | None) -> bool:
+    (M, K), t = x.shape, tile8(len(x), sum(N))
+    tiles, second, third = _tiles(N, t.outputs)
+    rows, steps = triton.cdiv(M, t.rows), triton.cdiv(K, t.step * t.parts)
+    if splits(tiles * rows, steps, M) > 1:
+        return False
+    codes, scales = ([each[i] for each in weights] for i in (0, 1))
+    _three8[(tiles, 1, rows)](
+        x, *_three(codes), *_three(scales), *_three(outs), M, K, *_three(N), steps, second, third, t.rows, t.columns,
+        t.outputs, t.parts, t.step, t.stages, not INTERPRETED, num_warps=t.warps,
+    )  # fmt: skip
+    return True
+
+
+def _tiles(outputs: list[int], size: int) -> tuple[int, int, int]:
+    """Of two or three weights: how many tiles there are, and the first of the second and of the third."""
+    counts = [triton.cdiv(n, size) for n in outputs]
+    return sum(counts), counts[0], counts[0] + counts[1]
+
+
+def _three(of: list[Any]) -> list[Any]:
+    """What is given of two or three weights; of a third that is not there no tile is computed."""
+    return [*of, *of[-1:]][:3]
 
 
 @lru_cache(maxsize=1024)
@@ -190,9 +261,7 @@ def _linear4(x: Tensor, codes: Tensor, scales: Tensor, table: Table | None) -> T
     groups, N = len(scales), 2 * pairs
     x, G = _activations(x, K), K // groups
     M, out = len(x), x.new_empty(len(x), N)
-    values, found = (None, "") if table is None else (table.values, table.bfloat16)
-    if table is not None and x.dtype is torch.float16:
-        found = table.float16
+    values, found = _lookup(table, x.dtype)
     if not M:
         return out
     with torch.cuda.device_of(x):
@@ -269,6 +338,13 @@ def _check_pairs(codes: Tensor) -> tuple[int, int]:
     if half != BLOCK // 2:
         raise RuntimeError(f"codes lie in blocks of {2 * half} rows; the kernels take those of {BLOCK}")
     return pairs, K
+
+
+def _lookup(table: Table | None, dtype: torch.dtype) -> tuple[Tensor | None, str]:
+    """The values of a table, and the instructions that look them up."""
+    if table is None:
+        return None, ""
+    return table.values, table.float16 if dtype is torch.float16 else table.bfloat16
 
 
 def _pairs(scales: Tensor) -> Tensor:

@@ -26,6 +26,17 @@ def _own(y, S: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
     return y
 
 
+@triton.jit
+def _one_of(tile, second, third, a, b, c):
+    """Of three weights that share x, what belongs to the one that this tile is of: theirs begin with 0, `second` and
+    `third`."""
+    if tile >= second:
+        a = b
+    if tile >= third:
+        a = c
+    return a
+
+
 @triton.jit(do_not_specialize=["M", "pairs", "groups", "each"])  # what changes with the rows of x compiles once
 def _product4(
     x, codes, scales, table, out, M, N, K, pairs, groups, each,
@@ -34,11 +45,43 @@ def _product4(
 ):  # fmt: skip
     """PAIRS pairs of outputs, whose codes share their bytes, over S parts of `each` groups. scales: int64 [groups,
     pairs], two words each."""
+    _tile4(
+        tl.program_id(0), x, codes, scales, table, out, M, N, K, pairs, groups, each,
+        LOOKUP, ROWS, COLUMNS, PAIRS, S, G, UNROLL, STAGES, FAST,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "pairs_0", "pairs_1", "pairs_2", "groups", "each", "second", "third"])
+def _three4(
+    x, codes_0, codes_1, codes_2, scales_0, scales_1, scales_2, table, out_0, out_1, out_2, M, K,
+    pairs_0, pairs_1, pairs_2, groups, each, second, third,
+    LOOKUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
+    G: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """`_product4` of three weights in one, their tiles one after another."""
+    tile = tl.program_id(0)
+    codes = _one_of(tile, second, third, codes_0, codes_1, codes_2)
+    scales = _one_of(tile, second, third, scales_0, scales_1, scales_2)
+    out = _one_of(tile, second, third, out_0, out_1, out_2)
+    pairs = _one_of(tile, second, third, pairs_0, pairs_1, pairs_2)
+    first = _one_of(tile, second, third, tile * 0, second, third)
+    _tile4(
+        tile - first, x, codes, scales, table, out, M, 2 * pairs, K, pairs, groups, each,
+        LOOKUP, ROWS, COLUMNS, PAIRS, S, G, UNROLL, STAGES, FAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile4(
+    tile, x, codes, scales, table, out, M, N, K, pairs, groups, each,
+    LOOKUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, S: tl.constexpr,
+    G: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     OFFSET: tl.constexpr = 0.0 if dtype == tl.float16 else 136.0
     split = tl.program_id(1)
     r, c, k = tl.arange(0, S * PAIRS), tl.arange(0, COLUMNS), tl.arange(0, G)
-    pair = tl.minimum(tl.program_id(0) * PAIRS + r % PAIRS, pairs - 1)
+    pair = tl.minimum(tile * PAIRS + r % PAIRS, pairs - 1)
     row = tl.program_id(2) * ROWS + c % ROWS
     first_r = (split * S + r // PAIRS) * each  # the group with which a part begins
     first_c = (split * S + c // ROWS) * each
@@ -71,7 +114,7 @@ def _product4(
                 high += tl.dot(q_high, x_k) * scale[:, None]
                 high += x_sum * zero[:, None]
     low, high = _own(low, S, PAIRS, ROWS), _own(high, S, PAIRS, ROWS)
-    output = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))[:, None] * 2
+    output = (tile * PAIRS + tl.arange(0, PAIRS))[:, None] * 2
     row = (tl.program_id(2) * ROWS + tl.arange(0, low.shape[1]))[None, :]
     out += (split * M + row) * N + output
     mask = (row < M) & (tl.arange(0, low.shape[1]) < ROWS)[None, :] & (output < 2 * pairs)
@@ -86,10 +129,36 @@ def _product8(
     STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS outputs over S parts of `each` steps."""
+    _tile8(tl.program_id(0), x, codes, scales, out, M, N, K, each, ROWS, COLUMNS, OUTPUTS, S, STEP, STAGES, FAST)
+
+
+@triton.jit(do_not_specialize=["M", "N_0", "N_1", "N_2", "each", "second", "third"])
+def _three8(
+    x, codes_0, codes_1, codes_2, scales_0, scales_1, scales_2, out_0, out_1, out_2, M, K, N_0, N_1, N_2, each,
+    second, third,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """`_product8` of three weights in one, their tiles one after another."""
+    tile = tl.program_id(0)
+    codes = _one_of(tile, second, third, codes_0, codes_1, codes_2)
+    scales = _one_of(tile, second, third, scales_0, scales_1, scales_2)
+    out = _one_of(tile, second, third, out_0, out_1, out_2)
+    N = _one_of(tile, second, third, N_0, N_1, N_2)
+    first = _one_of(tile, second, third, tile * 0, second, third)
+    _tile8(tile - first, x, codes, scales, out, M, N, K, each, ROWS, COLUMNS, OUTPUTS, S, STEP, STAGES, FAST)
+
+
+@triton.jit
+def _tile8(
+    tile, x, codes, scales, out, M, N, K, each,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     split = tl.program_id(1)
     r, c, k = tl.arange(0, S * OUTPUTS), tl.arange(0, COLUMNS), tl.arange(0, STEP)
-    n = tl.minimum(tl.program_id(0) * OUTPUTS + r % OUTPUTS, N - 1)
+    n = tl.minimum(tile * OUTPUTS + r % OUTPUTS, N - 1)
     row = tl.program_id(2) * ROWS + c % ROWS
     first_r = (split * S + r // OUTPUTS) * each * STEP
     first_c = (split * S + c // ROWS) * each * STEP
@@ -105,7 +174,7 @@ def _product8(
         x_k = tl.load(x + at, mask=k_c + at < stop[None, :], other=0)
         y = tl.dot(whole_bytes(w, dtype, FAST), x_k, y)
     y = _own(y, S, OUTPUTS, ROWS)
-    output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS))[:, None]
+    output = (tile * OUTPUTS + tl.arange(0, OUTPUTS))[:, None]
     row = (tl.program_id(2) * ROWS + tl.arange(0, y.shape[1]))[None, :]
     y *= tl.load(scales + output, mask=output < N, other=0).to(tl.float32)
     mask = (row < M) & (tl.arange(0, y.shape[1]) < ROWS)[None, :] & (output < N)

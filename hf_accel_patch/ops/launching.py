@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
 from traceback import walk_tb
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 OLDEST = (8, 0)  # compute capability
 NOT_NVIDIA = "the kernels are for NVIDIA GPUs"
 
+Result = TypeVar("Result")  # tensors
 _refused: dict[tuple[Hashable, torch.device], str] = {}
 
 
@@ -27,7 +28,7 @@ def unsuitable(index: int | None = None) -> str:
     return ""
 
 
-def launch(kernel: Hashable, device: torch.device, run: Callable[[], Tensor]) -> Tensor | str:
+def launch(kernel: Hashable, device: torch.device, run: Callable[[], Result]) -> Result | str:
     """What `run` computes with a Triton kernel on this device, or why it cannot start there. `kernel`: what decides
     about that, such as its name, dtype and head sizes. Errors that are not Triton's are raised, as is a lack of memory
     for the tensors, and whatever ends a capture, which says nothing about the kernel."""

@@ -11,7 +11,9 @@ from hf_accel_patch.fusing.planning import planned
 from hf_accel_patch.fusing.running import Runner, fused
 from hf_accel_patch.fusing.tracing import Node, Unfusable, noted, traced
 from hf_accel_patch.fusing.writing import Launch
+from hf_accel_patch.ops.packing import CUDA_BLOCK, pack
 from hf_accel_patch.ops.refusing import Refused
+from hf_accel_patch.ops.together import linear_together
 
 ON = torch.device(DEVICE)
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of other orders of sums
@@ -284,3 +286,29 @@ def test_memory_in_between_is_freed():
     run = Runner(planned(traced(function, ON), ON))
     alive.clear(), most.clear()
     assert torch.equal(run(), x + 10) and max(most) <= 2
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_products_of_the_same_activations_are_one_call(scheme):
+    """Queries, keys and values, but no fourth, nor what is of other activations, another scheme or other groups."""
+
+    def weight(N, group=64):
+        codes, bits = pack(torch.randn(N, 128), scheme, group, CUDA_BLOCK)
+        return codes.to(ON), bits.view(torch.float32 if bits.dtype == torch.int32 else torch.bfloat16).to(ON)
+
+    x, weights, other = torch.randn(1, 3, 128, device=ON), [weight(N) for N in (64, 32, 32, 96)], weight(128, 32)
+
+    def product(x, weight):
+        return torch.ops.hf_accel_patch.linear(x, *weight, scheme, False, 0, False)
+
+    def function():
+        y = x * 2
+        apart = product(y.flip(1), weights[0])
+        last = product(y, other)
+        return torch.cat([*(product(y, each) for each in weights), apart, last], -1)
+
+    plan = planned(traced(function, ON), ON)
+    sizes = [len(step.outputs) for step in plan.steps if isinstance(step, Node) and step.func is linear_together]
+    singles = [step for step in plan.steps if isinstance(step, Node) and "hf_accel_patch" in str(step.func)]
+    assert sizes == ([3, 2] if scheme == "int8" else [3]) and len(singles) == (1 if scheme == "int8" else 3)
+    torch.testing.assert_close(Runner(plan)(), function(), rtol=1e-5, atol=1e-4)

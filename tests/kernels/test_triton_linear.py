@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, interpreted, load
 
-from hf_accel_patch.ops import linear, packing
+from hf_accel_patch.ops import linear, packing, together
 
 kernels = load("triton_linear")
 triton = importlib.import_module("triton")
@@ -104,9 +104,9 @@ class Int8:
         return kernels.dequantize_int8(*self.packed, dtype)
 
 
-def check(weights, x):
+def check(weights, x, ours=None):
     """One rounding of the result, and of the weights where they are rounded, beside the error of the sums."""
-    ours = weights.linear(x)
+    ours = weights.linear(x) if ours is None else ours
     x, dtype, w = x.double().cpu(), x.dtype, weights.weight
     assert ours.dtype == dtype and ours.shape == (len(x), len(w))
     exact, eps = x @ w.T, torch.finfo(dtype).eps
@@ -130,6 +130,30 @@ def test_int8(shape, dtype):
     weights = Int8(*shape)
     for rows in ROWS:
         check(weights, normal(rows, shape[1], seed=rows).to(DEVICE, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("outputs", [(34, 98), (64, 2, 70), (70, 30, 16)], ids=str)
+@pytest.mark.parametrize("kind, K", [(Int4, (192, 64)), (Table, (96, 32)), (Int8, (100,)), (Int8, (384,))])
+def test_weights_together(kind, K, outputs, dtype):
+    """Queries, keys and values, say: each product as alone."""
+    weights = [kind(N, *K) for N in outputs]
+    table = weights[0].packed[2] if kind is Table else None
+    for rows in (1, 3, 16, 17):
+        x = normal(rows, K[0], seed=rows).to(DEVICE, dtype)
+        for each, ours in zip(weights, kernels.linear_together(x, [w.packed[:2] for w in weights], table), strict=True):
+            check(each, x, ours)
+
+
+def test_what_is_better_apart():
+    """Numbers that tensor cores would round, many rows, and few outputs for which programs share K."""
+    weights = [Int4(*SHAPES[0]).packed] * 2
+    assert kernels.linear_together(normal(1, 96).to(DEVICE), weights, None) is None
+    assert kernels.linear_together(normal(DENSE, 96).to(DEVICE, torch.bfloat16), weights, None) is None
+    weights = [Int4(32, 8224, 32).packed] * 2
+    assert kernels.linear_together(normal(8, 8224).to(DEVICE, torch.bfloat16), weights, None) is None
+    weights = [Int8(16, 16512).packed] * 2
+    assert kernels.linear_together(normal(8, 16512).to(DEVICE, torch.bfloat16), weights, None) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -285,6 +309,21 @@ def test_modules_reach_them(scheme, block, rows):
     assert (ours.float() - expected.float()).norm() < 0.02 * expected.float().norm()
 
 
+@pytest.mark.parametrize("scheme", ("int8", "int4", "nf4"))
+def test_modules_reach_them_together(scheme):
+    x = normal(2, 3, 128, seed=6).bfloat16()
+    packs = [packing.pack(normal(N, 128, seed=N), scheme, 64, 32) for N in (96, 32, 64)]
+    codes = [codes for codes, _ in packs]
+    scales = [bits.view(torch.float32 if bits.dtype == torch.int32 else torch.bfloat16) for _, bits in packs]
+    rest = scheme, False, 0, False
+    expected = together.linear_together(x.float(), codes, scales, *rest)
+    on_device = [each.to(DEVICE) for each in codes], [each.to(DEVICE) for each in scales]
+    ours = together.together_triton(x.to(DEVICE), *on_device, scheme)
+    for y, truth in zip(ours, expected, strict=True):
+        assert y.shape == truth.shape == (2, 3, truth.shape[-1]) and y.dtype == torch.bfloat16
+        assert (y.cpu().float() - truth).norm() < 0.02 * truth.norm()
+
+
 COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -292,6 +331,8 @@ from hf_accel_patch.kernels import triton_linear as kernels
 from hf_accel_patch.ops.quantize import TABLES
 
 def compile(function, capability, warps, sizes, **types):
+    three = {f"{name}_{i}": each for name, each in types.items() for i in range(3) if f"{name}_0" in function.arg_names}
+    types = {name: each for name, each in types.items() if f"{name}_0" not in three} | three
     unspecialized = {each.name for each in function.params if each.do_not_specialize}
     assert "M" in unspecialized and not {"N", "K"} & unspecialized  # nothing is compiled anew for another prompt
     types = {name: "*" + each for name, each in types.items()}
@@ -320,8 +361,13 @@ def product(kind, M, capability, dtype):
         sizes |= found if kind == "table" else dict(LOOKUP="", table=None)
     if kind == "table":
         types |= dict(table="fp32")
-    ptx = compile(kernels._product8 if kind == "int8" else kernels._product4, capability, t.warps, sizes, **types)
-    assert "mma" in ptx and "prmt" in ptx
+    alone, three = (kernels._product8, kernels._three8) if kind == "int8" else (kernels._product4, kernels._three4)
+    wide = []
+    for function in (alone, three):
+        ptx = compile(function, capability, t.warps, sizes, **types)
+        assert "mma" in ptx and "prmt" in ptx
+        wide.append(ptx.count("cp.async.cg.shared.global"))
+    assert wide[0] == wide[1] > 0  # 16 bytes at a time
 
 for dtype in ("bf16", "fp16"):
     for kind in ("int4", "int8", "table"):
