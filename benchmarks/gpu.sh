@@ -21,8 +21,8 @@ log="$OUT/gpu.log" scratch=$(mktemp -d) summary=() signal=TERM
 trap 'rm -rf "$scratch"' EXIT
 : >"$log"
 
-asked() { # asked NAME: whether this part is to run
-    [[ -z "${PARTS:-}" || " $PARTS " == *" $1 "* ]]
+asked() { # asked NAME: whether this part is to run, by its first word
+    [[ -z "${PARTS:-}" || " $PARTS " == *" ${1%% *} "* ]]
 }
 
 part() { # part NAME SECONDS COMMAND...: runs it, its output in the log and its end on the terminal
@@ -79,7 +79,7 @@ signal=INT # so that pytest still says what failed
 part tests 110 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
     tests/kernels/test_triton_codes.py tests/kernels/test_triton_linear.py tests/kernels/test_models_on_a_gpu.py \
     tests/kernels/test_triton_prefill.py \
-    tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
+    tests/fusing/test_fusing.py tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
 signal=TERM
 [ ${#compiling[@]} -eq 0 ] || wait "${compiling[@]}"
 for each in "$scratch"/*.log; do
@@ -101,9 +101,12 @@ part ngram 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT
 part octocoder 60 "$python" -m benchmarks.octocoder --device "$device" --out "$OUT/gpu.jsonl" ${layers:+--layers "$layers"}
 decode decode 55 --shape "$shape" --systems stock exact int4 --rounds 4 --limit 40
 decode decode-large 50 --shape "$large" --systems stock exact --rounds 4 --limit 60
-part graphs 20 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$shape" --rounds 20
-part graphs-large 25 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" --shape "$large" \
-    --prompt "$long" --rounds 10
+for how in "" "--apart" "--quantize int4"; do
+    part "graphs${how:+ $how}" 40 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" \
+        --shape "$shape" --rounds 20 --widths 1 2 8 $how
+    part "graphs-large${how:+ $how}" 50 "$python" -m benchmarks.graphs --device "$device" --out "$OUT/gpu.jsonl" \
+        --shape "$large" --prompt "$long" --rounds 10 --widths 1 8 $how
+done
 part attention 24 "$python" -m benchmarks.attention_kernels --device "$device" --out "$OUT/gpu.jsonl" \
     --backends torch triton flash-attn --length "$((8 * long))" --rounds 5 --limit 20
 

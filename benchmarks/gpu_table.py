@@ -18,6 +18,9 @@ FORMATS = {
     "nf4": "**nf4, groups of 64**",
     "tinygemm-int4": "int4, groups of 64, by PyTorch",
     "bitsandbytes-nf4": "nf4, by bitsandbytes",
+    "int8-together": "**int8**, weights of one input together",
+    "int4-together": "**int4**, weights of one input together",
+    "nf4-together": "**nf4**, weights of one input together",
 }
 KERNELS = ("attention", "PyTorch, ms", "TFLOP/s", "Triton, ms", "TFLOP/s", "times as fast as PyTorch")
 
@@ -41,7 +44,8 @@ def gpu_markdown(rows: list[Row]) -> str:
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row.get("part") == part and "reason" not in row:
-                same = [row["hardware"], row.get("shape"), *(row.get(name) for name in ("batch", "prompt", "length"))]
+                alike = ("batch", "prompt", "length", "quantize")
+                same = [row["hardware"], row.get("shape"), *(row.get(name) for name in alike), bool(row.get("fused"))]
                 groups.setdefault(json.dumps(same), []).append(row)
         tables += map(table, groups.values())
     tables.append(linear_table([row for row in rows if row.get("part") == "linear-kernels"]))
@@ -51,7 +55,8 @@ def gpu_markdown(rows: list[Row]) -> str:
 def _steps(rows: list[Row]) -> str:
     first = rows[0]
     caption = (
-        f"**{first['shape']}**, a pass after {first['prompt']} tokens, as CUDA graphs replay it; {first['dtype']}; "
+        f"**{first['shape']}**, a pass after {first['prompt']} tokens, as CUDA graphs replay it"
+        f"{', small operators fused' if first.get('fused') else ''}; {first.get('quantize') or first['dtype']}; "
     )
     lines = [f"{caption}{first['hardware']['gpu']}; {origin(rows)}.", "", line(*STEPS)]
     lines.append(line("---:", *(["---:"] * (len(STEPS) - 1))))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.graphs --device cuda                                 # llama-3.2-1b, 128 tokens cached
     python -m benchmarks.graphs --device cuda --shape llama-3.1-8b --prompt 2048 --batch 4 --quantize int4
+    python -m benchmarks.graphs --device cuda --apart                         # each operator a kernel, none fused
 
 Passes over one token are decode steps, the others verification passes of speculative decoding. Ordinary and replayed
 passes take turns, over the same tokens, and what they write is taken back. `difference` is that of the logits, in
@@ -29,6 +30,7 @@ from benchmarks.shapes import SHAPES, build
 from hf_accel_patch import KVCache, patch
 from hf_accel_patch.compat import CACHE, take_back
 from hf_accel_patch.errors import HfAccelError
+from hf_accel_patch.ops.graphs import CudaRecorder
 from hf_accel_patch.passes.graphs import GRAPHS, begin, recorder_for
 from hf_accel_patch.passes.replaying import WIDTHS
 
@@ -42,6 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quantize", choices=("int8", "int4", "nf4"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache (default: 128)")
+    parser.add_argument("--apart", action="store_true", help="record each operator as a kernel of its own")
+    parser.add_argument("--widths", nargs="+", type=int, choices=WIDTHS, default=list(WIDTHS), help="of a pass")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="print what the recordings spent their time on")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -55,6 +59,7 @@ def measured(options: argparse.Namespace) -> list[Row]:
     if recorder_for(torch.device(options.device)) is None:
         return [{"reason": "CUDA graphs need an NVIDIA GPU"}]
     model = build(options.shape, dtype=options.dtype, device=options.device, layers=options.layers)
+    CudaRecorder.fuses = not options.apart
     try:
         patch(model, quantize=options.quantize, cache=KVCache(graphs=True))
     except HfAccelError as error:
@@ -67,7 +72,7 @@ def measured(options: argparse.Namespace) -> list[Row]:
     model(ids[:, :T], **{CACHE: cache}, logits_to_keep=1)
     before = torch.cuda.memory_allocated() if options.device.startswith("cuda") else 0
     rows = []
-    for width in WIDTHS:
+    for width in options.widths:
         decoding = begin(model, config)
         if decoding is None:
             graphs = vars(model)[GRAPHS]
@@ -100,7 +105,7 @@ def measured(options: argparse.Namespace) -> list[Row]:
             row["replayed_ms"].append(once(decoding, "replayed"))
         plain, replayed = found["plain"].float(), found["replayed"].float()
         row["difference"] = float((plain - replayed).abs().max() / plain.std())
-        row["replays"] = counts["replayed"] - begun
+        row |= {"replays": counts["replayed"] - begun, "fused": counts["fused"]}
         if options.device.startswith("cuda"):
             row["bytes"] = torch.cuda.memory_allocated() - before
         if vars(model)[GRAPHS].off:
@@ -132,7 +137,9 @@ def main() -> None:
             continue
         plain, replayed = median(row["plain_ms"]), median(row["replayed_ms"])
         text = f"{row['width']:3d} tokens: {plain:8.3f} ms, replayed {replayed:8.3f} ms ({plain / replayed:.2f} x), "
-        text += f"recorded in {row['record_ms']:.0f} ms, difference {row['difference']:.4f}"
+        text += (
+            f"recorded in {row['record_ms']:.0f} ms, {row['fused']} operators fused, difference {row['difference']:.4f}"
+        )
         print(text if row["replays"] == options.rounds else f"{text}; replayed {row['replays']} times only")
 
 

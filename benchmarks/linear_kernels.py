@@ -4,6 +4,9 @@
     python -m benchmarks.linear_kernels --device cuda --by-product --rows 1 8
     python -m benchmarks.linear_kernels --shape tiny --single 512 256 --rotate 1e6 --rounds 2    # on a CPU, in a row
 
+Systems that end in `-together` take the products of queries, keys and values as one kernel, and those before the
+activation of an MLP, as steps do that are recorded on a GPU.
+
 Every layer has weights of its own, as a model does, so that none is found in a cache: random codes and scales, drawn on
 the device in the layout of each system, without float weights behind them. Their products follow one another with
 inputs that are there; attention, norms and what a host does between layers are left out. On a GPU the products are
@@ -36,6 +39,7 @@ from benchmarks.measure import read_bandwidth, versions
 from benchmarks.shapes import SHAPES, build
 from hf_accel_patch.ops.linear import Backend, backend_for, linear
 from hf_accel_patch.ops.packing import block_on
+from hf_accel_patch.ops.together import MOST, linear_together
 
 GROUP = 64  # input features with a scale of their own, in 4 bits
 Row = dict[str, Any]
@@ -47,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="cut the shape to this many layers")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
+    parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="of activations (1 to 32)")
     parser.add_argument("--by-product", action="store_true", help="each product of the shape alone, not all of a step")
     parser.add_argument(
@@ -68,13 +72,20 @@ class Products:
     calls: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
     features: list[int] = field(default_factory=list)
     weight_bytes: int = 0
+    count: int = 0  # of weights
 
-    def add(self, make: Callable[[int, int, str], Made], shape: Shape,
-            device: str) -> None:  # fmt: skip
-        call, held = make(*shape, device)
-        self.calls.append(call)
-        self.features.append(shape[1])
-        self.weight_bytes += sum(each.nbytes for each in held)
+    def add(self, system: str, shapes: list[Shape], device: str) -> None:
+        """Those of one x."""
+        name = system.removesuffix(TOGETHER)
+        made = [SYSTEMS[name](*shape, device) for shape in shapes]
+        self.count += len(made)
+        self.weight_bytes += sum(each.nbytes for _, held in made for each in held)
+        if name == system or len(made) == 1:
+            self.calls += [call for call, _ in made]
+            self.features += [K for _, K in shapes]
+        else:
+            self.calls.append(together(name, [held for _, held in made]))
+            self.features.append(shapes[0][1])
 
     def run(self, inputs: dict[int, Tensor]) -> Tensor:
         for call, K in zip(self.calls, self.features, strict=True):
@@ -100,6 +111,15 @@ def ours(scheme: str, N: int, K: int, device: str) -> Made:
         scales = _scales((_groups(K), padded), device).float()
     backend = backend_for(scheme, True) if device == "cpu" else Backend(False, 0)
     return partial(linear, codes=codes, scales=scales, scheme=scheme, backend=backend), [codes, scales]
+
+
+def together(scheme: str, held: list[list[Tensor]]) -> Callable[[Tensor], Tensor]:
+    codes, scales = ([each[i] for each in held] for i in (0, 1))
+
+    def call(x: Tensor) -> Tensor:
+        return linear_together(x, codes, scales, scheme, False, 0, False)[-1]
+
+    return call
 
 
 def tinygemm(N: int, K: int, device: str) -> Made:
@@ -152,18 +172,32 @@ SYSTEMS: dict[str, Callable[[int, int, str], Made]] = {
     "tinygemm-int4": tinygemm,
     "bitsandbytes-nf4": bitsandbytes,
 }
+TOGETHER = "-together"
+NAMES = (*SYSTEMS, *(name + TOGETHER for name in ("int8", "int4", "nf4")))
 
 
 def unavailable(system: str, device: str) -> str | None:
+    if system.endswith(TOGETHER) and not device.startswith("cuda"):
+        return "on a CPU there is nothing to be won by one kernel"
     if system == "tinygemm-int4" and not device.startswith("cuda"):
         return "the kernel is for CUDA"
     return missing("bitsandbytes") if system == "bitsandbytes-nf4" else None
 
 
-def layers(shape: str, count: int | None) -> list[Shape]:
-    """Of every linear layer, the head's too."""
+def layers(shape: str, count: int | None) -> list[list[Shape]]:
+    """Of every linear layer, the head's too: together those that one x goes through."""
     model = build(shape, dtype="bfloat16", device="meta", layers=count)
-    return [(each.out_features, each.in_features) for each in model.modules() if isinstance(each, nn.Linear)]
+    found: list[list[Shape]] = []
+    for parent in model.modules():
+        some: list[Shape] = []  # q, k and v, but not what follows attention; gate and up
+        for each in parent.children():
+            if isinstance(each, nn.Linear):
+                shape_ = each.out_features, each.in_features
+                if not some or some[-1][1] != shape_[1] or len(some) == MOST:
+                    some = []
+                    found.append(some)
+                some.append(shape_)
+    return found
 
 
 def single(N: int, K: int) -> Row:
@@ -217,7 +251,7 @@ def measured(made: dict[str, Products], reasons: dict[str, str], rows: int, opti
             calls.pop(name, None)
             found[name] = {"reason": _said(error)}
             continue
-        found[name] = {"weight_bytes": products.weight_bytes, "products": len(products.calls), "ms": []}
+        found[name] = {"weight_bytes": products.weight_bytes, "products": products.count, "ms": []}
     repeats = {name: repetitions(call, options.device) for name, call in calls.items()}
     for round_ in range(options.rounds):
         for name in list(calls)[:: 1 if round_ % 2 == 0 else -1]:
@@ -231,7 +265,7 @@ def measured(made: dict[str, Products], reasons: dict[str, str], rows: int, opti
 
 
 def held(
-    shapes: list[Shape], options: argparse.Namespace, rotate: float = 0
+    shapes: list[list[Shape]], options: argparse.Namespace, rotate: float = 0
 ) -> tuple[dict[str, Products], dict[str, str]]:
     """The products of each system, and why some have none. rotate: bytes that copies of the first one fill."""
     made: dict[str, Products] = {}
@@ -242,10 +276,10 @@ def held(
             continue
         products = Products()
         try:
-            for shape in shapes:
-                products.add(SYSTEMS[name], shape, options.device)
+            for some in shapes:
+                products.add(name, some, options.device)
             while products.weight_bytes < rotate:
-                products.add(SYSTEMS[name], shapes[0], options.device)
+                products.add(name, shapes[0], options.device)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # out of memory, among others
             reasons[name] = _said(error)
             continue
@@ -267,10 +301,11 @@ def main() -> None:
     N, K = options.single
     every = layers(options.shape, options.layers)
     whole: Row = {"shape": options.shape, "layers": options.layers, "copies": False}
-    turns: list[tuple[Row, list[Shape], list[int], float]]
-    turns = [(single(N, K), [(N, K)], [1], options.rotate), (whole, every, options.rows, 0)]
+    turns: list[tuple[Row, list[list[Shape]], list[int], float]]
+    turns = [(single(N, K), [[(N, K)]], [1], options.rotate), (whole, every, options.rows, 0)]
     if options.by_product:
-        turns = [(single(N, K), [(N, K)], options.rows, options.rotate) for N, K in dict.fromkeys(every)]
+        alone = dict.fromkeys(shape for some in every for shape in some)
+        turns = [(single(N, K), [[(N, K)]], options.rows, options.rotate) for N, K in alone]
     for named, shapes, numbers, rotate in turns:
         made, reasons = held(shapes, options, rotate)
         for rows in numbers:

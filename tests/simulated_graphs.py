@@ -35,6 +35,8 @@ CPU = torch.device("cpu")
 class Simulated:
     """What was recorded."""
 
+    fused = 0
+
     def __init__(self, output: Tensor, run: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
         self.output, self.run, self.replays = output, run, 0
 
@@ -107,6 +109,10 @@ class Fused:
     def __init__(self, runner: Runner, expected: Tensor, first: Tensor) -> None:
         self.runner, self.expected, self.first, self.replays = runner, expected, first, 0
 
+    @property
+    def fused(self) -> int:
+        return self.runner.plan.fused
+
     def replay(self) -> Tensor:
         self.replays += 1
         with interpreted():
@@ -115,6 +121,8 @@ class Fused:
 
 class CountedTape:
     """What is replayed on a CPU, counted."""
+
+    fused = 0
 
     def __init__(self, tape: Tape) -> None:
         self.tape, self.replays = tape, 0

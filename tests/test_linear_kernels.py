@@ -13,7 +13,9 @@ from benchmarks.table import tables
 from hf_accel_patch.ops.packing import unpack_codes
 from hf_accel_patch.ops.quantize import TABLES
 
-TINY = [(256, 256), (128, 256), (128, 256), (256, 256), (512, 256), (512, 256), (256, 512)] * 2 + [(1024, 256)]
+LAYER = [[(256, 256), (128, 256), (128, 256)], [(256, 256)], [(512, 256), (512, 256)], [(256, 512)]]
+TINY = [[(1024, 256)], *LAYER, *LAYER]
+SHAPES = [shape for some in TINY for shape in some]
 
 
 def dense(system, held):
@@ -40,10 +42,21 @@ def test_random_codes_are_multiplied(system):
     assert (call(x).double() - right).norm() < 0.01 * right.norm()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_products_together_are_those_of_each(scheme):
+    products = linear_kernels.Products()
+    products.add(f"{scheme}-together", [(64, 128), (32, 128)], "cpu")
+    alone = linear_kernels.SYSTEMS[scheme](32, 128, "cpu")
+    assert (products.count, products.features, len(products.calls)) == (2, [128], 1)
+    x = torch.randn(3, 128).bfloat16()
+    assert products.run({128: x}).shape == alone[0](x).shape
+    assert products.weight_bytes == 3 * sum(each.nbytes for each in alone[1])
+
+
 def test_a_step_has_every_linear_layer():
     assert linear_kernels.layers("tiny", None) == TINY
     large = linear_kernels.layers("llama-3.1-8b", None)
-    assert len(large) == 7 * 32 + 1 and large[-1] == (128256, 4096)
+    assert sum(map(len, large)) == 7 * 32 + 1 and [(128256, 4096)] in large
 
 
 def test_a_run_adds_rows(tmp_path, monkeypatch, capsys):
@@ -54,13 +67,14 @@ def test_a_run_adds_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["linear_kernels", *sizes, "--out", str(out)])
     linear_kernels.main()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["shape"], row["rows"]) for row in rows[::6]] == [("512 x 256", 1), ("tiny", 1), ("tiny", 3)]
-    assert [row["system"] for row in rows] == list(linear_kernels.SYSTEMS) * 3
-    found = {row["system"]: row for row in rows[6:12]}
+    assert [(row["shape"], row["rows"]) for row in rows[::9]] == [("512 x 256", 1), ("tiny", 1), ("tiny", 3)]
+    assert [row["system"] for row in rows] == list(linear_kernels.NAMES) * 3
+    found = {row["system"]: row for row in rows[9:18]}
     assert found["tinygemm-int4"]["reason"] == "the kernel is for CUDA"
-    weights = sum(N * K for N, K in TINY)
-    assert found["bf16"]["weight_bytes"] == 2 * weights and found["bf16"]["products"] == len(TINY)
-    assert found["int8"]["weight_bytes"] == weights + 2 * sum(N for N, _ in TINY)
+    assert found["int4-together"]["reason"].startswith("on a CPU")
+    weights = sum(N * K for N, K in SHAPES)
+    assert found["bf16"]["weight_bytes"] == 2 * weights and found["bf16"]["products"] == len(SHAPES)
+    assert found["int8"]["weight_bytes"] == weights + 2 * sum(N for N, _ in SHAPES)
     assert found["int4"]["weight_bytes"] == found["nf4"]["weight_bytes"] == weights // 2 + 4 * weights // 64
     assert all(len(found[name]["ms"]) == 2 for name in ("bf16", "int8", "int4", "nf4"))
     assert rows[0]["products"] == 2 and rows[1]["products"] == 3, "copies of 262144 and of 132096 bytes"
@@ -69,7 +83,7 @@ def test_a_run_adds_rows(tmp_path, monkeypatch, capsys):
 
 def test_what_cannot_be_made_is_a_row_with_its_reason():
     options = argparse.Namespace(systems=["bf16", "int4"], device="cpu", rounds=1)
-    made, reasons = linear_kernels.held([(64, 96)], options)
+    made, reasons = linear_kernels.held([[(64, 96)]], options)
     assert list(made) == ["bf16"]
     assert reasons == {"int4": "ValueError: 96 input features are not whole groups of 64"}
 

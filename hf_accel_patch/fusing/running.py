@@ -16,12 +16,12 @@ from hf_accel_patch.fusing.writing import Launch
 from hf_accel_patch.ops.refusing import tensors_in
 
 
-def fused(function: Callable[[], Tensor], device: torch.device) -> Runner:
+def runner(function: Callable[[], Tensor], device: torch.device) -> Runner:
     """What does the same in fewer kernels, all of which have run once, so that they are compiled. Raises Refused for a
     function that would wait for the device, and Unfusable, or what Triton raises, where kernels cannot do it."""
-    runner = Runner(planned(traced(function, device), device))
-    runner()
-    return runner
+    made = Runner(planned(traced(function, device), device))
+    made()
+    return made
 
 
 class Runner:

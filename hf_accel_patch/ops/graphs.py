@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_accel_patch.fusing.running import fused
+from hf_accel_patch.fusing.running import Runner, runner
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.launching import unsuitable
@@ -34,7 +34,10 @@ LOCK = threading.RLock()  # of captures and replays of all models: a capture wai
 
 
 class Recorded(Protocol):
-    """A function that was recorded."""
+    """A function that was recorded. `fused`: operators that are no kernel of their own any more."""
+
+    @property
+    def fused(self) -> int: ...
 
     def replay(self) -> Tensor:
         """Run it again. Returns a copy of what it computed, which no other replay changes."""
@@ -103,6 +106,7 @@ class CudaRecorded:
     output: Tensor
     graph: torch.cuda.CUDAGraph
     by: CudaRecorder
+    fused: int = 0
 
     def replay(self) -> Tensor:
         """On the current stream, after the last replay of any graph that shares this one's memory. Such a replay may
@@ -151,7 +155,8 @@ class CudaRecorder:
                 if not self.made:
                     self.pool = torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
-                recorded = CudaRecorded(self._capture(graph, function), graph, self)
+                fused = function.plan.fused if isinstance(function, Runner) else 0
+                recorded = CudaRecorded(self._capture(graph, function), graph, self, fused)
                 self.made.append(weakref.ref(recorded))
                 return recorded
 
@@ -161,7 +166,7 @@ class CudaRecorder:
         reason = unsuitable(self.device.index) if self.fuses else "asked not to"
         if not reason:
             try:
-                return fused(function, self.device)
+                return runner(function, self.device)
             except Refused:
                 raise
             except Exception as error:

@@ -162,6 +162,8 @@ class TapeRecorder:
 class Tape:
     """Pieces to run: of compiled code, or an operator of PyTorch."""
 
+    fused = 0  # each operator is run for itself
+
     def __init__(self, kernels: ctypes.CDLL, notes: Notes, output: Tensor) -> None:
         self.kernels, self.output, self.lock = kernels, output.detach(), threading.Lock()
         places, self.arena = _arranged(notes, output)

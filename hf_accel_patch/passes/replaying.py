@@ -220,6 +220,8 @@ class Decoding:
             return outputs
         room.add(width, size, Step(recorded, type(outputs)), self.of)
         self.graphs.counts["recorded"] += 1
+        if recorded.fused:
+            self.graphs.counts["fused"] = recorded.fused
         self.graphs.waited[len(given.tokens), width, self.of] = 0
         return outputs
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from interpreter import DEVICE, INTERPRETED, interpreted, load
 
 from hf_accel_patch.fusing.planning import planned
-from hf_accel_patch.fusing.running import Runner, fused
+from hf_accel_patch.fusing.running import Runner, runner
 from hf_accel_patch.fusing.tracing import Node, Unfusable, noted, traced
 from hf_accel_patch.fusing.writing import Launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, pack
@@ -171,7 +171,7 @@ def test_elementwise_is_exact_in_16_bits():
     """Rounded where PyTorch's operators round."""
     given = Given(torch.float16)
     for function in (lambda: rotate(given.heads, given.cos, given.sin), lambda: (given.x * given.y + given.x) * 0.3):
-        assert torch.equal(fused(function, ON)(), function())
+        assert torch.equal(runner(function, ON)(), function())
 
 
 def test_layers_share_a_kernel():
@@ -204,7 +204,7 @@ def test_what_is_put_off_reads_memory_before_it_changes():
         x.add_(1)
         return before + x
 
-    run = fused(function, ON)  # two runs
+    run = runner(function, ON)  # two runs
     assert x[0] == 3 and torch.equal(run(), torch.full((4,), 10.0, device=ON)) and x[0] == 4
 
 
@@ -217,7 +217,7 @@ def test_a_store_is_seen_by_who_reads_the_memory():
         buffer.copy_(x * 5)
         return first * 10 + buffer
 
-    assert torch.equal(fused(function, ON)(), torch.full((4,), 45.0, device=ON))
+    assert torch.equal(runner(function, ON)(), torch.full((4,), 45.0, device=ON))
 
 
 def test_kernels_that_no_dispatcher_sees_are_called_again():
@@ -227,7 +227,7 @@ def test_kernels_that_no_dispatcher_sees_are_called_again():
         calls.append(factor)
         return a.clone().mul_(factor)
 
-    run = fused(lambda: noted(kernel, x + 1, 3) - 1, ON)
+    run = runner(lambda: noted(kernel, x + 1, 3) - 1, ON)
     x.fill_(4)
     assert torch.equal(run(), torch.full((2, 3), 14.0, device=ON)) and calls == [3, 3, 3]
     assert torch.equal(noted(kernel, x, 2), x * 2), "outside of a trace it is a call"
@@ -243,13 +243,13 @@ def test_memory_that_nobody_is_seen_to_fill_is_refused():
         return made + 1
 
     with pytest.raises(Unfusable, match="nothing it does is seen to write"):
-        fused(function, ON)
+        runner(function, ON)
 
 
 def test_what_waits_is_refused():
     x = torch.ones(3, device=ON)
     with pytest.raises(Refused, match="waits"):
-        fused(lambda: x * x.sum().item(), ON)
+        runner(lambda: x * x.sum().item(), ON)
 
 
 def test_another_layout_is_refused():
@@ -260,7 +260,7 @@ def test_another_layout_is_refused():
         return a.clone(memory_format=layouts.pop())
 
     with pytest.raises(Unfusable, match="another layout"):
-        fused(lambda: noted(kernel, x) + 1, ON)
+        runner(lambda: noted(kernel, x) + 1, ON)
 
 
 def test_memory_in_between_is_freed():

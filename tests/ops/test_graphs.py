@@ -277,7 +277,7 @@ def test_what_cannot_be_fused_is_recorded_as_it_is(error, cuda, monkeypatch):
     def fails(function, device):
         raise error
 
-    monkeypatch.setattr(graphs, "fused", fails)
+    monkeypatch.setattr(graphs, "runner", fails)
     runs = []
     recorded = recorder_for(torch.device("cuda", 0))(lambda: (runs.append(1), X * 2)[1])
     assert len(runs) == 2 and torch.equal(recorded.output, X * 2)

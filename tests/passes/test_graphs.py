@@ -662,10 +662,13 @@ def test_prefixes_and_a_copy_that_drafts(made):
     assert replays(made) > 10 and vars(model)[GRAPHS].off == ""
 
 
+EVERY = {"widths": replaying.WIDTHS, "apart": False}
+
+
 def test_what_the_benchmark_measures(made, monkeypatch):
     monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
     passes(monkeypatch, 4)
-    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2}
+    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 2, "prompt": 40, "rounds": 2} | EVERY
     with torch.no_grad():
         rows = benchmark.measured(argparse.Namespace(**asked, dtype="float32", device="cpu", profile=False))
     assert [row["width"] for row in rows] == list(replaying.WIDTHS)
@@ -674,7 +677,7 @@ def test_what_the_benchmark_measures(made, monkeypatch):
 
 def test_the_benchmark_says_why_there_is_nothing(made, monkeypatch):
     monkeypatch.setattr(benchmark, "recorder_for", graphs.recorder_for)
-    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 1, "prompt": 9, "rounds": 1}
+    asked = {"shape": "tiny", "layers": 1, "quantize": None, "batch": 1, "prompt": 9, "rounds": 1} | EVERY
     options = argparse.Namespace(**asked, dtype="float32", device="cpu", profile=False)
     monkeypatch.setattr(graphs, "why_not", lambda *_: "a reason of this call")
     with torch.no_grad():
