@@ -24,6 +24,46 @@ def load(name: str) -> ModuleType:
 
 
 @contextmanager
+def memory_watched() -> Iterator[None]:
+    """Inside, no fused kernel reads or writes anything but what it is given: on a GPU it would go unseen."""
+    fused = load("triton_fused")
+    if not INTERPRETED:
+        yield
+        return
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    inside: list[tuple[int, int]] = []
+    launch = fused.launch
+
+    def launched(step, tensors):
+        storages = [each.untyped_storage() for each in tensors]
+        inside[:] = [(each.data_ptr(), each.data_ptr() + each.nbytes()) for each in storages]
+        try:
+            launch(step, tensors)
+        finally:
+            inside.clear()
+
+    def checked(inner, place):
+        def call(self, pointers, *args):
+            at = pointers.data.astype("int64")
+            if place is not None:
+                at = at[args[place].data.astype(bool)]
+            size = max(1, pointers.dtype.scalar.element_ty.primitive_bitwidth // 8)
+            if inside:
+                known = [(start <= at) & (at + size <= stop) for start, stop in inside]
+                assert sum(known, known[0] * 0).all(), "a kernel goes beyond the tensors that it is given"
+            return inner(self, pointers, *args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "launch", launched)
+        # of what these are given after the pointers, the mask comes first, or second after what is written
+        for name, place in {"load": None, "masked_load": 0, "store": None, "masked_store": 1}.items():
+            patch.setattr(builder, f"create_{name}", checked(getattr(builder, f"create_{name}"), place))
+        yield
+
+
+@contextmanager
 def interpreted() -> Iterator[None]:
     """Without a GPU: transformers has imported triton already, so Triton's own functions are there to be compiled; and
     the interpreter multiplies matrices of bfloat16 as if their bits were integers, and cuts off what it should round to

@@ -21,9 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_accel_patch.fusing.planning import planned
-from hf_accel_patch.fusing.running import Runner
-from hf_accel_patch.fusing.tracing import traced
+from hf_accel_patch.fusing.running import Runner, runner
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops.graphs import Watching
 from hf_accel_patch.ops.refusing import Refused, check
@@ -95,19 +93,16 @@ class FusedRecorder:
 
     def __call__(self, function: Callable[[], Tensor]) -> Fused:
         with interpreted():
-            trace = traced(function, self.device)
-            expected = trace.output.clone()
-            runner = Runner(planned(trace, self.device))
-            made = Fused(runner, expected, runner())
+            made = Fused(runner(function, self.device), function())
         self.made.append(made)
         return made
 
 
 class Fused:
-    """A plan, what the function gave that it was made of, and what it gave itself on the same."""
+    """A plan, what the function gave that it was made of, and what it gives itself on the same."""
 
-    def __init__(self, runner: Runner, expected: Tensor, first: Tensor) -> None:
-        self.runner, self.expected, self.first, self.replays = runner, expected, first, 0
+    def __init__(self, runner: Runner, expected: Tensor) -> None:
+        self.runner, self.expected, self.first, self.replays = runner, expected.clone(), runner(), 0
 
     @property
     def fused(self) -> int:

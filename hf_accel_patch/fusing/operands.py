@@ -10,8 +10,12 @@ from torch import Tensor
 from hf_accel_patch.fusing.values import DTYPES, FLOATS, Constant, Pointwise, Value
 
 
+class Elsewhere(Exception):
+    """A tensor that no kernel on this device reads."""
+
+
 class Read(Protocol):
-    """Says what a tensor holds."""
+    """Says what a tensor holds. Raises Elsewhere for one on another device."""
 
     def __call__(self, tensor: Tensor) -> Value: ...
 
@@ -20,14 +24,19 @@ class Read(Protocol):
 
 
 def operand(given: Any, dtype: torch.dtype, device: torch.device, read: Read) -> Value | None:
-    """A tensor, or a number of Python's, also where that is a tensor on the host beside those on a GPU."""
+    """What an operator in this dtype is given: a tensor, which is rounded to it, or a number, which is not, also where
+    that is a tensor on the host beside those on a GPU."""
     if isinstance(given, Tensor) and given.device == device:
-        return read(given)
+        return cast(read(given), dtype)
+    found = number_of(given)
+    return None if found is None else Constant((), torch.float32 if dtype in FLOATS else dtype, found)
+
+
+def number_of(given: Any) -> bool | int | float | None:
+    """A number of Python's, or in a tensor on the host."""
     if isinstance(given, Tensor):
         given = given.item() if given.device.type == "cpu" and not given.dim() else None
-    if isinstance(given, bool | int | float):
-        return Constant((), torch.float32 if dtype in FLOATS else dtype, given)
-    return None
+    return given if isinstance(given, bool | int | float) else None
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:

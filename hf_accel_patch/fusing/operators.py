@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.operands import Read, cast, dense, operand, readable
+from hf_accel_patch.fusing.operands import Elsewhere, Read, cast, dense, number_of, operand, readable
 from hf_accel_patch.fusing.sums import reduced
 from hf_accel_patch.fusing.tracing import Node
 from hf_accel_patch.fusing.values import (
@@ -21,27 +21,29 @@ from hf_accel_patch.fusing.values import (
     Range,
     Stacked,
     Value,
+    literal,
 )
 
 aten = torch.ops.aten
 
 
-SIGMOID = "1.0 / (1.0 + tl.exp(-{0}))"
+SIGMOID = "tl.div_rn(1.0, 1.0 + tl.exp(-{0}))"
+NANS = "propagate_nan=tl.PropagateNan.ALL"
 # 2 sigmoid(2 x) - 1 loses small numbers, of which the first terms of the series are exact enough
 TANH = (
     "tl.where(tl.abs({0}) < 0.1, {0} * (1.0 - {0} * {0} * (0.33333334 - {0} * {0} * (0.13333334 - {0} * {0} *"
     " 0.05396825))), 2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0)"
 )
 UNARY = {
-    aten.neg: "-{0}", aten.abs: "tl.abs({0})", aten.rsqrt: "tl.rsqrt({0})",
-    aten.sqrt: "tl.sqrt({0})", aten.reciprocal: "1.0 / {0}", aten.exp: "tl.exp({0})",
+    aten.neg: "{0} * -1.0", aten.abs: "tl.abs({0})", aten.rsqrt: "tl.rsqrt({0})",
+    aten.sqrt: "tl.sqrt_rn({0})", aten.reciprocal: "tl.div_rn(1.0, {0})", aten.exp: "tl.exp({0})",
     aten.sin: "tl.sin({0})", aten.cos: "tl.cos({0})", aten.tanh: TANH,
-    aten.sigmoid: SIGMOID, aten.silu: "{0} / (1.0 + tl.exp(-{0}))",
-    aten.relu: "tl.maximum({0}, 0.0)",
+    aten.sigmoid: SIGMOID, aten.silu: "tl.div_rn({0}, 1.0 + tl.exp(-{0}))",
+    aten.relu: f"tl.maximum({{0}}, 0.0, {NANS})",
 }  # fmt: skip
 BINARY = {
-    aten.add: "{0} + {1}", aten.sub: "{0} - {1}", aten.mul: "{0} * {1}", aten.div: "{0} / {1}",
-    aten.maximum: "tl.maximum({0}, {1})", aten.minimum: "tl.minimum({0}, {1})",
+    aten.add: "{0} + {1}", aten.sub: "{0} - {1}", aten.mul: "{0} * {1}", aten.div: "tl.div_rn({0}, {1})",
+    aten.maximum: f"tl.maximum({{0}}, {{1}}, {NANS})", aten.minimum: f"tl.minimum({{0}}, {{1}}, {NANS})",
 }  # fmt: skip
 COMPARED = {
     aten.lt: "{0} < {1}", aten.le: "{0} <= {1}", aten.gt: "{0} > {1}", aten.ge: "{0} >= {1}", aten.eq: "{0} == {1}",
@@ -54,9 +56,9 @@ LOGICAL = {
 GELU = {
     "none": "{0} * 0.5 * (1.0 + tl.erf({0} * 0.7071067811865476))",
     # x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-    "tanh": "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
+    "tanh": "tl.div_rn({0}, 1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
 }
-POWERS = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", 1: "{0}"}
+POWERS = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "tl.sqrt_rn({0})", -0.5: "tl.rsqrt({0})", 1: "{0}"}
 IN_PLACE = {
     aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor, aten.add_.Scalar, aten.sub_.Scalar,
     aten.mul_.Scalar, aten.div_.Scalar, aten.neg_.default, aten.exp_.default, aten.rsqrt_.default, aten.silu_.default,
@@ -87,7 +89,10 @@ def _value(node: Node, packet: Any, output: Tensor, read: Read) -> Value | None:
         return None
     if any(not readable(each, output.device) for each in node.given):
         return None
-    how = _computed(node, packet, output, read)
+    try:
+        how = _computed(node, packet, output, read)
+    except Elsewhere:
+        return None
     return how if how is None or how.sizes == tuple(output.shape) else None
 
 
@@ -97,15 +102,14 @@ def _computed(node: Node, packet: Any, output: Tensor, read: Read) -> Value | No
         return Pointwise(sizes, dtype, UNARY[packet], (read(args[0]),), torch.float32)
     if packet in BINARY and set(kwargs) <= {"alpha"}:
         return _binary(BINARY[packet], args, kwargs.get("alpha", 1), sizes, dtype, output.device, read)
-    if packet is aten.rsub:
-        return _binary("{1} - {0}", args[:2], 1, sizes, dtype, output.device, read) if args[2:] in ((), (1,)) else None
+    if packet is aten.rsub and len(args) == 2:
+        return _binary("{1} - {0}", args, kwargs.get("alpha", 1), sizes, dtype, output.device, read, scaled="{0}")
     if packet in COMPARED and not kwargs:
-        kinds = [each.dtype for each in args if isinstance(each, Tensor)]
-        compute = torch.result_type(*args)
-        if compute not in DTYPES or (compute not in FLOATS and any(isinstance(each, float) for each in args)):
+        common = torch.result_type(*args)
+        if common not in DTYPES or (common not in FLOATS and any(isinstance(each, float) for each in args)):
             return None
-        compute = torch.float32 if compute in FLOATS else compute if torch.bool not in kinds else torch.int32
-        operands = [operand(each, compute, output.device, read) for each in args]
+        compute = torch.float32 if common in FLOATS else torch.int64
+        operands = [_compared(each, common, output.device, read) for each in args]
         return None if None in operands else Pointwise(sizes, dtype, COMPARED[packet], tuple(operands), compute)  # type: ignore[arg-type]
     if packet in LOGICAL and all(isinstance(each, Tensor) and each.dtype is torch.bool for each in args):
         return Pointwise(sizes, dtype, LOGICAL[packet], tuple(read(each) for each in args))
@@ -143,17 +147,33 @@ def _computed(node: Node, packet: Any, output: Tensor, read: Read) -> Value | No
     return reduced(node, packet, sizes, dtype, read)
 
 
+def _compared(given: Any, common: torch.dtype, device: torch.device, read: Read) -> Value | None:
+    """As `operand`, but numbers are rounded too."""
+    found = None if isinstance(given, Tensor) and given.device == device else number_of(given)
+    return operand(given, common, device, read) if found is None else Constant((), common, found)
+
+
 def _binary(
-    form: str, args: Sequence[Any], alpha: Any, sizes: tuple[int, ...], dtype: torch.dtype, device: Any, read: Read
+    form: str,
+    args: Sequence[Any],
+    alpha: Any,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Any,
+    read: Read,
+    scaled: str = "{1}",
 ) -> Value | None:
     compute = torch.float32 if dtype in FLOATS else dtype
-    if dtype is torch.bool or len(args) != 2:
+    if dtype is torch.bool or len(args) != 2 or (dtype not in FLOATS and isinstance(alpha, float)):
         return None
-    operands = [operand(each, compute, device, read) for each in args]
+    divisor = None if isinstance(args[1], Tensor) and args[1].device == device else number_of(args[1])
+    if form == BINARY[aten.div] and divisor:
+        form, args = BINARY[aten.mul], (args[0], 1 / divisor)  # as PyTorch does on a GPU
+    operands = [operand(each, dtype, device, read) for each in args]
     if None in operands:
         return None
     if alpha != 1:
-        form = form.replace("{1}", f"{{1}} * {alpha!r}")
+        form = form.replace(scaled, f"{scaled} * {literal(alpha)}")
     return Pointwise(sizes, dtype, form, tuple(operands), compute)  # type: ignore[arg-type]
 
 
@@ -172,7 +192,7 @@ def _clamped(func: Any, args: Any, kwargs: Any, sizes: tuple[int, ...], dtype: t
     form = "{0}"
     for name, how in (("min", "tl.maximum"), ("max", "tl.minimum")):
         if given.get(name) is not None:
-            form = f"{how}({form}, {float(given[name])!r})"
+            form = f"{how}({form}, {literal(float(given[name]))}, {NANS})"
     return Pointwise(sizes, dtype, form, (read(args[0]),), torch.float32)
 
 

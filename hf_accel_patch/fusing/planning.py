@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from hf_accel_patch.fusing.joining import joined
+from hf_accel_patch.fusing.operands import Elsewhere
 from hf_accel_patch.fusing.operators import value_in_place, value_of
 from hf_accel_patch.fusing.stores import Store, store_of
-from hf_accel_patch.fusing.sums import layer_norm
+from hf_accel_patch.fusing.sums import norm
 from hf_accel_patch.fusing.tracing import Node, Trace, Unfusable, address
-from hf_accel_patch.fusing.values import Memory, Pending, Value, View
+from hf_accel_patch.fusing.values import Memory, Misplaced, Pending, Value, View
 from hf_accel_patch.fusing.writing import Launch, Refusal, launches
+from hf_accel_patch.logs import get_logger
 
+logger = get_logger(__name__)
 aten = torch.ops.aten
 EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+NORMS = {aten.native_layer_norm.default, aten._fused_rms_norm.default}
 END = 1 << 60  # the place of what reads the result
 
 
@@ -42,7 +46,19 @@ class Plan:
 
 def planned(trace: Trace, device: torch.device) -> Plan:
     """For kernels on this device. Raises Unfusable for a trace that reads what nothing has written."""
+    _check_memory(trace, device)
     return _Planner(trace, device).plan()
+
+
+def _check_memory(trace: Trace, device: torch.device) -> None:
+    """Raise Unfusable where memory has two names, by which nobody sees that they are the same."""
+    tensors = [each for node in trace.nodes for each in (*node.given, *node.outputs)]
+    sizes = {address(each): each.untyped_storage().nbytes() for each in tensors if each.device == device}
+    end = 0
+    for start in sorted(sizes):
+        if start < end:
+            raise Unfusable("tensors share memory without being views of one another")
+        end = start + sizes[start]
 
 
 class _Planner:
@@ -75,6 +91,8 @@ class _Planner:
         return Plan(self.trace, joined(self.steps))
 
     def __call__(self, tensor: Tensor) -> Value:
+        if tensor.device != self.device:
+            raise Elsewhere
         found = self.pending.get(address(tensor))
         if found is None:
             return Memory.of(tensor)
@@ -130,9 +148,9 @@ class _Planner:
     def _value(self, i: int, node: Node) -> Value | None:
         if any(each.device != self.device for each in node.made):
             return None
-        if node.func is aten.native_layer_norm.default:
+        if node.func in NORMS:
             alone = not any(self._reads_after(i, each) for each in node.outputs[1:])
-            return layer_norm(node, self) if alone else None
+            return norm(node, self) if alone else None
         return value_of(node, self)
 
     def _reads_after(self, i: int, tensor: Tensor) -> bool:
@@ -152,6 +170,7 @@ class _Planner:
         stores = [*(Store(each.tensor, each) for each in needed), *self.stores]
         try:
             self.steps += launches(stores)
-        except Refusal:
-            self.steps += self.put_off  # as they were
+        except (Refusal, Misplaced, RecursionError) as error:
+            logger.debug(f"operators stay as they are: {type(error).__name__}: {error}")
+            self.steps += self.put_off
         self.pending, self.stores, self.put_off, self.reads = {}, [], [], set()

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_accel_patch.fusing.affine import ZERO, Affine, Index
 from hf_accel_patch.fusing.operands import Read, cast, overlaps, readable, spread
 from hf_accel_patch.fusing.tracing import Node
-from hf_accel_patch.fusing.values import DTYPES, Value, Writer, linear
+from hf_accel_patch.fusing.values import DTYPES, Pending, Row, Value, Writer, linear
 
 aten = torch.ops.aten
 
@@ -20,28 +20,32 @@ aten = torch.ops.aten
 @dataclass
 class Store:
     """An element of a value for each index of its shape, to memory: to where the target has it, or the `place` that
-    follows from the index, a sum of variables and a text to be added to it."""
+    follows from the index, a sum of variables and rows; what goes to rows that are not there is dropped."""
 
     target: Tensor
     value: Value
-    place: Callable[[Writer, Index], tuple[Affine, str]] | None = None
+    place: Callable[[Writer, Index], tuple[Affine, list[Row]]] | None = None
 
-    def address(self, to: Writer, at: Index) -> tuple[Affine, str]:
+    def fills(self, pending: Pending) -> bool:
+        """Whether it puts this value where it is to lie."""
+        return self.value is pending and self.target is pending.tensor and self.place is None
+
+    def address(self, to: Writer, at: Index) -> tuple[Affine, list[Row]]:
         if self.place is not None:
             return self.place(to, at)
-        return linear(at, self.target.stride()), ""
+        return linear(at, self.target.stride()), []
 
 
 def store_of(node: Node, read: Read) -> Store | None:
     """What an operator writes in place, if a kernel can write it."""
-    if any(not readable(each, node.written[0].device) for each in node.given) or len(node.written) != 1:
-        return None
     target = node.written[0]
+    if any(not readable(each, target.device) or each.device != target.device for each in node.given):
+        return None
     if target.dtype not in DTYPES:
         return None
-    if node.func is aten.copy_.default:
+    if node.func is aten.copy_.default and isinstance(node.args[1], Tensor):
         source = node.args[1]
-        if source.device != target.device or overlaps(target):
+        if overlaps(target):
             return None
         return Store(target, cast(spread(read(source), tuple(target.shape)), target.dtype))
     if node.func is aten.index_put_.default and not (node.kwargs or len(node.args) > 3):
@@ -66,18 +70,16 @@ def _put(target: Tensor, indices: Sequence[Tensor | None], new: Tensor, read: Re
         return None
     values = [(dim, read(each)) for dim, each in given]
 
-    def place(to: Writer, at: Index) -> tuple[Affine, str]:
+    def place(to: Writer, at: Index) -> tuple[Affine, list[Row]]:
         inside, rest = at[first : first + len(shape)], (*at[:first], *at[first + len(shape) :])
         total = ZERO
         for dim, where in zip(others, rest, strict=True):
             total = total + where * target.stride(dim)
-        texts = []
+        rows = []
         for dim, value in values:
             own = inside[len(inside) - len(value.sizes) :]
             own = tuple(ZERO if n == 1 else each for n, each in zip(value.sizes, own, strict=True))
-            row = to.element(value, own, ())
-            row = to.line(f"tl.where({row} < 0, {row} + {to.number(target.shape[dim])}, {row}).to(tl.int64)")
-            texts.append(f"{row} * {to.number(target.stride(dim))}")
-        return total, " + ".join(texts)
+            rows.append(Row(to.element(value, own, ()), target.shape[dim], target.stride(dim), own))
+        return total, rows
 
     return Store(target, spread(read(new), tuple(sizes)), place)

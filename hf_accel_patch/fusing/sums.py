@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.operands import Read, dense
+from hf_accel_patch.fusing.operands import Elsewhere, Read, dense
 from hf_accel_patch.fusing.tracing import Node
 from hf_accel_patch.fusing.values import FLOATS, Pointwise, Reduced, Value
 
@@ -25,28 +25,46 @@ def reduced(node: Node, packet: Any, sizes: tuple[int, ...], dtype: torch.dtype,
     if not 0 < n <= MOST_SUMMED:
         return None
     if node.func in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
-        if args[1] is None or [each % x.dim() for each in args[1]] != [x.dim() - 1]:
+        if [each % x.dim() for each in (args[1:] or (None,))[0] or ()] != [x.dim() - 1]:
             return None
         if node.func is aten.amax.default:
-            return Reduced(sizes, dtype, "tl.max({0}, 0)", read(x), 'float("-inf")')
-        return Reduced(sizes, dtype, "tl.sum({0}, 0)" + (f" / {n}" if packet is aten.mean else ""), read(x))
+            largest = 'tl.where(tl.max(({0} != {0}).to(tl.int32), 0) > 0, float("nan"), tl.max({0}, 0))'
+            return Reduced(sizes, dtype, largest, read(x), 'float("-inf")')
+        if node.kwargs.get("dtype") not in (None, torch.float32, x.dtype):
+            return None  # it is rounded before
+        mean = f" * {torch.tensor(1 / n).item()!r}" if packet is aten.mean else ""  # as PyTorch does on a GPU
+        return Reduced(sizes, dtype, "tl.sum({0}, 0)" + mean, read(x))
     if node.func is aten._softmax.default and args[1] % x.dim() == x.dim() - 1:
         value, one = read(x), (*sizes[:-1], 1)
         top = Reduced(one, torch.float32, "tl.max({0}, 0)", value, 'float("-inf")')
         grown = Pointwise(sizes, torch.float32, "tl.exp({0} - {1})", (value, top))
-        return Pointwise(sizes, dtype, "{0} / {1}", (grown, Reduced(one, torch.float32, "tl.sum({0}, 0)", grown)))
-    if node.func is aten._fused_rms_norm.default and list(args[1]) == [n]:
-        eps = args[3] if args[3] is not None else torch.finfo(dtype).eps
-        value, one = read(x), (*sizes[:-1], 1)
-        square = Pointwise(sizes, torch.float32, "{0} * {0}", (value,))
-        root = Reduced(one, torch.float32, f"tl.rsqrt(tl.sum({{0}}, 0) / {n} + {eps!r})", square)
-        weight = (read(args[2]),) if args[2] is not None else ()
-        return Pointwise(sizes, dtype, "{0} * {1}" + " * {2}" * len(weight), (value, root, *weight))
+        total = Reduced(one, torch.float32, "tl.sum({0}, 0)", grown)
+        return Pointwise(sizes, dtype, "tl.div_rn({0}, {1})", (grown, total))
     return None
 
 
+def norm(node: Node, read: Read) -> Value | None:
+    """The first output of PyTorch's layer norm or RMS norm, over the last dimension; nobody may read the others."""
+    try:
+        return layer_norm(node, read) if node.func is aten.native_layer_norm.default else rms_norm(node, read)
+    except Elsewhere:
+        return None
+
+
+def rms_norm(node: Node, read: Read) -> Value | None:
+    x, shape, weight, eps = (*node.args, None, None)[:4]
+    n, sizes = x.shape[-1], tuple(x.shape)
+    if list(shape) != [n] or n > MOST_SUMMED or x.dtype not in FLOATS or not dense(node.outputs[0]):
+        return None
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    value, one = read(x), (*sizes[:-1], 1)
+    square = Pointwise(sizes, torch.float32, "{0} * {0}", (value,))
+    root = Reduced(one, torch.float32, f"tl.rsqrt(tl.sum({{0}}, 0) / {n} + {eps!r})", square)
+    more = () if weight is None else (read(weight),)
+    return Pointwise(sizes, node.outputs[0].dtype, "{0} * {1}" + " * {2}" * len(more), (value, root, *more))
+
+
 def layer_norm(node: Node, read: Read) -> Value | None:
-    """The first output of PyTorch's layer norm, over the last dimension; nobody may read the others."""
     x, shape, weight, bias, eps = node.args
     n, sizes = x.shape[-1], tuple(x.shape)
     if list(shape) != [n] or n > MOST_SUMMED or x.dtype not in FLOATS or not dense(node.outputs[0]):

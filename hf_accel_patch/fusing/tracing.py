@@ -79,8 +79,12 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         check(func, args, kwargs, self.device)
-        result = func(*args, **kwargs)
         written = _written(func, args, kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            raise Unfusable(f"{func} changes what a tensor says of itself")
+        if any(each.device.type != self.device.type for each in written):
+            raise Unfusable(f"{func} writes to other memory")
+        result = func(*args, **kwargs)
         if func.namespace not in OWN and not written and not tensors_in(result):
             raise Unfusable(f"{func} does not say what it does")
         return self.trace.note(func, args, kwargs, result, written)

@@ -7,6 +7,7 @@ the order of sums only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,12 +32,15 @@ class Writer(Protocol):
     def line(self, text: str) -> str:
         """A new variable that is this."""
 
-    def load(self, tensor: Tensor, at: Affine, guard: Guard, gathered: str = "") -> str:
-        """An element of a tensor, so many elements behind its first. `gathered`: plus this text."""
+    def load(self, tensor: Tensor, at: Affine, guard: Guard, row: Row | None = None) -> str:
+        """An element of a tensor, so many elements behind its first, and so many rows."""
 
     def reduce(self, reduced: Reduced) -> tuple[Affine, str]:
         """The index, and the condition, of all columns that are reduced. Raises Misplaced where several programs would
         compute the same sum."""
+
+    def spread(self, name: str, n: int) -> str:
+        """A variable as a vector of n columns."""
 
     def full(self, number: float, dtype: torch.dtype) -> str:
         """A vector of this number."""
@@ -49,6 +53,17 @@ class Writer(Protocol):
 
     def element(self, value: Value, at: Index, guard: Guard) -> str:
         """The variable that is this element of a value, which is written if it is not there yet."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The number of a row that is read from memory, a variable; numbers from `n` on are not there. `at`: where it is
+    read. `stride`: elements between rows."""
+
+    name: str
+    n: int
+    stride: int
+    at: Index
 
 
 @dataclass(eq=False)
@@ -153,8 +168,9 @@ class Range(Value):
     step: int
 
     def write(self, to: Writer, at: Index, guard: Guard) -> str:
-        where = (at[0] * self.step).shifted(self.start)
-        return to.line(f"({where.text()}).to(tl.int64)") if where.terms else to.full(where.constant, torch.int64)
+        if not at[0].terms:
+            return to.full(self.start + self.step * at[0].constant, torch.int64)
+        return to.line(f"({at[0].text()}).to(tl.int64) * {self.step} + {self.start}")
 
 
 @dataclass(eq=False)
@@ -221,17 +237,16 @@ class Stacked(Value):
 
 @dataclass(eq=False)
 class Gathered(Value):
-    """Rows of a tensor in memory, by their numbers: [..., *rows] of a table [N, *rows]."""
+    """Rows of a tensor in memory, by their numbers: [..., *rows] of a table [N, *rows]. Of rows that are not there,
+    zeros."""
 
     table: Tensor
     of: Value
 
     def write(self, to: Writer, at: Index, guard: Guard) -> str:
         dims = len(self.of.sizes)
-        row = to.element(self.of, at[:dims], guard)
-        row = to.line(f"tl.where({row} < 0, {row} + {to.number(len(self.table))}, {row}).to(tl.int64)")
-        rest = linear(at[dims:], self.table.stride()[1:])
-        return to.load(self.table, rest, guard, f"{row} * {to.number(self.table.stride(0))}")
+        row = Row(to.element(self.of, at[:dims], guard), len(self.table), self.table.stride(0), at[:dims])
+        return to.load(self.table, linear(at[dims:], self.table.stride()[1:]), guard, row)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -253,6 +268,7 @@ class Reduced(Value):
             raise Misplaced
         column, inside = to.reduce(self)
         element = to.element(self.of, (*rows, column), tuple(each for each in guard if not each[1]))
+        element = to.spread(element, self.of.sizes[-1])  # what is the same in all columns is a number
         if inside:
             element = to.line(f"tl.where({inside}, {element}, {self.other})")
         return rounded(to, self.form.format(element), self.dtype)
@@ -260,6 +276,11 @@ class Reduced(Value):
     @property
     def inputs(self) -> tuple[Value, ...]:
         return (self.of,)
+
+
+def literal(number: float) -> str:
+    """A number in the text of a kernel."""
+    return repr(number) if not isinstance(number, float) or math.isfinite(number) else f'float("{number}")'
 
 
 def rounded(to: Writer, text: str, dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_accel_patch.fusing.affine import ZERO, Affine, Index, is_vector
 from hf_accel_patch.fusing.stores import Store
 from hf_accel_patch.fusing.tracing import address
-from hf_accel_patch.fusing.values import DTYPES, FLOATS, Guard, Misplaced, Reduced, Unwritable, Value
+from hf_accel_patch.fusing.values import DTYPES, FLOATS, Guard, Misplaced, Reduced, Row, Unwritable, Value, literal
 
 PIECE = 512  # columns that a program computes where it needs no sums of them
 MOST_COLUMNS = 16384  # of which it computes sums
@@ -53,12 +53,12 @@ def launches(stores: Sequence[Store], *, apart: bool = False) -> list[Launch]:
             return [*before, _written(rest, apart)]
         except Unwritable as error:
             needed = error.value
-        alone = len(rest) == 1 and rest[0].value is needed
+        alone = len(rest) == 1 and rest[0].fills(needed)
         if needed.replaced or (alone and apart):
             raise Refusal("it would have to be in memory before it is computed")
         before += launches([Store(needed.tensor, needed)], apart=alone)
         needed.stored = True
-        rest = [each for each in rest if each.value is not needed]
+        rest = [each for each in rest if not each.fills(needed)]
     return before
 
 
@@ -87,7 +87,7 @@ class _Part:
         self.lines: list[str] = []
         self.known: dict[tuple[int, Index, Guard], str] = {}
         self.kept: list[Value] = []  # of `known`, so that no identity comes twice
-        self.loaded: dict[tuple[str, Guard, bool], str] = {}
+        self.loaded: dict[tuple[str, str, bool], str] = {}
         self.columns = sizes[-1]
         self.block = _power_of_2(self.columns) if whole else min(PIECE, _power_of_2(self.columns))
         self.pieces = -(-self.columns // self.block)
@@ -96,6 +96,8 @@ class _Part:
         if whole and self.columns > MOST_COLUMNS:
             raise Refusal(f"sums of {self.columns} columns")
         self.masks: dict[str, str] = {}
+        self.most: dict[str, int] = {}  # that a vector holds
+        self.wrapped: dict[tuple[str, str, str], str] = {}
         self.quotients: dict[tuple[Affine, int], tuple[Affine, Affine]] = {}
         self.index = self._begin(sizes)
 
@@ -117,6 +119,7 @@ class _Part:
                 n = self._number(sizes[i], self.launch.sizes, "n")
                 self.lines += [f"{name} = {row} % {n}", f"{row} = {row} // {n}"]
             at[i] = Affine.of(name)
+        self.most[column] = self.pieces * self.block
         if self.columns > 1:
             at[-1] = Affine.of(column)
         if self.columns % self.block:
@@ -138,11 +141,11 @@ class _Part:
             self.kept.append(value)
         return self.known[key]
 
-    def load(self, tensor: Tensor, at: Affine, guard: Guard, gathered: str = "") -> str:
-        text = self._pointer(tensor, at, gathered)
-        key = text, guard, tensor.dtype is torch.bool
+    def load(self, tensor: Tensor, at: Affine, guard: Guard, row: Row | None = None) -> str:
+        rows = [row] if row is not None else []
+        text, mask = self._pointer(tensor, at, rows), self._mask(at, guard, rows)
+        key = text, mask, tensor.dtype is torch.bool
         if key not in self.loaded:
-            mask = self._mask(at, guard)
             loaded = f"tl.load({text}, mask={mask}, other=0)" if mask else f"tl.load({text})"
             if tensor.dtype is torch.bool:
                 loaded = f"{loaded} != 0"
@@ -153,10 +156,10 @@ class _Part:
 
     def store(self, store: Store) -> None:
         value = self.element(store.value, self.index, ())
-        at, gathered = store.address(self, self.index)
+        at, rows = store.address(self, self.index)
         dtype = "tl.uint8" if store.target.dtype is torch.bool else DTYPES[store.target.dtype]
-        mask = self._mask(Affine.of(f"c{self.name}"), ())
-        place = self._pointer(store.target, at, gathered)
+        mask = self._mask(Affine.of(f"c{self.name}"), (), rows)
+        place = self._pointer(store.target, at, rows)
         if not any(is_vector(name) for name, _ in at.terms):  # a row of one column
             place = f"{place} + tl.zeros([{self.block}], tl.int32)"
         self.lines.append(f"tl.store({place}, {value}.to({dtype}){f', mask={mask}' if mask else ''})")
@@ -169,6 +172,7 @@ class _Part:
             column = f"{column}_{n}"
             if column not in self.masks:
                 self.lines.append(f"{column} = tl.arange(0, {_power_of_2(n)})")
+                self.most[column] = _power_of_2(n)
                 self.masks[column] = "" if n == _power_of_2(n) else f"({column} < {n})"
         return Affine.of(column), self.masks.get(column, "")
 
@@ -180,6 +184,8 @@ class _Part:
             names = [f"{letter}{self.name}_{len(self.lines) + i}q" for i in (0, 1)]
             self.lines += [f"{names[0]} = ({index.text()}) // {n}", f"{names[1]} = ({index.text()}) % {n}"]
             self.quotients[key] = Affine.of(names[0]), Affine.of(names[1])
+            most = sum(abs(factor) * self.most.get(name, 0) for name, factor in index.terms)
+            self.most |= {names[0]: most // by, names[1]: by}
             for name in names if vector else ():
                 self.masks[name] = " & ".join({self.masks[term] for term, _ in index.terms if self.masks.get(term)})
         return self.quotients[key]
@@ -187,12 +193,23 @@ class _Part:
     def number(self, number: int) -> str:
         return self._number(number, self.launch.strides, "s")
 
+    def spread(self, name: str, n: int) -> str:
+        return self.line(f"tl.broadcast_to({name}, [{_power_of_2(n)}])")
+
     def full(self, number: float, dtype: torch.dtype) -> str:
-        number = torch.tensor(number, dtype=dtype).item()
-        text = f'float("{number}")' if isinstance(number, float) and not math.isfinite(number) else repr(number)
+        text = literal(torch.tensor(number, dtype=dtype).item())
         return self.line(f"tl.full([1], {text}, {DTYPES[torch.float32 if dtype in FLOATS else dtype]})")
 
-    def _pointer(self, tensor: Tensor, at: Affine, gathered: str) -> str:
+    def _row(self, row: Row) -> tuple[str, str]:
+        """What it is to be added, and whether it is there. PyTorch stops the device where it is not."""
+        n, name = self.number(row.n), row.name
+        key = "row", name, n
+        if key not in self.wrapped:
+            self.wrapped[key] = self.line(f"tl.where({name} < 0, {name} + {n}, {name}).to(tl.int64)")
+        name = self.wrapped[key]
+        return f"{name} * {self.number(row.stride)}", f"(({name} >= 0) & ({name} < {n}))"
+
+    def _pointer(self, tensor: Tensor, at: Affine, rows: Sequence[Row]) -> str:
         parts = [self._tensor(tensor)]
         numbers = [name if factor == 1 else f"{name} * {self.number(factor)}" for name, factor in at.terms
                    if not is_vector(name)]  # fmt: skip
@@ -200,14 +217,19 @@ class _Part:
             numbers.append(self.number(at.constant))
         if numbers:
             parts.append(f"({' + '.join(numbers)})")
-        parts += [gathered] if gathered else []
-        parts += [Affine(0, (term,)).text() for term in at.terms if is_vector(term[0])]
+        parts += [self._row(each)[0] for each in rows]
+        for name, factor in at.terms:
+            if is_vector(name):  # 32 bits are enough, but for the longest strides
+                long = ".to(tl.int64)" if abs(factor) * self.most[name] >= 1 << 31 else ""
+                parts.append(name + long if factor == 1 else f"{name}{long} * {factor}")
         return " + ".join(parts)
 
-    def _mask(self, at: Affine, guard: Guard) -> str:
+    def _mask(self, at: Affine, guard: Guard, rows: Sequence[Row] = ()) -> str:
         """Of an element that is read: where it is one for all columns, only what holds for all says whether."""
-        columns = {name: self.masks.get(name, "") for name, _ in at.terms if is_vector(name)}
+        terms = [*at.terms, *(term for row in rows for index in row.at for term in index.terms)]
+        columns = {name: self.masks.get(name, "") for name, _ in terms if is_vector(name)}
         guards = [text for text, vector in guard if columns or not vector]
+        guards += [self._row(row)[1] for row in rows]
         return " & ".join(dict.fromkeys([each for each in columns.values() if each] + guards))
 
     def _tensor(self, tensor: Tensor) -> str:

@@ -78,5 +78,7 @@ def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torc
 
 def _from_elsewhere(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     source = args[1] if packet is aten.copy_ else args[0]
+    if not isinstance(source, Tensor):
+        return False
     target = args[0].device if packet is aten.copy_ else kwargs.get("device")
     return target is not None and torch.device(target).type != source.device.type

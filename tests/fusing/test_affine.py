@@ -33,8 +33,12 @@ def views(x, draw):
     return x
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_elements_of_views(seed):
+def test_elements_of_views():
+    assert sum(map(elements_agree, range(300))) > 150, "most need no memory in between"
+
+
+def elements_agree(seed):
+    """False for a view that goes through memory."""
     draw = random.Random(seed)
     sizes = [draw.choice((1, 2, 3, 4, 6)) for _ in range(draw.randrange(1, 4))]
     whole = torch.arange(torch.tensor(sizes).prod()).view(sizes)
@@ -51,12 +55,13 @@ def test_elements_of_views(seed):
     at = tuple(Affine.of(name) if n > 1 else Affine() for name, n in zip(names, view.shape, strict=True))
     inside = through_view(whole.shape, whole.stride(), whole.storage_offset(), view, at, divided)
     if inside is None:
-        return  # it goes through memory
+        return False
     for element in itertools.product(*map(range, view.shape)):
         values = dict(zip(names, element, strict=True))
         for (quotient, remainder), (index, by) in quotients.items():
             values[quotient], values[remainder] = divmod(number(index, values), by)
         assert whole[tuple(number(each, values) for each in inside)] == view[element]
+    return True
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """What is noted of a function and launched as few kernels gives what the function gives, on other numbers too."""
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import DEVICE, INTERPRETED, interpreted, load
+from interpreter import DEVICE, INTERPRETED, interpreted, load, memory_watched
 
 from hf_accel_patch.fusing.planning import planned
 from hf_accel_patch.fusing.running import Runner, runner
@@ -23,7 +27,7 @@ ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # o
 def _no_grad():
     load("triton_fused")
     torch.manual_seed(0)
-    with torch.no_grad(), interpreted():
+    with torch.no_grad(), interpreted(), memory_watched():
         yield
 
 
@@ -74,6 +78,21 @@ def projected(g):
 def into_cache(g):
     g.buffer[g.rows, :, g.places] = rotate(g.heads, g.cos, g.sin).transpose(1, 2)
     return g.buffer.narrow(2, 0, 20) @ g.heads.transpose(2, 3)[..., :1]
+
+
+def into_memory(g):
+    x = F.layer_norm(torch.cat((g.x, g.y), -1), (128,))
+    g.flat.copy_(x)
+    return x.view(2, 3, 8, 16).transpose(1, 2) * 2
+
+
+def from_the_end(g):
+    return g.buffer.index_put_((g.rows, g.rows.T - 3), g.rows[..., None, None].to(g.dtype)) * 1
+
+
+def not_a_number(g):
+    x, y = g.x.masked_fill(g.x > 1, torch.nan), g.y.masked_fill(g.y > 2, torch.nan)
+    return torch.relu(x).clamp(-1, torch.inf) + torch.maximum(g.y, x) + y.amax(-1, True)
 
 
 def residual(g):
@@ -139,6 +158,24 @@ FUNCTIONS = {  # how many kernels and how many operators of PyTorch are left
     "choice": (lambda g: torch.where((g.places > 2)[..., None] | (g.places == 1)[..., None], g.x, 0.5), 1, 0),
     "numbers": (lambda g: (torch.arange(3, device=ON) * 2 + g.places - 1).to(g.dtype), 1, 0),
     "into a cache": (into_cache, 1, None),
+    "into memory, and seen in other rows": (into_memory, 2, 0),
+    "a sum into a cache": (lambda g: (h := (g.x * 2).sum(-1), g.flat[..., 0].copy_(h), h + 1)[-1], None, 0),
+    "into rows from the end": (from_the_end, None, None),
+    "sums of what is the same in all columns": (
+        lambda g: torch.ones(2, 64, device=ON).sum(-1) + g.x.float()[:, 0, :1].expand(2, 64).sum(-1), None, 0),
+    "softmax of what is the same in all columns": (
+        lambda g: (torch.zeros(2, 64, device=ON) + g.x.float()[:, 0, :1]).softmax(-1), 1, 0),
+    "compared with a rounded number": (
+        lambda g: (torch.full_like(g.x, 0.3) == 0.3) | (g.x > torch.tensor(0.3, device=ON)), 1, 0),
+    "rounded tensors": (lambda g: g.x + torch.tensor(0.3, device=ON) + torch.arange(1000, 1064, device=ON), 1, None),
+    "subtracted from": (lambda g: torch.rsub(g.x, g.y, alpha=2), 1, 0),
+    "signs of zero": (lambda g: 1 / -torch.zeros_like(g.x), 1, 0),
+    "quotients": (lambda g: g.x / g.y.abs().clamp_min(0.5) / 3, 1, 0),
+    "not a number": (not_a_number, 1, 0),
+    "a short table": (lambda g: torch.cat((g.cos[0, 0, :5][torch.arange(5, device=ON)] * 2, g.x[0, 0, :3])), 1, 0),
+    "tables side by side": (lambda g: torch.cat((g.weight[g.ids[0]] * 2, g.bias[g.ids[1].flip(0)])), None, None),
+    "bools and integers": (lambda g: (g.seen == g.columns * (1 << 32)) | (g.seen & (g.columns > 3)), 1, 0),
+    "narrower sums": (lambda g: g.wide.float().mean(-1, dtype=g.dtype), None, None),
     "into slices": (written, None, None),
     "dead": (lambda g: (torch.exp(g.x), g.y + 1)[1], 1, 0),
     "scalars of the host": (lambda g: g.x * torch.tensor(3.0) + torch.tensor(2), 1, None),
@@ -160,7 +197,7 @@ def test_fused_functions_give_the_same(name, dtype):
         found = run()
         assert found.dtype == expected.dtype and found.shape == expected.shape and found.stride() == expected.stride()
         for x, y in zip((found, given.buffer, given.flat), (expected, *after), strict=True):
-            torch.testing.assert_close(x, y, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+            torch.testing.assert_close(x, y, rtol=ROUNDING[dtype], atol=ROUNDING[dtype], equal_nan=True)
         given.change()
     left = [step for step in plan.steps if isinstance(step, Node)]
     assert kernels is None or len(plan.steps) - len(left) == kernels
@@ -204,7 +241,8 @@ def test_what_is_put_off_reads_memory_before_it_changes():
         x.add_(1)
         return before + x
 
-    run = runner(function, ON)  # two runs
+    run = Runner(planned(traced(function, ON), ON))
+    run()
     assert x[0] == 3 and torch.equal(run(), torch.full((4,), 10.0, device=ON)) and x[0] == 4
 
 
@@ -246,6 +284,56 @@ def test_memory_that_nobody_is_seen_to_fill_is_refused():
         runner(function, ON)
 
 
+def hides(x):
+    """Writes where nobody sees it."""
+    made = torch.zeros(3, device=ON)
+    ctypes.memmove(made.data_ptr(), x.data_ptr(), 12)
+    return made + x
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the host writes to it")
+@pytest.mark.parametrize(
+    "function, why",
+    [
+        (hides, "something else"),
+        (lambda x: (x * 2).view(1, 3).t_() + 1, "what a tensor says of itself"),
+        (lambda x: torch.from_dlpack(x[1:]) + x[:2], "without being views"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(function, why):
+    x = torch.arange(1.0, 4.0)
+    with pytest.raises(Unfusable, match=why):
+        runner(lambda: function(x), ON)
+
+
+def test_what_no_kernel_can_do_stays_as_it_was():
+    """Too many operators for one, here."""
+    x = torch.rand(3, device=ON)
+
+    def function():
+        y = x
+        for _ in range(700):
+            y = y * 1.001
+        return y
+
+    plan = planned(traced(function, ON), ON)
+    assert len(plan.steps) == 700 and plan.fused == 0
+    assert torch.equal(Runner(plan)(), function())
+
+
+def test_rows_that_are_not_there_are_not_touched():
+    """PyTorch stops the device; here nothing is written, and zeros are read."""
+    table, rows, buffer = torch.ones(4, 3, device=ON), torch.tensor([1, 3], device=ON), torch.zeros(4, 3, device=ON)
+
+    def function():
+        buffer.index_put_((rows,), table[rows] * 2)
+        return table[rows] + 1
+
+    run = runner(function, ON)
+    buffer.zero_(), rows.copy_(torch.tensor([2, 7]))
+    assert run().tolist() == [[2.0] * 3, [1.0] * 3] and buffer.tolist() == [[0.0] * 3] * 2 + [[2.0] * 3, [0.0] * 3]
+
+
 def test_what_waits_is_refused():
     x = torch.ones(3, device=ON)
     with pytest.raises(Refused, match="waits"):
@@ -261,6 +349,38 @@ def test_another_layout_is_refused():
 
     with pytest.raises(Unfusable, match="another layout"):
         runner(lambda: noted(kernel, x) + 1, ON)
+
+
+COMPILES = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from hf_accel_patch.kernels.triton_fused import compiled
+
+for source, types, strides, sizes, warps in json.load(sys.stdin):
+    function = compiled(source, sizes)
+    signature = {f"p{i}": each for i, each in enumerate(types)}
+    signature |= {f"s{i}": "i32" for i in range(strides)} | {f"n{i}": "i32" for i in range(sizes)}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+    source = triton.compiler.ASTSource(function, signature, {}, attributes)
+    triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps, enable_fp_fusion=False))
+"""
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*u8"}
+
+
+def test_it_compiles_for_a_gpu_that_is_not_there():
+    """All of the above, which the interpreter takes more kindly."""
+    given, kernels = Given(torch.bfloat16), {}
+    for function, _, _ in FUNCTIONS.values():
+        for step in planned(traced(lambda function=function: function(given), ON), ON).steps:
+            if isinstance(step, Launch):
+                types = [POINTERS[each.dtype] for each in step.tensors]
+                kernels[step.source] = step.source, types, len(step.strides), len(step.sizes), step.warps
+    assert len(kernels) > 30
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    asked = {"env": environment, "input": json.dumps(list(kernels.values())), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", COMPILES], **asked)
+    assert done.returncode == 0, done.stderr
 
 
 def test_memory_in_between_is_freed():

@@ -65,7 +65,7 @@ def test_tokens_and_launches(name, made):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", cases(["llama", "qwen3", "gemma2", "cohere"]))
-def test_the_same_bits_in_16_bits(name, dtype, made):
+def test_logits_in_16_bits(name, dtype, made):
     """Operators round where PyTorch's do; sums in another order are lost in that."""
     model = (tiny(name) if name in FAMILIES else build(name)).to(dtype)
     patch(model, cache=KVCache(graphs=True), linear=False)
