@@ -185,9 +185,9 @@ class _Part:
             self.lines += [f"{names[0]} = ({index.text()}) // {n}", f"{names[1]} = ({index.text()}) % {n}"]
             self.quotients[key] = Affine.of(names[0]), Affine.of(names[1])
             most = sum(abs(factor) * self.most.get(name, 0) for name, factor in index.terms)
+            mask = " & ".join(self.masks[name] for name, _ in index.terms if self.masks.get(name))
             self.most |= {names[0]: most // by, names[1]: by}
-            for name in names if vector else ():
-                self.masks[name] = " & ".join({self.masks[term] for term, _ in index.terms if self.masks.get(term)})
+            self.masks |= dict.fromkeys(names, mask) if vector else {}
         return self.quotients[key]
 
     def number(self, number: int) -> str:

@@ -45,6 +45,7 @@ def test_replayed_tokens_are_those_of_ordinary_steps(family, options):
         assert "waits for its numbers" in said(model)["graphs"]
     else:
         assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] > 50
+        assert said(model)["graphs_fused"] > 20
 
 
 def test_memory_comes_back():
@@ -92,6 +93,23 @@ def test_both_kinds_of_calls_without_gradients_record():
         with mode():
             assert torch.equal(generate(model, left_padded(20, 11)), truth)
     assert said(model)["graphs"] == "on" and said(model)["graphs_recorded"] >= 2
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+def test_fused_steps_compute_what_others_do(options, monkeypatch):
+    """The logits of replays of each kind."""
+    found = []
+    for fuses in (True, False):
+        monkeypatch.setattr(CudaRecorder, "fuses", fuses)
+        model = tiny("llama").to("cuda", torch.bfloat16)
+        patch(model, cache=GRAPHED, **options)
+        inputs = {name: each.to("cuda") for name, each in left_padded(20, 11).items()}
+        asked = {"max_new_tokens": 30, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        found.append(torch.stack(model.generate(**inputs, **asked).logits[:20]).float())
+        assert ("graphs_fused" in said(model)) == fuses
+    same = found[0].argmax(-1) == found[1].argmax(-1)
+    steps = int(same.all(-1).cumprod(0).sum())  # until a near tie falls the other way
+    assert steps > 9 and (found[0][:steps] - found[1][:steps]).norm() < 0.02 * found[1][:steps].norm()
 
 
 def test_every_width_agrees(monkeypatch):
