@@ -66,8 +66,8 @@ def memory_watched() -> Iterator[None]:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Without a GPU: transformers has imported triton already, so Triton's own functions are there to be compiled; and
-    the interpreter multiplies matrices of bfloat16 as if their bits were integers, and cuts off what it should round to
-    it."""
+    the interpreter multiplies matrices of bfloat16 as if their bits were integers, cuts off what it should round to it,
+    and does not take its own comparisons of numbers as masks."""
     triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
@@ -94,6 +94,18 @@ def interpreted() -> Iterator[None]:
                 values = torch.from_numpy(source.data.copy()).bfloat16()  # copied: what is broadcast may not be written
                 return interpreter.TensorHandle(values.view(torch.int16).numpy().view("uint16"), dtype.scalar)
 
+            def masked(inner, place):
+                def call(self, *args):
+                    mask = args[place]
+                    mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+                    return inner(self, *args[:place], mask, *args[place + 1 :])
+
+                return call
+
+            for name, place in {"create_masked_load": 1, "create_masked_store": 2}.items():
+                patch.setattr(
+                    interpreter.InterpreterBuilder, name, masked(getattr(interpreter.InterpreterBuilder, name), place)
+                )
             patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
             patch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
         yield

@@ -57,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, variant: Varia
         keys, values = key[:, :, first:last], value[:, :, first:last]
         bias = part_of_bias(variant.bias, start, stop, first, last)
         if fused:
-            added = block if bias is None else _added(bias, block)
+            added = block if bias is None else _added(_as_precise(bias, query), block)
             outputs.append(_fused(part, keys, values, added, variant))
             del added  # or it would be there beside the next
         else:
@@ -175,6 +175,7 @@ def _row_and_causal(
     """Causal attention with a bias [B or 1, H or 1, 1, S] that is the same for all queries, in one call. The kernel
     does both together, but the public function refuses the pair. A query that sees nothing gets zeros: so its gradients
     are zero as well, where those of the lowest finite number are lost in its rounding."""
+    row = _as_precise(row, query)
     if padding is not None:
         row = row.masked_fill(~padding[:, None, None], -math.inf)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -227,6 +228,11 @@ def part_of_bias(bias: Tensor | None, start: int, stop: int, first: int, last: i
     if bias is None:
         return None
     return bias[..., first:last] if bias.shape[2] == 1 else bias[..., start:stop, first:last]
+
+
+def _as_precise(bias: Tensor, query: Tensor) -> Tensor:
+    """On processors without AVX512 PyTorch's kernel misreads a float32 bias beside float64 queries."""
+    return bias.to(query.dtype) if query.dtype is torch.float64 else bias
 
 
 def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
