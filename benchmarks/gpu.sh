@@ -79,7 +79,7 @@ signal=INT # so that pytest still says what failed
 part tests 110 "$python" -m pytest -q -rf -m "not slow" --tb=short --maxfail=40 "${parallel[@]}" -p no:cacheprovider \
     tests/kernels/test_triton_codes.py tests/kernels/test_triton_linear.py tests/kernels/test_models_on_a_gpu.py \
     tests/kernels/test_triton_prefill.py \
-    tests/fusing/test_fusing.py tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
+    tests/ops/fusing/test_fusing.py tests/kernels/test_triton_decode.py tests/kernels/test_graphs_on_a_gpu.py
 signal=TERM
 [ ${#compiling[@]} -eq 0 ] || wait "${compiling[@]}"
 for each in "$scratch"/*.log; do

@@ -34,11 +34,11 @@ def memory_watched() -> Iterator[None]:
     inside: list[tuple[int, int]] = []
     launch = fused.launch
 
-    def launched(step, tensors):
+    def launched(source, tensors, *rest):
         storages = [each.untyped_storage() for each in tensors]
         inside[:] = [(each.data_ptr(), each.data_ptr() + each.nbytes()) for each in storages]
         try:
-            launch(step, tensors)
+            launch(source, tensors, *rest)
         finally:
             inside.clear()
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_accel_patch.fusing.running import Runner, runner
 from hf_accel_patch.kernels import cpu_steps
+from hf_accel_patch.ops.fusing.running import Runner, runner
 from hf_accel_patch.ops.graphs import Watching
 from hf_accel_patch.ops.refusing import Refused, check
 from hf_accel_patch.ops.tape import Tape, TapeRecorder

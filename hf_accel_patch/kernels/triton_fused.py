@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, untyped-decorator"
-"""Kernels whose text is written at run time (fusing/writing.py). Needs triton; imported only when used."""
+"""Kernels whose text is written at run time (ops/fusing/writing.py). Needs triton; imported only when used."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_accel_patch.fusing.writing import Launch
 
-
-def launch(step: Launch, tensors: Sequence[Tensor]) -> None:
-    """On the current stream. `tensors`: whose memory the kernel is given."""
+def launch(
+    source: str, tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int], programs: int, warps: int
+) -> None:
+    """On the current stream: the kernel of this text, with the memory of these tensors."""
     given = [each.view(torch.uint8) if each.dtype is torch.bool else each for each in tensors]
-    numbers = (*step.strides, *step.sizes)
     with torch.cuda.device_of(given[0]):
         # products and sums are rounded one after the other, as PyTorch's operators do
-        compiled(step.source, len(step.sizes))[(step.programs,)](
-            *given, *numbers, num_warps=step.warps, enable_fp_fusion=False
-        )
+        compiled(source, len(sizes))[(programs,)](*given, *strides, *sizes, num_warps=warps, enable_fp_fusion=False)
 
 
 @cache

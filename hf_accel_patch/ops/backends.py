@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.tracing import noted
 from hf_accel_patch.ops import flash, flex
 from hf_accel_patch.ops.case import Dense, Everything, Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS
+from hf_accel_patch.ops.fusing.tracing import noted
 from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.seen import seen
 

@@ -1,5 +1,5 @@
 """Steps of a model recorded once and replayed: on CUDA as CUDA graphs, which launch hundreds of kernels as one, with
-small operators fused (fusing/), on a CPU as ops/tape.py says.
+small operators fused (ops/fusing/), on a CPU as ops/tape.py says.
 
 A replay does to the same memory what the recorded function did, and runs nothing of Python. So the function has to read
 what changes between its calls from tensors that stay where they are, and must neither wait for the device nor keep a
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_accel_patch.fusing.running import Runner, runner
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.logs import get_logger
+from hf_accel_patch.ops.fusing.running import Runner, runner
 from hf_accel_patch.ops.launching import unsuitable
 from hf_accel_patch.ops.refusing import Refused, check
 from hf_accel_patch.ops.tape import TapeRecorder

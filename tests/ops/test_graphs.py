@@ -8,9 +8,9 @@ import pytest
 import torch
 from simulated_graphs import SimulatedRecorder
 
-from hf_accel_patch.fusing.tracing import Unfusable, noted
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops import graphs
+from hf_accel_patch.ops.fusing.tracing import Unfusable, noted
 from hf_accel_patch.ops.graphs import CudaRecorder, Watching, marked, recorder_for, recording
 from hf_accel_patch.ops.refusing import Refused
 from hf_accel_patch.ops.tape import TapeRecorder

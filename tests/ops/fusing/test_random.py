@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from interpreter import DEVICE, interpreted, load, memory_watched
 
-from hf_accel_patch.fusing.planning import planned
-from hf_accel_patch.fusing.running import Runner
-from hf_accel_patch.fusing.tracing import Unfusable, traced
+from hf_accel_patch.ops.fusing.planning import planned
+from hf_accel_patch.ops.fusing.running import Runner
+from hf_accel_patch.ops.fusing.tracing import Unfusable, traced
 
 ON = torch.device(DEVICE)
 LARGEST = 1e3  # of numbers that still say something

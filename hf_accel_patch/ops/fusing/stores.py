@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.affine import ZERO, Affine, Index
-from hf_accel_patch.fusing.operands import Read, cast, overlaps, readable, spread
-from hf_accel_patch.fusing.tracing import Node
-from hf_accel_patch.fusing.values import DTYPES, Pending, Row, Value, Writer, linear
+from hf_accel_patch.ops.fusing.affine import ZERO, Affine, Index
+from hf_accel_patch.ops.fusing.operands import Read, cast, overlaps, readable, spread
+from hf_accel_patch.ops.fusing.tracing import Node
+from hf_accel_patch.ops.fusing.values import DTYPES, Pending, Row, Value, Writer, linear
 
 aten = torch.ops.aten
 

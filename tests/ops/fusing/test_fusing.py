@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from interpreter import DEVICE, INTERPRETED, interpreted, load, memory_watched
 
-from hf_accel_patch.fusing.planning import planned
-from hf_accel_patch.fusing.running import Runner, runner
-from hf_accel_patch.fusing.tracing import Node, Unfusable, noted, traced
-from hf_accel_patch.fusing.writing import Launch
+from hf_accel_patch.ops.fusing.planning import planned
+from hf_accel_patch.ops.fusing.running import Runner, runner
+from hf_accel_patch.ops.fusing.tracing import Node, Unfusable, noted, traced
+from hf_accel_patch.ops.fusing.writing import Launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, pack
 from hf_accel_patch.ops.refusing import Refused
 from hf_accel_patch.ops.together import linear_together

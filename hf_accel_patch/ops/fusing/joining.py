@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.tracing import Node, address
-from hf_accel_patch.fusing.writing import Launch
+from hf_accel_patch.ops.fusing.tracing import Node, address
+from hf_accel_patch.ops.fusing.writing import Launch
 from hf_accel_patch.ops.together import MOST, alike, linear_together
 
 PRODUCT = torch.ops.hf_accel_patch.linear.default  # of ops/linear.py

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.operands import Elsewhere, Read, dense
-from hf_accel_patch.fusing.tracing import Node
-from hf_accel_patch.fusing.values import FLOATS, Pointwise, Reduced, Value
+from hf_accel_patch.ops.fusing.operands import Elsewhere, Read, dense
+from hf_accel_patch.ops.fusing.tracing import Node
+from hf_accel_patch.ops.fusing.values import FLOATS, Pointwise, Reduced, Value
 
 aten = torch.ops.aten
 MOST_SUMMED = 16384  # columns

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.operands import Elsewhere, Read, cast, dense, number_of, operand, readable
-from hf_accel_patch.fusing.sums import reduced
-from hf_accel_patch.fusing.tracing import Node
-from hf_accel_patch.fusing.values import (
+from hf_accel_patch.ops.fusing.operands import Elsewhere, Read, cast, dense, number_of, operand, readable
+from hf_accel_patch.ops.fusing.sums import reduced
+from hf_accel_patch.ops.fusing.tracing import Node
+from hf_accel_patch.ops.fusing.values import (
     DTYPES,
     FLOATS,
     Constant,

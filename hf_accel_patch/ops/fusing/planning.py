@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.joining import joined
-from hf_accel_patch.fusing.operands import Elsewhere
-from hf_accel_patch.fusing.operators import value_in_place, value_of
-from hf_accel_patch.fusing.stores import Store, store_of
-from hf_accel_patch.fusing.sums import norm
-from hf_accel_patch.fusing.tracing import Node, Trace, Unfusable, address
-from hf_accel_patch.fusing.values import Memory, Misplaced, Pending, Value, View
-from hf_accel_patch.fusing.writing import Launch, Refusal, launches
 from hf_accel_patch.logs import get_logger
+from hf_accel_patch.ops.fusing.joining import joined
+from hf_accel_patch.ops.fusing.operands import Elsewhere
+from hf_accel_patch.ops.fusing.operators import value_in_place, value_of
+from hf_accel_patch.ops.fusing.stores import Store, store_of
+from hf_accel_patch.ops.fusing.sums import norm
+from hf_accel_patch.ops.fusing.tracing import Node, Trace, Unfusable, address
+from hf_accel_patch.ops.fusing.values import Memory, Misplaced, Pending, Value, View
+from hf_accel_patch.ops.fusing.writing import Launch, Refusal, launches
 
 logger = get_logger(__name__)
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.values import DTYPES, FLOATS, Constant, Pointwise, Value
+from hf_accel_patch.ops.fusing.values import DTYPES, FLOATS, Constant, Pointwise, Value
 
 
 class Elsewhere(Exception):

@@ -1,8 +1,8 @@
 """What a kernel computes: values that say how each of their elements follows from those of others.
 
-A value is asked for an element at an index and writes the lines of Triton that compute it (fusing/writing.py). Numbers
-are computed in float32 and rounded to the dtype that PyTorch's operator would have given, so what is fused differs in
-the order of sums only.
+A value is asked for an element at an index and writes the lines of Triton that compute it (ops/fusing/writing.py).
+Numbers are computed in float32 and rounded to the dtype that PyTorch's operator would have given, so what is fused
+differs in the order of sums only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.affine import ZERO, Affine, Index, is_vector, through_view
+from hf_accel_patch.ops.fusing.affine import ZERO, Affine, Index, is_vector, through_view
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {

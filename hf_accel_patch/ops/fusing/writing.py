@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_accel_patch.fusing.affine import ZERO, Affine, Index, is_vector
-from hf_accel_patch.fusing.stores import Store
-from hf_accel_patch.fusing.tracing import address
-from hf_accel_patch.fusing.values import DTYPES, FLOATS, Guard, Misplaced, Reduced, Row, Unwritable, Value, literal
+from hf_accel_patch.ops.fusing.affine import ZERO, Affine, Index, is_vector
+from hf_accel_patch.ops.fusing.stores import Store
+from hf_accel_patch.ops.fusing.tracing import address
+from hf_accel_patch.ops.fusing.values import DTYPES, FLOATS, Guard, Misplaced, Reduced, Row, Unwritable, Value, literal
 
 PIECE = 512  # columns that a program computes where it needs no sums of them
 MOST_COLUMNS = 16384  # of which it computes sums

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from hf_accel_patch.fusing.affine import Affine, through_view
+from hf_accel_patch.ops.fusing.affine import Affine, through_view
 
 
 def number(index, at):

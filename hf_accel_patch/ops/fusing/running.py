@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hf_accel_patch.fusing.planning import Plan, planned
-from hf_accel_patch.fusing.tracing import Node, Unfusable, address, traced
-from hf_accel_patch.fusing.writing import Launch
+from hf_accel_patch.ops.fusing.planning import Plan, planned
+from hf_accel_patch.ops.fusing.tracing import Node, Unfusable, address, traced
+from hf_accel_patch.ops.fusing.writing import Launch
 from hf_accel_patch.ops.refusing import tensors_in
 
 LEAST_TOLERANCE = 1e-3  # of the norm of a result
@@ -70,7 +70,8 @@ class Runner:
                             now[at] = torch.empty_strided(
                                 each.shape, each.stride(), dtype=each.dtype, device=each.device
                             )
-                    triton_fused.launch(step, [self._present(each, now) for each in step.tensors])
+                    tensors = [self._present(each, now) for each in step.tensors]
+                    triton_fused.launch(step.source, tensors, step.strides, step.sizes, step.programs, step.warps)
                 else:
                     self._call(step, now)
                 for at in self.over[i]:

@@ -7,9 +7,9 @@ from interpreter import INTERPRETED, load
 from simulated_graphs import FusedRecorder
 
 from hf_accel_patch import KVCache, patch, report
-from hf_accel_patch.fusing.writing import Launch
 from hf_accel_patch.kernels import cpu, cpu_decode
 from hf_accel_patch.ops import backends
+from hf_accel_patch.ops.fusing.writing import Launch
 from hf_accel_patch.passes import graphs, replaying, rooms
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU, tests/kernels/test_graphs_on_a_gpu.py does the same")
