@@ -48,19 +48,23 @@ class Simulated:
             return self.output.clone()
 
 
-class SimulatedRecorder:
-    """Records as `CudaRecorder` does: a first run that is watched, then the capture."""
-
-    passes: int = 64
-    most_bytes: int | None = None
+class Counting:
+    """A recorder that knows what it has made."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.device = device
-        self.made: list[Simulated] = []
+        self.made: list[Any] = []
 
     @property
     def replays(self) -> int:
         return sum(each.replays for each in self.made)
+
+
+class SimulatedRecorder(Counting):
+    """Records as `CudaRecorder` does: a first run that is watched, then the capture."""
+
+    passes: int = 64
+    most_bytes: int | None = None
 
     def __call__(self, function: Callable[[], Tensor]) -> Simulated:
         with ExitStack() as stack:
@@ -76,20 +80,12 @@ class SimulatedRecorder:
         return self.made[-1]
 
 
-class FusedRecorder:
+class FusedRecorder(Counting):
     """Plans as `CudaRecorder` does on a GPU, with kernels that are interpreted, and carries the plan out at each
     replay."""
 
     passes: int = 8
     most_bytes: int | None = None
-
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.device = device
-        self.made: list[Fused] = []
-
-    @property
-    def replays(self) -> int:
-        return sum(each.replays for each in self.made)
 
     def __call__(self, function: Callable[[], Tensor]) -> Fused:
         with interpreted():

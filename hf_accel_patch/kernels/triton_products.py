@@ -27,14 +27,17 @@ def _own(y, S: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _one_of(tile, second, third, a, b, c):
-    """Of three weights that share x, what belongs to the one that this tile is of: theirs begin with 0, `second` and
-    `third`."""
+def _weight(
+    tile, second, third, codes_0, codes_1, codes_2, scales_0, scales_1, scales_2, out_0, out_1, out_2, n_0, n_1, n_2
+):  # fmt: skip
+    """Of three weights that share x, the one that a tile is of, and which one of its tiles that is: they begin with the
+    tiles 0, `second` and `third`."""
+    codes, scales, out, n, first = codes_0, scales_0, out_0, n_0, tile * 0
     if tile >= second:
-        a = b
+        codes, scales, out, n, first = codes_1, scales_1, out_1, n_1, second
     if tile >= third:
-        a = c
-    return a
+        codes, scales, out, n, first = codes_2, scales_2, out_2, n_2, third
+    return codes, scales, out, n, tile - first
 
 
 @triton.jit(do_not_specialize=["M", "pairs", "groups", "each"])  # what changes with the rows of x compiles once
@@ -59,14 +62,12 @@ def _three4(
     G: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """`_product4` of three weights in one, their tiles one after another."""
-    tile = tl.program_id(0)
-    codes = _one_of(tile, second, third, codes_0, codes_1, codes_2)
-    scales = _one_of(tile, second, third, scales_0, scales_1, scales_2)
-    out = _one_of(tile, second, third, out_0, out_1, out_2)
-    pairs = _one_of(tile, second, third, pairs_0, pairs_1, pairs_2)
-    first = _one_of(tile, second, third, tile * 0, second, third)
+    codes, scales, out, pairs, tile = _weight(
+        tl.program_id(0), second, third, codes_0, codes_1, codes_2, scales_0, scales_1, scales_2, out_0, out_1, out_2,
+        pairs_0, pairs_1, pairs_2,
+    )  # fmt: skip
     _tile4(
-        tile - first, x, codes, scales, table, out, M, 2 * pairs, K, pairs, groups, each,
+        tile, x, codes, scales, table, out, M, 2 * pairs, K, pairs, groups, each,
         LOOKUP, ROWS, COLUMNS, PAIRS, S, G, UNROLL, STAGES, FAST,
     )  # fmt: skip
 
@@ -140,13 +141,11 @@ def _three8(
     STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """`_product8` of three weights in one, their tiles one after another."""
-    tile = tl.program_id(0)
-    codes = _one_of(tile, second, third, codes_0, codes_1, codes_2)
-    scales = _one_of(tile, second, third, scales_0, scales_1, scales_2)
-    out = _one_of(tile, second, third, out_0, out_1, out_2)
-    N = _one_of(tile, second, third, N_0, N_1, N_2)
-    first = _one_of(tile, second, third, tile * 0, second, third)
-    _tile8(tile - first, x, codes, scales, out, M, N, K, each, ROWS, COLUMNS, OUTPUTS, S, STEP, STAGES, FAST)
+    codes, scales, out, N, tile = _weight(
+        tl.program_id(0), second, third, codes_0, codes_1, codes_2, scales_0, scales_1, scales_2, out_0, out_1, out_2,
+        N_0, N_1, N_2,
+    )  # fmt: skip
+    _tile8(tile, x, codes, scales, out, M, N, K, each, ROWS, COLUMNS, OUTPUTS, S, STEP, STAGES, FAST)
 
 
 @triton.jit

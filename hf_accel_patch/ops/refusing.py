@@ -11,6 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 aten = torch.ops.aten
+OWN = {"aten", "prims", "prim"}  # namespaces of operators that say what they do
 WAITS = frozenset(  # what gives the host a number, or a size that follows from numbers
     {
         aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.masked_select, aten.equal, aten.bincount,
@@ -32,6 +33,11 @@ def overheard() -> str:
 
 class Refused(Exception):
     """Why a function cannot be recorded."""
+
+
+def address(tensor: Tensor) -> int:
+    """Of the memory that a tensor shares with its views."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def tensors_in(*given: Any) -> list[Tensor]:

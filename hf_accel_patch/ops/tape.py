@@ -29,14 +29,13 @@ from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.kernels.noting import Call, Unnoted, noting
 from hf_accel_patch.ops.operator import Operand, Operator
 from hf_accel_patch.ops.operators import called, translated
-from hf_accel_patch.ops.refusing import Refused, check, tensors_in
+from hf_accel_patch.ops.refusing import OWN, Refused, address, check, tensors_in
 
 ALIGNED = 64  # bytes
 CPU = torch.device("cpu")
 READS = frozenset(  # of the host, past PyTorch's dispatcher
     {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tensor_split, torch.tensor_split}
 )
-OWN = {"aten", "prims", "prim"}  # operators that say what they do
 MOST_KEPT, MOST_MADE = 32 << 20, 1 << 30  # bytes of what PyTorch's operators give, and of all while it is noted
 
 
@@ -75,7 +74,7 @@ class Notes:
             if collect:
                 gc.collect()
             alive = [each for ref in self.given if (each := ref()) is not None and each is not output]
-            left = [tuple(each.shape) for each in alive if _address(each) != _address(output)]
+            left = [tuple(each.shape) for each in alive if address(each) != address(output)]
             if not left:
                 return
         raise Refused(f"tensors of shapes {left} are kept outside of it")
@@ -94,18 +93,18 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         attends = "scaled_dot_product" in func.name()  # without dropout, as a model is that generates
         if torch.Tag.nondeterministic_seeded in tags and not attends:
             raise Refused(f"{func} draws random numbers")
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and _address(args[0]) in notes.constants:
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and address(args[0]) in notes.constants:
             raise Refused(f"{func} changes a constant")
-        known = {_address(each) for each in tensors_in(args, kwargs)}
+        known = {address(each) for each in tensors_in(args, kwargs)}
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
-        fresh = [each for each in outputs if _address(each) not in known and each.numel()]
+        fresh = [each for each in outputs if address(each) not in known and each.numel()]
         for each in fresh:
-            notes.made[_address(each)] = each.detach()
+            notes.made[address(each)] = each.detach()
             notes.made_bytes += each.untyped_storage().nbytes()
-        notes.given += [weakref.ref(each) for each in outputs if _address(each) in notes.made]
+        notes.given += [weakref.ref(each) for each in outputs if address(each) in notes.made]
         if func is torch.ops.aten.lift_fresh.default:
-            notes.constants.add(_address(outputs[0]))
+            notes.constants.add(address(outputs[0]))
         if torch.Tag.inplace_view in tags:
             return result  # what it says of a tensor is noted where that is used
         if not fresh and not func._schema.is_mutable:
@@ -173,7 +172,7 @@ class Tape:
         some: list[bytes] = []
 
         def pointer(operand: Operand) -> int:
-            at = _address(operand.tensor)
+            at = address(operand.tensor)
             inside = places.get(at)
             if inside is None:
                 self.held[at] = operand.tensor.detach()
@@ -184,7 +183,7 @@ class Tape:
             if isinstance(entry, Operator):
                 some.append(entry.packed(pointer))
                 self.arguments.append(entry.argument)
-                self.held |= {_address(each): each for each in entry.fixed}
+                self.held |= {address(each): each for each in entry.fixed}
                 continue
             self._close(some)
             self.pieces.append(entry)
@@ -210,15 +209,15 @@ class Tape:
 def _arranged(notes: Notes, output: Tensor) -> tuple[dict[int, int], Tensor]:
     """Where in one piece of memory each storage lies that only compiled code touches, by its address, and that memory:
     storages that are not needed at the same time share it."""
-    first, last, apart = dict[int, int](), dict[int, int](), {_address(output)}
-    unwritten = {_address(each) for entry in notes.entries if isinstance(entry, Operator) for each in entry.unwritten}
+    first, last, apart = dict[int, int](), dict[int, int](), {address(output)}
+    unwritten = {address(each) for entry in notes.entries if isinstance(entry, Operator) for each in entry.unwritten}
     for index, entry in enumerate(notes.entries):
         movable = [each.tensor for each in entry.operands] if isinstance(entry, Operator) else []
         fixed: Iterable[Tensor] = entry.fixed if isinstance(entry, Operator) else entry.tensors()
-        apart |= {_address(each) for each in fixed}
+        apart |= {address(each) for each in fixed}
         for tensor in (*movable, *fixed):
-            first.setdefault(_address(tensor), index)
-            last[_address(tensor)] = index
+            first.setdefault(address(tensor), index)
+            last[address(tensor)] = index
     if unwritten & last.keys():
         raise Refused("it reads what is not computed: the mean or the deviation of a layer norm")
     places, taken, size = dict[int, int](), list[tuple[int, int, int]](), 0  # start, stop, last
@@ -236,7 +235,3 @@ def _arranged(notes: Notes, output: Tensor) -> tuple[dict[int, int], Tensor]:
         arena = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
     base = -(-arena.data_ptr() // ALIGNED) * ALIGNED
     return {at: base + start for at, start in places.items()}, arena
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

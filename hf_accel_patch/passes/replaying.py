@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from hf_accel_patch.compat import CACHE, given_cache
 from hf_accel_patch.families import dtype_of
 from hf_accel_patch.logs import get_logger
+from hf_accel_patch.ops.agreeing import agree
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.ops.refusing import Refused, overheard
@@ -30,7 +31,6 @@ AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, 
 NEAR = 8  # the same where fewer are to come
 WIDER = 4  # times as many passes as make a recording pay may go through a wider one, before they get their own
 UNKNOWN = 1024  # the same where nothing says how many are to come
-LEAST_TOLERANCE = 1e-2  # of the spread of the logits
 KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict"}
 
 
@@ -195,7 +195,7 @@ class Decoding:
             step.tried = True
             self._say_held_up()
             outputs = given.plain()  # writes the same entries again
-            if not agree(logits, outputs.logits, dtype_of(self.model)):
+            if not agree(logits, outputs.logits[:, -logits.shape[1] :], dtype_of(self.model)):
                 self.graphs.stop("a replay gave other logits than the model")
             return outputs
         for layer in given.cache.layers:
@@ -292,14 +292,6 @@ def unfit(cache: Any) -> str:
         if any(type(each.buffer) is not Tensor or each.buffer.requires_grad for each in placed):
             return "a layer of the cache holds no plain tensor"
     return ""
-
-
-def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits differ by rounding only, in what a model in this dtype computes. Waits for the device."""
-    found, expected = found.float(), expected[:, -found.shape[1] :].float()
-    spread = (expected - expected.mean(-1, keepdim=True)).norm()
-    most = max(LEAST_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
-    return found.shape == expected.shape and bool((found - expected).norm() <= most * spread)
 
 
 def _line(error: BaseException) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_accel_patch.ops.fusing.tracing import Node, address
+from hf_accel_patch.ops.fusing.tracing import Node
 from hf_accel_patch.ops.fusing.writing import Launch
+from hf_accel_patch.ops.refusing import address
 from hf_accel_patch.ops.together import MOST, alike, linear_together
 
 PRODUCT = torch.ops.hf_accel_patch.linear.default  # of ops/linear.py

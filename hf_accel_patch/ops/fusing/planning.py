@@ -20,9 +20,10 @@ from hf_accel_patch.ops.fusing.operands import Elsewhere
 from hf_accel_patch.ops.fusing.operators import value_in_place, value_of
 from hf_accel_patch.ops.fusing.stores import Store, store_of
 from hf_accel_patch.ops.fusing.sums import norm
-from hf_accel_patch.ops.fusing.tracing import Node, Trace, Unfusable, address
+from hf_accel_patch.ops.fusing.tracing import Node, Trace, Unfusable
 from hf_accel_patch.ops.fusing.values import Memory, Misplaced, Pending, Value, View
 from hf_accel_patch.ops.fusing.writing import Launch, Refusal, launches
+from hf_accel_patch.ops.refusing import address
 
 logger = get_logger(__name__)
 aten = torch.ops.aten

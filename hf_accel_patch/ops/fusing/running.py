@@ -10,34 +10,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hf_accel_patch.ops.agreeing import agree
 from hf_accel_patch.ops.fusing.planning import Plan, planned
-from hf_accel_patch.ops.fusing.tracing import Node, Unfusable, address, traced
+from hf_accel_patch.ops.fusing.tracing import Node, Unfusable, traced
 from hf_accel_patch.ops.fusing.writing import Launch
-from hf_accel_patch.ops.refusing import tensors_in
-
-LEAST_TOLERANCE = 1e-3  # of the norm of a result
+from hf_accel_patch.ops.refusing import address, tensors_in
 
 
 def runner(function: Callable[[], Tensor], device: torch.device) -> Runner:
-    """What does the same in fewer kernels, for a function that may run twice. They have run once, so that they are
-    compiled, with the same result: what nobody was seen to write would show in it. Raises Refused for a function that
-    would wait for the device, and Unfusable, or what Triton raises, where kernels cannot do it."""
+    """What does the same in fewer kernels, for a function that gives logits and may run twice. They have run once, so
+    that they are compiled, with the same result: what nobody was seen to write would show in it. Raises Refused for a
+    function that would wait for the device, and Unfusable, or what Triton raises, where kernels cannot do it."""
     trace = traced(function, device)
     assert trace.output is not None
     expected = trace.output.clone()
     made = Runner(planned(trace, device))
-    if not _agree(made(), expected):
+    if not agree(made(), expected, expected.dtype):
         raise Unfusable("it computes something else")
     return made
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by rounding only. Waits for the device."""
-    if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    x, y = found.float().nan_to_num(), expected.float().nan_to_num()
-    tolerance = max(LEAST_TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5)
-    return bool((x - y).norm() <= tolerance * y.norm())
 
 
 class Runner:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_accel_patch.ops.fusing.affine import ZERO, Affine, Index
 from hf_accel_patch.ops.fusing.operands import Read, cast, overlaps, readable, spread
 from hf_accel_patch.ops.fusing.tracing import Node
-from hf_accel_patch.ops.fusing.values import DTYPES, Pending, Row, Value, Writer, linear
+from hf_accel_patch.ops.fusing.values import DTYPES, Pending, Row, Value, Writer, broadcast, linear
 
 aten = torch.ops.aten
 
@@ -77,8 +77,7 @@ def _put(target: Tensor, indices: Sequence[Tensor | None], new: Tensor, read: Re
             total = total + where * target.stride(dim)
         rows = []
         for dim, value in values:
-            own = inside[len(inside) - len(value.sizes) :]
-            own = tuple(ZERO if n == 1 else each for n, each in zip(value.sizes, own, strict=True))
+            own = broadcast(value.sizes, inside)
             rows.append(Row(to.element(value, own, ()), target.shape[dim], target.stride(dim), own))
         return total, rows
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hf_accel_patch.ops.fusing.operands import Elsewhere, Read, dense
 from hf_accel_patch.ops.fusing.tracing import Node
-from hf_accel_patch.ops.fusing.values import FLOATS, Pointwise, Reduced, Value
+from hf_accel_patch.ops.fusing.values import FLOATS, MOST_COLUMNS, Pointwise, Reduced, Value
 
 aten = torch.ops.aten
-MOST_SUMMED = 16384  # columns
 
 
 def reduced(node: Node, packet: Any, sizes: tuple[int, ...], dtype: torch.dtype, read: Read) -> Value | None:
@@ -22,7 +21,7 @@ def reduced(node: Node, packet: Any, sizes: tuple[int, ...], dtype: torch.dtype,
         return None
     x = args[0]
     n = x.shape[-1] if x.dim() else 0
-    if not 0 < n <= MOST_SUMMED:
+    if not 0 < n <= MOST_COLUMNS:
         return None
     if node.func in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
         if [each % x.dim() for each in (args[1:] or (None,))[0] or ()] != [x.dim() - 1]:
@@ -54,7 +53,7 @@ def norm(node: Node, read: Read) -> Value | None:
 def rms_norm(node: Node, read: Read) -> Value | None:
     x, shape, weight, eps = (*node.args, None, None)[:4]
     n, sizes = x.shape[-1], tuple(x.shape)
-    if list(shape) != [n] or n > MOST_SUMMED or x.dtype not in FLOATS or not dense(node.outputs[0]):
+    if list(shape) != [n] or n > MOST_COLUMNS or x.dtype not in FLOATS or not dense(node.outputs[0]):
         return None
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     value, one = read(x), (*sizes[:-1], 1)
@@ -67,7 +66,7 @@ def rms_norm(node: Node, read: Read) -> Value | None:
 def layer_norm(node: Node, read: Read) -> Value | None:
     x, shape, weight, bias, eps = node.args
     n, sizes = x.shape[-1], tuple(x.shape)
-    if list(shape) != [n] or n > MOST_SUMMED or x.dtype not in FLOATS or not dense(node.outputs[0]):
+    if list(shape) != [n] or n > MOST_COLUMNS or x.dtype not in FLOATS or not dense(node.outputs[0]):
         return None
     value, one = read(x), (*sizes[:-1], 1)
     mean = Reduced(one, torch.float32, f"tl.sum({{0}}, 0) / {n}", value)

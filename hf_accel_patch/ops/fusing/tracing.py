@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from hf_accel_patch.ops.refusing import check, tensors_in
+from hf_accel_patch.ops.refusing import OWN, address, check, tensors_in
 
-OWN = {"aten", "prims", "prim"}  # operators that say what they do
 MOST_MADE = 2 << 30  # bytes that are kept while a function is noted
 _threads = threading.local()
 
@@ -114,11 +113,6 @@ def noted(function: Callable[..., Tensor], *args: Any) -> Tensor:
         result = function(*args)
     trace.note(function, args, {}, result, [])
     return result
-
-
-def address(tensor: Tensor) -> int:
-    """Of the memory that a tensor shares with its views."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -24,6 +24,7 @@ DTYPES = {
 }  # fmt: skip
 # Conditions under which an element is asked for, and whether they differ between columns; elsewhere it may be anything.
 Guard = tuple[tuple[str, bool], ...]
+MOST_COLUMNS = 16384  # that one program sums
 
 
 class Writer(Protocol):
@@ -48,9 +49,6 @@ class Writer(Protocol):
     def divided(self, index: Affine, by: int) -> tuple[Affine, Affine]:
         """New variables that are the quotient and the remainder."""
 
-    def number(self, number: int) -> str:
-        """A size or a stride, as an argument of the kernel."""
-
     def element(self, value: Value, at: Index, guard: Guard) -> str:
         """The variable that is this element of a value, which is written if it is not there yet."""
 
@@ -68,7 +66,7 @@ class Row:
 
 @dataclass(eq=False)
 class Value:
-    """Elements in a shape. `layout`: strides, if it is stored, and where it begins in its memory."""
+    """Elements in a shape."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
@@ -184,7 +182,7 @@ class Pointwise(Value):
     def write(self, to: Writer, at: Index, guard: Guard) -> str:
         names = []
         for each in self.of:
-            name = to.element(each, _broadcast(each.sizes, at), guard)
+            name = to.element(each, broadcast(each.sizes, at), guard)
             names.append(_as(name, each.dtype, self.compute) if self.compute is not None else name)
         return rounded(to, self.form.format(*names), self.dtype)
 
@@ -255,8 +253,8 @@ class Gathered(Value):
 
 @dataclass(eq=False)
 class Reduced(Value):
-    """Over the last dimension, which is kept with size 1 or left out: `form`: with {0} for its elements, where {1}
-    holds; what stands elsewhere is `other`."""
+    """Over the last dimension, which is kept with size 1 or left out. `form`: text with {0} for a vector of its
+    elements, behind which comes `other`."""
 
     form: str
     of: Value
@@ -298,7 +296,7 @@ def _as(name: str, dtype: torch.dtype, compute: torch.dtype) -> str:
     return name if held is compute else f"{name}.to({DTYPES[compute]})"
 
 
-def _broadcast(sizes: tuple[int, ...], at: Index) -> Index:
+def broadcast(sizes: tuple[int, ...], at: Index) -> Index:
     """The index into an operand of these sizes, for that of a result."""
     last = at[len(at) - len(sizes) :]
     return tuple(ZERO if n == 1 else each for n, each in zip(sizes, last, strict=True))

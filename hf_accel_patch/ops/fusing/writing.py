@@ -16,11 +16,21 @@ from torch import Tensor
 
 from hf_accel_patch.ops.fusing.affine import ZERO, Affine, Index, is_vector
 from hf_accel_patch.ops.fusing.stores import Store
-from hf_accel_patch.ops.fusing.tracing import address
-from hf_accel_patch.ops.fusing.values import DTYPES, FLOATS, Guard, Misplaced, Reduced, Row, Unwritable, Value, literal
+from hf_accel_patch.ops.fusing.values import (
+    DTYPES,
+    FLOATS,
+    MOST_COLUMNS,
+    Guard,
+    Misplaced,
+    Reduced,
+    Row,
+    Unwritable,
+    Value,
+    literal,
+)
+from hf_accel_patch.ops.refusing import address
 
 PIECE = 512  # columns that a program computes where it needs no sums of them
-MOST_COLUMNS = 16384  # of which it computes sums
 MOST_LINES = 600  # of a kernel
 LANES = 128  # columns for each warp
 
@@ -86,7 +96,6 @@ class _Part:
         self.launch, self.name, self.whole = launch, str(number), whole
         self.lines: list[str] = []
         self.known: dict[tuple[int, Index, Guard], str] = {}
-        self.kept: list[Value] = []  # of `known`, so that no identity comes twice
         self.loaded: dict[tuple[str, str, bool], str] = {}
         self.columns = sizes[-1]
         self.block = _power_of_2(self.columns) if whole else min(PIECE, _power_of_2(self.columns))
@@ -138,7 +147,6 @@ class _Part:
         key = id(value), at, guard
         if key not in self.known:
             self.known[key] = value.write(self, at, guard)
-            self.kept.append(value)
         return self.known[key]
 
     def load(self, tensor: Tensor, at: Affine, guard: Guard, row: Row | None = None) -> str:
@@ -180,7 +188,7 @@ class _Part:
         vector = any(is_vector(name) for name, _ in index.terms)
         key = index, by
         if key not in self.quotients:
-            n, letter = str(by) if vector else self.number(by), "c" if vector else "r"
+            n, letter = str(by) if vector else self._argument(by), "c" if vector else "r"
             names = [f"{letter}{self.name}_{len(self.lines) + i}q" for i in (0, 1)]
             self.lines += [f"{names[0]} = ({index.text()}) // {n}", f"{names[1]} = ({index.text()}) % {n}"]
             self.quotients[key] = Affine.of(names[0]), Affine.of(names[1])
@@ -190,7 +198,7 @@ class _Part:
             self.masks |= dict.fromkeys(names, mask) if vector else {}
         return self.quotients[key]
 
-    def number(self, number: int) -> str:
+    def _argument(self, number: int) -> str:
         return self._number(number, self.launch.strides, "s")
 
     def spread(self, name: str, n: int) -> str:
@@ -202,19 +210,19 @@ class _Part:
 
     def _row(self, row: Row) -> tuple[str, str]:
         """What it is to be added, and whether it is there. PyTorch stops the device where it is not."""
-        n, name = self.number(row.n), row.name
+        n, name = self._argument(row.n), row.name
         key = "row", name, n
         if key not in self.wrapped:
             self.wrapped[key] = self.line(f"tl.where({name} < 0, {name} + {n}, {name}).to(tl.int64)")
         name = self.wrapped[key]
-        return f"{name} * {self.number(row.stride)}", f"(({name} >= 0) & ({name} < {n}))"
+        return f"{name} * {self._argument(row.stride)}", f"(({name} >= 0) & ({name} < {n}))"
 
     def _pointer(self, tensor: Tensor, at: Affine, rows: Sequence[Row]) -> str:
         parts = [self._tensor(tensor)]
-        numbers = [name if factor == 1 else f"{name} * {self.number(factor)}" for name, factor in at.terms
+        numbers = [name if factor == 1 else f"{name} * {self._argument(factor)}" for name, factor in at.terms
                    if not is_vector(name)]  # fmt: skip
         if at.constant:
-            numbers.append(self.number(at.constant))
+            numbers.append(self._argument(at.constant))
         if numbers:
             parts.append(f"({' + '.join(numbers)})")
         parts += [self._row(each)[0] for each in rows]

@@ -75,6 +75,17 @@ def test_logits_in_16_bits(name, dtype, made):
     assert difference < 1e-3
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_layer_is_four_kernels(name, made):
+    """And one more computes the angles and the first norm."""
+    model = tiny(name)
+    patch(model, cache=KVCache(graphs=True), linear=False)
+    generate(model, {"input_ids": prompt(8)}, 12)
+    (fused,) = [fused for each in made for fused in each.made]
+    starts = sum(isinstance(step, Launch) for step in fused.runner.plan.steps)
+    assert starts == 4 * model.config.num_hidden_layers + 1
+
+
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_several_tokens(tokens, made, monkeypatch):
     """Of a verification pass."""
