@@ -342,7 +342,8 @@ DAMAGE = {
     "no scales": (lambda t: t.pop(SCALES), f"{SCALES} is not in the checkpoint"),
     "short codes": (
         lambda t: t.update({UP: t[UP][:-1].clone()}),
-        rf"{UP} is \('U8', \[1, 64, 32\]\) in the checkpoint where \('U8', \[2, ",
+        # Rows per block are the processor's: one block is missing, however many there are.
+        rf"{UP} is \('U8', \[(\d+), 64, (\d+)\]\) in the checkpoint where \('U8', \[(?!\1)\d+, 64, \2\]\) belongs",
     ),
     "other dtype": (lambda t: t.update({SCALES: t[SCALES].float()}), rf"{SCALES} is \('F32'"),
     "not finite": (
