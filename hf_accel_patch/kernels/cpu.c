@@ -11,11 +11,9 @@
  * BLOCK, the rows in a block of int4 codes, is given by the build: 64 needs AVX512BW, 32 needs AVX2.
  * Functions return 0, or -1 where there is no memory.
  */
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "products.h"
 
 #if BLOCK == 64
 typedef __m512i integers;
@@ -71,7 +69,6 @@ enum {
     LANES = sizeof(integers) / 4,
     PARTS = BLOCK / 16,  /* 128-bit parts of a vector */
     HALF = BLOCK / 2,    /* bytes of int4 codes for an input feature of a block */
-    GROUP_MOST = 128,    /* input features in a group of int4 codes */
     GROUP = 128,         /* input features per scale of the activations of an int8 product */
     MOST = 48,           /* rows of activations for which a group of int4 codes is expanded once */
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
@@ -81,8 +78,6 @@ enum {
     AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
     STREAMED_BYTES = 1 << 20, /* that are unpacked at a time at most, to go into the caches */
 };
-
-enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* acc + sums of pairs of 16-bit products */
 static inline integers dot(integers acc, integers a, integers b) {
@@ -118,38 +113,6 @@ static inline void sum_four(const floats a[4], float *out) {
 }
 #endif
 
-static inline float from_bfloat16(uint16_t bits) {
-    uint32_t u = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-/* To nearest, ties to even. */
-static inline uint16_t to_bfloat16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return f != f ? 0x7FC0 : (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
-}
-
-static void widen(const void *x, enum dtype dtype, int64_t n, float *out) {
-    if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < n; i++) out[i] = from_bfloat16(((const uint16_t *)x)[i]);
-    else if (dtype == FLOAT16)
-        for (int64_t i = 0; i < n; i++) out[i] = _cvtsh_ss(((const uint16_t *)x)[i]);
-    else
-        memcpy(out, x, n * sizeof(float));
-}
-
-static inline void put(void *out, enum dtype dtype, int64_t i, float value) {
-    if (dtype == BFLOAT16)
-        ((uint16_t *)out)[i] = to_bfloat16(value);
-    else if (dtype == FLOAT16)
-        ((uint16_t *)out)[i] = _cvtss_sh(value, 0);
-    else
-        ((float *)out)[i] = value;
-}
-
 /* Activations [M, K] as integers: x = q * scale in every group of input features. K is padded with zeros. */
 typedef struct {
     int64_t groups, stride;
@@ -157,29 +120,6 @@ typedef struct {
     float *scale; /* [M, groups] */
     int32_t *sum; /* [M, groups], of q */
 } activations;
-
-/* One group. The scale is the power of two that takes the largest value to 2^14 or above. */
-static void quantize_group(const float *x, int64_t group, int16_t *q, float *scale, int32_t *sum) {
-    int32_t largest = 0, total = 0;
-    for (int64_t i = 0; i < group; i++) { /* positive floats are ordered as their bits are, NaN and infinity last */
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7FFFFFFF;
-        largest = bits > largest ? bits : largest;
-    }
-    int32_t exponent = largest >> 23;
-    int finite = exponent < 255;
-    exponent = !finite ? 127 : exponent < 15 ? 15 : exponent;
-    float up = from_bfloat16((uint16_t)((268 - exponent) << 7));
-    for (int64_t i = 0; i < group; i++) {
-        int32_t v = finite ? (int32_t)rintf(x[i] * up) : 0;
-        v = v > 32767 ? 32767 : v;
-        q[i] = (int16_t)v;
-        total += v;
-    }
-    *scale = finite ? from_bfloat16((uint16_t)((exponent - 14) << 7)) : NAN;
-    *sum = total;
-}
 
 /* Returns the memory that holds it all, to be freed, or NULL. `interleaved`: in every eight input features those in the
  * order 0 4 1 5 2 6 3 7, as int4 products take them. */
@@ -340,15 +280,6 @@ INLINE void block_int4(const uint8_t *codes, const uint16_t *scales, const int16
         few_int4(codes, scales, table, N, a, m, 2, group, total);
     else
         many_int4(codes, scales, table, N, a, m, rows, group, total);
-}
-
-/* The largest magnitude of 16 values, which become integers whose products with a group of activations fit 32 bits. */
-static float integer_table(const float *table, int64_t group, int16_t *out) {
-    const float most = (float)(65536 / group - 1);
-    float largest = 0;
-    for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(table[i]));
-    for (int i = 0; i < 16; i++) out[i] = (int16_t)rintf(table[i] / largest * most);
-    return largest / most;
 }
 
 /* x [M, K] times the transpose of 4-bit weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2].

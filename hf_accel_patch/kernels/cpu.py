@@ -1,8 +1,7 @@
-"""Products of a few rows on x86 processors, in C, compiled with the machine's own compiler at first use.
+"""Products of a few rows on x86 processors, in C (cpu.c).
 
 `library()` is None where that is not possible, and `why_not()` says why; then PyTorch's kernels do the work, on the
-same bytes. The compiled library is kept in the user's cache directory, named by all that it depends on. It runs on the
-OpenMP threads of PyTorch, for it is linked to none of its own.
+same bytes. See compiling.py for how it is compiled and kept.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -27,15 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_accel_patch.kernels import compiling
 from hf_accel_patch.kernels.folder import cache_folder
 from hf_accel_patch.kernels.noting import Call, notes, unnoted
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
-FEATURES = {64: {"avx512f", "avx512bw", "f16c"}, 32: {"avx2", "fma", "f16c"}}  # by rows per block of int4 codes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
-SECONDS = 120  # to compile, which takes one
 QUIET, LEAST_WALL = 0.75, 1e-3  # of a measurement that counts: the share in which its thread ran; from these seconds on
 SPAN, TURNS = 1 << 26, 7  # bytes that are read to see what reads faster, and how often
 
@@ -112,17 +106,18 @@ def linear_int8(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor) 
 
 def linear_float(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transpose of weight [N, K], plus bias [N], both contiguous and like x: [..., N], summed in
-    float32."""
+    float32. Of a weight that is not contiguous its transpose must be, and the kernels those of cpu_prefill."""
     x, (N, K) = x.contiguous(), weight.shape
     M, out = x.numel() // K, x.new_empty(*x.shape[:-1], N)
+    run = kernels.linear_float if weight.is_contiguous() else kernels.linear_columns
     _check(
-        kernels.linear_float(
+        run(
             x.data_ptr(), DTYPES[x.dtype], M, K, weight.data_ptr(), _pointer(bias), N, out.data_ptr(),
             torch.get_num_threads(),
         )
     )  # fmt: skip
     if (tell := notes()) is not None:
-        tell(Call(kernels.linear_float, x, out, (weight, bias)))
+        tell(Call(run, x, out, (weight, bias)))
     return out
 
 
@@ -174,8 +169,8 @@ def remembered(question: str, measure: Callable[[], list[int]], least: Sequence[
     """What `measure` answered on this machine the first time, so that every process takes the same paths, and one model
     gives the same bits. Kept beside the library, unless other programs held up the measurement: then it holds for this
     process, and its numbers are at least these."""
-    machine = (question, torch.__version__, torch.get_num_threads(), sorted(_features()), QUIET)
-    name = hashlib.sha256(SOURCE.read_bytes() + repr(machine).encode()).hexdigest()[:24]
+    machine = (question, torch.__version__, torch.get_num_threads(), sorted(compiling.features()), QUIET)
+    name = hashlib.sha256(compiling.sources(SOURCE.parent.glob("*.c")) + repr(machine).encode()).hexdigest()[:24]
     path = cache_folder() / f"measured-{name}.json"
     try:
         answer = json.loads(path.read_text())
@@ -213,30 +208,13 @@ def _check(failed: int) -> None:
         raise MemoryError("no memory for the activations of a linear layer")
 
 
-def load(source: Path, block: int, *flags: str) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled source, or None and why there is none."""
-    features = _features()
-    if block not in FEATURES:
-        return None, "there are none for this processor"
-    if missing := FEATURES[block] - features:
-        return None, f"the processor has no {', '.join(sorted(missing))}"
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
-        return None, "there is no C compiler"
-    try:
-        return ctypes.CDLL(str(_build(compiler.split(), source, block, flags, features))), ""
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else type(error).__name__}"
-
-
 @cache
 def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
-    kernels, reason = load(SOURCE, block)
+    kernels, reason = compiling.load(SOURCE, block)
     if kernels is None:
         return None, reason
     _declare(kernels)
-    plain, _ = load(SOURCE, block, "-DPLAIN")
+    plain, _ = compiling.load(SOURCE, block, "-DPLAIN")
     if plain is not None:
         _declare(plain)
         if remembered(f"plain {block}", lambda: [_reads_faster(plain, kernels)])[0]:
@@ -244,11 +222,17 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     return kernels, ""
 
 
-def _declare(kernels: ctypes.CDLL) -> None:
+def declare_products(kernels: ctypes.CDLL) -> None:
+    """Arguments of what cpu.c and prefill.c have in common."""
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, integer]
     kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
     kernels.linear_float.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
+
+
+def _declare(kernels: ctypes.CDLL) -> None:
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    declare_products(kernels)
     kernels.unpack_int4.argtypes = [*[pointer] * 3, size, size, size, size, pointer, size, integer]
     kernels.unpack_int8.argtypes = [pointer, size, pointer, integer]
     kernels.narrow_rows.argtypes = [pointer, integer, size, size, pointer, pointer, pointer, integer]
@@ -269,31 +253,3 @@ def _reads_faster(first: ctypes.CDLL, second: ctypes.CDLL) -> int:
             linear_int8(kernels, x, codes, scales)
             least[index] = min(least[index], time.perf_counter() - started)
     return int(least[0] < least[1])
-
-
-def _features() -> set[str]:
-    """The instruction sets of this processor, as Linux names them; empty where that is not known."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-
-
-def _build(compiler: list[str], source: Path, block: int, flags: tuple[str, ...], features: set[str]) -> Path:
-    """The compiled library, from the cache where it is there."""
-    flags = (*FLAGS, *flags)
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True, timeout=SECONDS)
-    parts = (source.read_bytes(), repr((compiler, flags, block, version.stdout, sorted(features))).encode())
-    path = cache_folder() / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: others may be building it too
-        run = {"capture_output": True, "check": True, "text": True, "timeout": SECONDS}
-        made = [str(Path(folder) / name) for name in ("made.o", "made.so")]
-        subprocess.run([*compiler, *flags, f"-DBLOCK={block}", "-c", str(source), "-o", made[0]], **run)  # type: ignore[call-overload]
-        subprocess.run([*compiler, "-shared", made[0], "-o", made[1], "-lm"], **run)  # type: ignore[call-overload]
-        os.replace(made[1], path)
-    return path

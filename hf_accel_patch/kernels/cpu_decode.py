@@ -1,6 +1,6 @@
 """Attention of a few new tokens over an exact or quantized cache on x86 processors, in C (decode.c).
 
-`library()` is None where that is not possible, and `why_not()` says why; see cpu.py for how it is compiled and kept.
+`library()` is None where that is not possible, and `why_not()` says why; see compiling.py for how it is made and kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels import compiling, cpu
 from hf_accel_patch.kernels.noting import Call, notes, unnoted
 
 SOURCE = Path(__file__).with_name("decode.c")
@@ -132,7 +132,7 @@ def pack(kernels: ctypes.CDLL, keys: Tensor, values: Tensor, bits: int) -> Packe
 def _load(width: int | None) -> tuple[ctypes.CDLL | None, str]:
     if width is None:
         return _load(64) if _load(64)[0] is not None else _load(32)
-    kernels, reason = cpu.load(SOURCE, width, *FLAGS[width])
+    kernels, reason = compiling.load(SOURCE, width, *FLAGS[width])
     if kernels is not None:
         kernels.attend.argtypes = kernels.pack.argtypes = [ctypes.c_char_p]
         kernels.pack.restype = None

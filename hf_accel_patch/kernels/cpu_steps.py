@@ -1,6 +1,6 @@
 """Lists of operators on x86 processors, run in C without a return to Python (steps.c).
 
-`library()` is None where that is not possible; see cpu.py for how it is compiled and kept.
+`library()` is None where that is not possible; see compiling.py for how it is compiled and kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels import compiling, cpu
 
 SOURCE = Path(__file__).with_name("steps.c")
 DIMS = 5
@@ -76,9 +76,9 @@ def _filled(values: Sequence[int], size: int) -> list[int]:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    kernels, reason = cpu.load(SOURCE, 64)
+    kernels, reason = compiling.load(SOURCE, 64)
     if kernels is None:
-        kernels, reason = cpu.load(SOURCE, 32)
+        kernels, reason = compiling.load(SOURCE, 32)
     if kernels is not None:
         kernels.run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
         kernels.run.restype = ctypes.c_int64

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.fused import attention_and_sums, fused_attention
+from hf_accel_patch.ops.wide import matmul
 
 SCORE_BYTES = 32 << 20  # scores and masks that exist at a time; a block of queries is as long as this allows
 GPU_SCORE_BYTES = 256 << 20  # the same elsewhere: blocks of few queries leave a GPU idle
@@ -113,7 +114,7 @@ def weighed(
         weights.div_(1 + share)
     weights = weights.to(value.dtype)
     used = F.dropout(weights, variant.dropout) if variant.dropout else weights
-    output = torch.matmul(used.reshape(B, K, H // K * T, S), value)
+    output = matmul(used.reshape(B, K, H // K * T, S), value)
     return output.view(B, H, T, -1), weights
 
 

@@ -21,6 +21,7 @@ from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.kv import Bits, Packed, pack
 from hf_accel_patch.ops.launching import launch, unsuitable
 from hf_accel_patch.ops.stored import Content
+from hf_accel_patch.ops.wide import matmul
 
 MOST_TOKENS = 16  # new tokens at a time for which one pass over the cache by the kernel is the fastest
 
@@ -144,7 +145,7 @@ def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, bias: Tensor | Non
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """[B, H, T, V] in float32."""
     (B, H, T, S), K = weights.shape, values.shape[1]
-    return torch.matmul(weights.view(B, K, H // K * T, S).to(values.dtype), values).view(B, H, T, -1).float()
+    return matmul(weights.view(B, K, H // K * T, S).to(values.dtype), values).view(B, H, T, -1).float()
 
 
 def _kernel_takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, variant: Variant) -> bool:

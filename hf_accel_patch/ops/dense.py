@@ -1,26 +1,32 @@
 """Products with float weights on the CPU where PyTorch's own are slow.
 
-For one or a few rows of activations PyTorch reads weights at about half of the memory's bandwidth, and float16 beyond
-that at a fraction of its speed on processors that cannot calculate in it. For some rows more it rearranges the weights
-at every call. The compiled kernel reads at the bandwidth; more rows of float16 are multiplied as float32, block by
-block. Sums are in float32, as PyTorch's are. From how many rows on which is faster is measured once per machine, dtype
-and size.
+For one or a few rows of activations PyTorch reads weights at about half of the memory's bandwidth, and for some rows
+more it rearranges the weights at every call. The compiled kernel reads at the bandwidth. Many rows PyTorch multiplies
+well where the processor can calculate in the dtype. Where it cannot, as in 16 bits with AVX2, another compiled kernel
+does, or a product in float32, block by block. Sums are in float32, as PyTorch's are. Which way is fastest for how many
+rows is measured once per machine, dtype and size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops.linear import least_seconds, row_steps
 from hf_accel_patch.ops.packing import int4_block, on_cpu
+from hf_accel_patch.ops.wide import widens
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (512, 2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 256)  # rows of activations that are measured
+MOST_FEW = 32  # of them that are few
 WIDE_ROWS = 64  # from which float32 is tried
 GAIN = 1.05  # less is not worth another path
 FEW_ROWS = 4  # that the kernel takes where a busy machine lets nobody measure
@@ -28,19 +34,22 @@ FEW_ROWS = 4  # that the kernel takes where a busy machine lets nobody measure
 
 @dataclass(frozen=True)
 class FloatBackend:
-    """What multiplies weights of `dtype`: the compiled kernel for up to `rows` rows of activations; from `widened` rows
-    on blocks in float32, 0 for never; PyTorch's own product otherwise."""
+    """What multiplies weights of `dtype`: the compiled kernel for few rows of activations up to `rows` of them; from
+    `many` rows on that for many, from `widened` rows on blocks in float32, each 0 for never; PyTorch's own product
+    otherwise."""
 
     dtype: torch.dtype
     rows: int
-    widened: int
+    widened: int = 0
+    many: int = 0
 
     @property
     def faster(self) -> bool:
-        return bool(self.rows or self.widened)
+        return bool(self.rows or self.widened or self.many)
 
     def __str__(self) -> str:
         parts = [f"compiled kernel up to {self.rows} rows"] if self.rows else []
+        parts += [f"compiled kernel for many rows from {self.many} on"] if self.many else []
         parts += [f"in float32 from {self.widened} rows on"] if self.widened else []
         return ", ".join(parts) or "PyTorch"
 
@@ -48,12 +57,18 @@ class FloatBackend:
 def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None, backend: FloatBackend) -> Tensor:
     """x [..., K] times the transpose of weight [N, K], plus bias [N]: [..., N]."""
     rows = x.numel() // weight.shape[1]
-    kernels = cpu.library(int4_block()) if rows <= backend.rows else None
+    kernels = _kernels(rows, backend)
     if kernels is not None and weight.is_contiguous() and x.shape[-1] == weight.shape[1]:
         return cpu.linear_float(kernels, x, weight, bias)
     if 0 < backend.widened <= rows:
         return _widened(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _kernels(rows: int, backend: FloatBackend) -> Any:
+    if rows <= backend.rows:
+        return cpu.library(int4_block())
+    return cpu_prefill.library() if 0 < backend.many <= rows else None
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,25 +85,39 @@ def float_backend(dtype: torch.dtype, K: int) -> FloatBackend:
 
 @on_cpu
 def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
+    few = dtype in cpu.DTYPES and cpu.library(int4_block()) is not None
+    many = dtype in cpu.DTYPES and cpu_prefill.library() is not None
+
     def measure() -> list[int]:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
-        rows = 0
-        if compiled:
-            for M in (1, 2, 4, 8, 16, 32):
-                if not _pays(FloatBackend(dtype, M, 0), weight, M):
-                    break
-                rows = M
-        widened = max(WIDE_ROWS, rows + 1)
-        pays = dtype == torch.float16 and _pays(FloatBackend(dtype, 0, widened), weight, widened)
-        return [rows, widened if pays else 0]
+        return _division([_seconds(weight, M, few, many) for M in COUNTS])
 
-    compiled = dtype in cpu.DTYPES and cpu.library(int4_block()) is not None
-    rows, widened = cpu.remembered(f"{dtype} {K} {compiled}", measure, [FEW_ROWS if compiled else 0, 0])
-    return FloatBackend(dtype, rows, widened)
+    answer = cpu.remembered(f"{dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
+    return FloatBackend(dtype, *answer)
 
 
-def _pays(backend: FloatBackend, weight: Tensor, rows: int) -> bool:
-    """Whether it is faster than PyTorch's product for this number of rows."""
-    x = weight.new_ones(rows, weight.shape[1])
-    stock = least_seconds(lambda: F.linear(x, weight))
-    return least_seconds(lambda: linear_float(x, weight, None, backend)) * GAIN < stock
+def _seconds(weight: Tensor, rows: int, few: bool, many: bool) -> dict[str, float]:
+    """What each way takes to multiply so many rows of activations."""
+    x, dtype, ways = weight.new_ones(rows, weight.shape[1]), weight.dtype, {"PyTorch": FloatBackend(weight.dtype, 0)}
+    if few and rows <= MOST_FEW:
+        ways["few"] = FloatBackend(dtype, rows)
+    if many:
+        ways["many"] = FloatBackend(dtype, 0, many=rows)
+    if widens(dtype) and rows >= WIDE_ROWS:
+        ways["widened"] = FloatBackend(dtype, 0, widened=rows)
+    return {way: least_seconds(partial(linear_float, x, weight, None, each)) for way, each in ways.items()}
+
+
+def _division(seconds: Sequence[dict[str, float]]) -> list[int]:
+    """Up to how many rows `few` goes, and from how many on `widened` and `many`, by what each way takes for COUNTS."""
+    good = [{way for way, taken in each.items() if taken <= GAIN * min(each.values())} for each in seconds]
+    before = next((i for i, ways in enumerate(good) if "few" not in ways), len(good))
+    while before and "PyTorch" in good[before - 1]:  # nothing is gained there
+        before -= 1
+    best = min(seconds[-1], key=seconds[-1].__getitem__)
+    if "PyTorch" in good[-1]:
+        best = "PyTorch"
+    start = max([before, *(i + 1 for i, ways in enumerate(good) if best not in ways)])
+    rows = COUNTS[before - 1] if before else 0
+    first = rows + 1 if start == before else COUNTS[start]
+    return [rows, first if best == "widened" else 0, first if best == "many" else 0]

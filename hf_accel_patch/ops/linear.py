@@ -2,10 +2,10 @@
 
 On the CPU one or a few rows of activations go through a matrix-vector kernel, which reads the weights once: that of
 kernels/cpu.py, which a C compiler on this machine makes, or else PyTorch's, which wants bfloat16 activations (with
-float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill unpacks
-blocks of weights to bfloat16 and multiplies those. Where the two cross, and whether PyTorch has a fast kernel for this
-processor at all, is measured, once per machine. On CUDA codes go to kernels/triton_linear.py, or where that cannot
-start are unpacked.
+float32 or float16 it is scalar code). Both work on the same bytes. Their time grows with the rows, so a prefill goes
+through the compiled kernel of kernels/cpu_prefill.py, or unpacks blocks of weights to bfloat16 and multiplies those.
+Which of them is faster from how many rows on, and whether PyTorch has a fast kernel for this processor at all, is
+measured, once per machine. On CUDA codes go to kernels/triton_linear.py, or where that cannot start are unpacked.
 
 The layout of codes is in ops/packing.py.
 """
@@ -15,22 +15,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops.launching import launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, in_blocks, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.ops.wide import matmul, widens
 
 UNPACK_ELEMENTS = 1 << 23  # weights unpacked at a time, 16 MB in bfloat16: products with more are no faster
 ALWAYS = 1 << 30  # rows
 OUTLIER = 6.0  # llm.int8: input features with a larger activation are multiplied in 16 bits (arXiv 2208.07339)
 FEW_ROWS = 129  # of activations: from there on, the kernels are the same for any number of them
+MANY_ROWS = (64, 256)  # of activations at which the compiled kernel for many must be faster
+LONG_SECONDS = 0.1  # of runs that are timed
 FEW_COMPILED = 8  # rows that the compiled kernel takes where a busy machine lets nobody measure
 PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 
@@ -38,17 +41,19 @@ PRODUCTS = 1 << 19  # 32-bit integers of a product at a time, 2 MB
 @dataclass(frozen=True)
 class Backend:
     """What multiplies on the CPU: a matrix-vector kernel, compiled or PyTorch's, for up to `rows` rows of activations.
-    For more of them the weights are unpacked to bfloat16, or the activations, but for outliers, are rounded to 8 bits.
-    """
+    For more of them it is the compiled kernel for `many`, or the weights are unpacked to bfloat16, or the activations,
+    but for outliers, are rounded to 8 bits."""
 
     compiled: bool
     rows: int
     decomposed: bool = False
+    many: bool = False
 
     def __str__(self) -> str:
         kernel = "compiled kernel" if self.compiled else "PyTorch's kernel"
-        beyond = "activations in 8 bits but for outliers" if self.decomposed else "unpacked"
-        return f"{kernel} up to {self.rows} rows, then {beyond}" if self.rows else f"{beyond} to bfloat16"
+        beyond = "activations in 8 bits but for outliers" if self.decomposed else "unpacked to bfloat16"
+        beyond = "compiled kernel for many rows" if self.many else beyond
+        return f"{kernel} up to {self.rows} rows, then {beyond}" if self.rows else beyond
 
 
 def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, backend: Backend) -> Tensor:
@@ -58,6 +63,8 @@ def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, 
     _check_features(shape[-1], K)
     if x.numel() // K <= backend.rows and kernels is not None:
         return cpu.linear_int4(kernels, x, codes, scales, table)
+    if (for_many := _for_many(x, backend)) is not None and cpu_prefill.takes_int4(codes, scales):
+        return cpu.linear_int4(for_many, x, codes, scales, table)
     x = x.reshape(-1, K).to(torch.bfloat16).contiguous()
     if len(x) <= backend.rows and table is None and 2 * half == int4_block():  # a model may come from another machine
         packed = codes.view(N, K // 2)
@@ -69,12 +76,16 @@ def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, 
         stop = min(start + step, len(codes))
         rows = slice(start * 2 * half, stop * 2 * half)
         if kernels is not None:
-            torch.mm(x, cpu.unpack_int4(kernels, codes, scales, table, start, stop), out=out[:, rows])
+            dense = cpu.unpack_int4(kernels, codes, scales, table, start, stop)
+            if widens(x.dtype):
+                out[:, rows] = matmul(x, dense)
+            else:
+                torch.mm(x, dense, out=out[:, rows])
         elif half == 1:  # as a GPU has them
             dense = unpack_int4(codes, scales, table, start, stop).transpose(1, 2).reshape(-1, K)
             torch.mm(x, dense.T, out=out[:, rows])
         else:
-            product = torch.matmul(x, unpack_int4(codes, scales, table, start, stop))
+            product = matmul(x, unpack_int4(codes, scales, table, start, stop))
             out[:, rows].view(-1, stop - start, 2 * half).copy_(product.transpose(0, 1))
     return out.to(dtype).view(*shape[:-1], N)
 
@@ -87,6 +98,8 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
     _check_features(shape[-1], K)
     if rows <= backend.rows and kernels is not None:
         return cpu.linear_int8(kernels, x, codes, scales)
+    if (for_many := _for_many(x, backend)) is not None:
+        return cpu.linear_int8(for_many, x, codes, scales)
     codes = codes.view(N, K)
     if backend.decomposed and kernels is not None and K % 16 == N % 16 == 0:
         return _decomposed(kernels, x.reshape(-1, K).contiguous(), codes, scales).view(*shape[:-1], N)
@@ -96,7 +109,10 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
     out = x.new_empty(rows, N)
     for step in row_steps(N, K):
         dense = codes[step].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[step])
-        torch.mm(x, dense.t(), out=out[:, step])
+        if widens(x.dtype):
+            out[:, step] = matmul(x, dense.t())
+        else:
+            torch.mm(x, dense.t(), out=out[:, step])
     return out.mul_(scales).to(dtype).view(*shape[:-1], N)
 
 
@@ -133,6 +149,10 @@ def row_steps(N: int, K: int) -> list[slice]:
 def _kernels(x: Tensor, block: int, backend: Backend) -> Any:
     """The compiled kernels where they can be used."""
     return cpu.library(block) if backend.compiled and x.dtype in cpu.DTYPES else None
+
+
+def _for_many(x: Tensor, backend: Backend) -> Any:
+    return cpu_prefill.library() if backend.many and x.dtype in cpu.DTYPES else None
 
 
 def dense_int4(
@@ -218,17 +238,18 @@ def _table_on(scheme: str, device: torch.device) -> Any:
 @torch.library.custom_op(
     "hf_accel_patch::linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scales, str scheme, bool compiled, int rows, bool decomposed) -> Tensor",
+    schema="(Tensor x, Tensor codes, Tensor scales, str scheme, bool compiled, int rows, bool decomposed, bool many)"
+    " -> Tensor",
 )
 def linear_op(
-    x: Tensor, codes: Tensor, scales: Tensor, scheme: str, compiled: bool, rows: int, decomposed: bool
+    x: Tensor, codes: Tensor, scales: Tensor, scheme: str, compiled: bool, rows: int, decomposed: bool, many: bool
 ) -> Tensor:
     """The same as one operator for graphs that torch.compile makes."""
-    return linear(x, codes, scales, scheme, Backend(compiled, rows, decomposed))
+    return linear(x, codes, scales, scheme, Backend(compiled, rows, decomposed, many))
 
 
 @linear_op.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, compiled: bool, rows: int, decomposed: bool) -> Tensor:
+def _(x: Tensor, codes: Tensor, scales: Tensor, scheme: str, *backend: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(scales) if scheme in INT8 else scales.shape[1])
 
 
@@ -245,28 +266,33 @@ def backend_for(scheme: str, compiled: bool) -> Backend:
     scales = bits.view(torch.float32 if scheme in TABLES else torch.bfloat16)
     decomposed = scheme == "llm.int8" and compiled
 
+    def seconds(M: int, backend: Backend) -> float:
+        x = torch.ones(M, 1024, dtype=torch.bfloat16)
+        return least_seconds(lambda: linear(x, codes, scales, scheme, backend))
+
     def measure() -> list[int]:
-        best = 0
+        beyond, best = Backend(compiled, 0, decomposed), 0
+        many = Backend(compiled, 0, decomposed, True)
+        if for_many and all(seconds(M, many) < seconds(M, beyond) for M in MANY_ROWS):
+            beyond = many
         for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            x = torch.ones(M, 1024, dtype=torch.bfloat16)
-            kernel, beyond = (
-                partial(linear, x, codes, scales, scheme, Backend(compiled, rows, decomposed)) for rows in (ALWAYS, 0)
-            )
-            if least_seconds(kernel) > least_seconds(beyond):
+            if seconds(M, Backend(compiled, ALWAYS)) > seconds(M, beyond):
                 break
             best = M
-        return [best]
+        return [best, int(beyond.many)]
 
-    (rows,) = cpu.remembered(f"{scheme} {compiled}", measure, [FEW_COMPILED if compiled else 0])
-    return Backend(compiled, rows, decomposed)
+    for_many = compiled and cpu_prefill.library() is not None
+    for_many = for_many and (scheme in INT8 or cpu_prefill.takes_int4(codes, scales))
+    rows, many = cpu.remembered(f"{scheme} {compiled} {for_many}", measure, [FEW_COMPILED if compiled else 0, 0])
+    return Backend(compiled, rows, decomposed, bool(many))
 
 
 def least_seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """Of `repeats` runs, after one that is not counted: what else the machine does only adds to them."""
-    run()
-    times = []
-    for _ in range(repeats):
+    """Of `repeats` runs after one that is not counted, unless they take long: what else the machine does only adds to
+    them."""
+    times: list[float] = []
+    while len(times) <= repeats and sum(times) < LONG_SECONDS:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:] or times)

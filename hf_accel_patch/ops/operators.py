@@ -42,7 +42,10 @@ NOTHING = {  # memory whose content nobody may count on
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
     aten.new_empty_strided.default,
 }  # fmt: skip
-PRODUCTS = {"linear_int4": Kind.LINEAR_INT4, "linear_int8": Kind.LINEAR_INT8, "linear_float": Kind.LINEAR_FLOAT}
+PRODUCTS = {
+    "linear_int4": Kind.LINEAR_INT4, "linear_int8": Kind.LINEAR_INT8, "linear_float": Kind.LINEAR_FLOAT,
+    "linear_columns": Kind.LINEAR_FLOAT,
+}  # fmt: skip
 
 
 def translated(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Operator] | None:

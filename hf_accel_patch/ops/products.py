@@ -18,6 +18,7 @@ from hf_accel_patch.kernels.noting import notes
 from hf_accel_patch.ops.linear import Backend, dense_int4, dense_triton, linear, linear_op
 from hf_accel_patch.ops.packing import INT8, rows_int4
 from hf_accel_patch.ops.quantize import TABLES
+from hf_accel_patch.ops.wide import matmul
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
         y = linear(x, codes, as_floats(scales), spec.scheme, spec.backend)
     else:
         backend, scales = spec.backend, as_floats(scales)
-        y = linear_op(x, codes, scales, spec.scheme, backend.compiled, backend.rows, backend.decomposed)
+        y = linear_op(x, codes, scales, spec.scheme, backend.compiled, backend.rows, backend.decomposed, backend.many)
     return y if y.shape[-1] == spec.shape[0] else y[..., : spec.shape[0]]
 
 
@@ -91,4 +92,4 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         codes, scales = ctx.saved_tensors
-        return grad @ dequantize(codes, scales, ctx.spec, grad.dtype), None, None, None
+        return matmul(grad, dequantize(codes, scales, ctx.spec, grad.dtype)), None, None, None

@@ -4,6 +4,7 @@ one kernel for up to three of them, for a small product is over in microseconds,
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -24,18 +25,15 @@ def alike(codes: Tensor, scales: Tensor, others: Tensor, other_scales: Tensor, s
     return codes.shape[1:] == others.shape[1:] and len(scales) == len(other_scales)
 
 
-def linear_together(
-    x: Tensor, codes: list[Tensor], scales: list[Tensor], scheme: str, compiled: bool, rows: int, decomposed: bool
-) -> list[Tensor]:
-    """`ops.linear.linear` of x with each of these weights, which are alike."""
+def linear_together(x: Tensor, codes: list[Tensor], scales: list[Tensor], scheme: str, *backend: Any) -> list[Tensor]:
+    """`ops.linear.linear` of x with each of these weights, which are alike. `backend`: what a Backend consists of."""
     if x.is_cuda and len(codes) > 1:
         kernel = min(x.numel() // x.shape[-1], FEW_ROWS), *(each.shape for each in (*codes, *scales))
         run = partial(together_triton, x, codes, scales, scheme)
         outputs = launch(("together", scheme, x.dtype, *kernel), x.device, run)
         if isinstance(outputs, list):
             return outputs
-    backend = Backend(compiled, rows, decomposed)
-    return [linear(x, *each, scheme, backend) for each in zip(codes, scales, strict=True)]
+    return [linear(x, *each, scheme, Backend(*backend)) for each in zip(codes, scales, strict=True)]
 
 
 def together_triton(x: Tensor, codes: list[Tensor], scales: list[Tensor], scheme: str) -> list[Tensor] | None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from cases import entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_accel_patch import patch, plan, report, unpatch
-from hf_accel_patch.kernels import cpu
+from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops import dense
 from hf_accel_patch.ops.modules import FastLinear
 from hf_accel_patch.ops.packing import int4_block
+from hf_accel_patch.ops.wide import widens
 from hf_accel_patch.passes import linear
 
 pytestmark = pytest.mark.skipif(bool(cpu.why_not(int4_block())), reason=cpu.why_not(int4_block()))
@@ -196,4 +198,45 @@ def test_the_measurement(dtype):
         backend = dense.float_backend(dtype, K)
         assert backend.dtype == dtype and backend.rows in (0, 1, 2, 4, 8, 16, 32)
         assert dtype != torch.float64 or not backend.faster
-        assert backend.widened == 0 or dtype == torch.float16
+        assert backend.widened == 0 or widens(dtype)
+        assert not (backend.widened and backend.many)
+        assert all(each == 0 or each > backend.rows for each in (backend.widened, backend.many))
+
+
+DIVISIONS = {
+    "few, then many": ([2, 2, 1, 1, 1, 5, 0, 0], [9, 9, 5, 4, 3, 2, 1, 1], [8] * 8, [16, 0, 17]),
+    "nothing is gained": ([1] * 8, [1] * 8, [1.02] * 8, [0, 0, 0]),
+    "few where PyTorch is slow in between": ([1, 1, 1, 1, 9, 9, 0, 0], [9] * 8, [1, 1, 2, 2, 1, 1, 1, 1], [8, 0, 0]),
+    "PyTorch between few and many": (
+        [1, 1, 9, 9, 9, 9, 0, 0],
+        [9, 9, 9, 9, 9, 9, 1, 1],
+        [2, 2, 2, 2, 2, 2, 2, 2],
+        [2, 0, 64],
+    ),
+    "many of any number": ([9] * 8, [1] * 8, [9] * 8, [0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("few, many, stock, expected", DIVISIONS.values(), ids=DIVISIONS)
+def test_what_follows_from_a_measurement(few, many, stock, expected):
+    seconds = [
+        {"PyTorch": each, "many": other} | ({"few": one} if one else {})
+        for one, other, each in zip(few, many, stock, strict=True)
+    ]
+    assert dense._division(seconds) == expected
+
+
+@DTYPES
+def test_rows_divide_what_multiplies(dtype, monkeypatch):
+    """Few and many rows give what PyTorch gives, whichever kernel they go to."""
+    module, stock = fast(dtype=dtype, rows=2)
+    module.backend = dense.FloatBackend(dtype, 2, many=5)
+    taken, libraries = [], {cpu_prefill.library(): "many", cpu.library(int4_block()): "few"}
+    kernel = cpu.linear_float
+    monkeypatch.setattr(cpu, "linear_float", lambda *given: taken.append(libraries[given[0]]) or kernel(*given))
+    for rows in (1, 2, 3, 4, 5, 70):
+        x = torch.randn(rows, 72).to(dtype)
+        exact = F.linear(x.double(), stock.weight.double(), stock.bias.double())
+        assert relative_error(module(x), exact) < 2 * torch.finfo(dtype).eps
+    if None not in libraries:
+        assert taken == ["few", "few", "many", "many"]

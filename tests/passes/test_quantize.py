@@ -39,15 +39,15 @@ SCHEMES = ("int8", "int4", "nf4", "llm.int8")
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2", "phi3", "opt", "gpt_neox", "gpt2", "falcon_mqa"))
-@pytest.mark.parametrize("backend", ("compiled", "torch", "unpacked"))
+@pytest.mark.parametrize("backend", ("compiled", "many", "torch", "unpacked"))
 def test_a_quantized_model_is_stock_with_rounded_weights(name, scheme, backend, monkeypatch):
     block = packing.int4_block()
-    if backend == "compiled" and (reason := cpu.why_not(block)):
+    if backend in ("compiled", "many") and (reason := cpu.why_not(block)):
         pytest.skip(reason)
     if backend == "torch" and not block:
         pytest.skip("no int4 kernel on this processor")
-    rows = 0 if backend == "unpacked" else linear.ALWAYS
-    chosen = linear.Backend(backend == "compiled", rows)
+    rows = linear.ALWAYS if backend in ("compiled", "torch") else 0
+    chosen = linear.Backend(backend in ("compiled", "many"), rows, many=backend == "many")
     monkeypatch.setattr("hf_accel_patch.passes.quantize.backend_for", lambda *_: chosen)
     model = patch(tiny(name), quantize=scheme)
     stock = rounded(tiny(name), model)
