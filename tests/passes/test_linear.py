@@ -207,12 +207,7 @@ DIVISIONS = {
     "few, then many": ([2, 2, 1, 1, 1, 5, 0, 0], [9, 9, 5, 4, 3, 2, 1, 1], [8] * 8, [16, 0, 17]),
     "nothing is gained": ([1] * 8, [1] * 8, [1.02] * 8, [0, 0, 0]),
     "few where PyTorch is slow in between": ([1, 1, 1, 1, 9, 9, 0, 0], [9] * 8, [1, 1, 2, 2, 1, 1, 1, 1], [8, 0, 0]),
-    "PyTorch between few and many": (
-        [1, 1, 9, 9, 9, 9, 0, 0],
-        [9, 9, 9, 9, 9, 9, 1, 1],
-        [2, 2, 2, 2, 2, 2, 2, 2],
-        [2, 0, 64],
-    ),
+    "PyTorch in between": ([1, 1, 9, 9, 9, 9, 0, 0], [9, 9, 9, 9, 9, 9, 1, 1], [2] * 8, [2, 0, 64]),
     "many of any number": ([9] * 8, [1] * 8, [9] * 8, [0, 0, 1]),
 }
 
@@ -236,7 +231,8 @@ def test_rows_divide_what_multiplies(dtype, monkeypatch):
     monkeypatch.setattr(cpu, "linear_float", lambda *given: taken.append(libraries[given[0]]) or kernel(*given))
     for rows in (1, 2, 3, 4, 5, 70):
         x = torch.randn(rows, 72).to(dtype)
-        exact = F.linear(x.double(), stock.weight.double(), stock.bias.double())
-        assert relative_error(module(x), exact) < 2 * torch.finfo(dtype).eps
+        with torch.no_grad():
+            exact = F.linear(x.double(), stock.weight.double(), stock.bias.double())
+            assert relative_error(module(x), exact) < 4 * torch.finfo(dtype).eps
     if None not in libraries:
         assert taken == ["few", "few", "many", "many"]
