@@ -44,7 +44,7 @@ typedef __m256 floats;
 #define LOAD_FLOAT16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define ZERO() _mm256_setzero_si256()
 #define AND(a, b) _mm256_and_si256(a, b)
-#define HALVES(p) _mm256_set_m128i(_mm_set1_epi32((p)[1]), _mm_set1_epi32((p)[0]))
+#define HALVES(p) halves(p)
 #define FOLD(a, b) _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31))
 #define FLOATS(a) _mm256_castsi256_ps(a)
 #define INTEGERS(a) _mm256_castps_si256(a)
@@ -53,6 +53,15 @@ typedef __m256 floats;
 #define STORE(p, a) _mm256_storeu_si256((__m256i *)(p), a)
 #define STREAM(p, a) _mm256_stream_si256((__m256i *)(p), a)
 #define IN_ORDER(a) _mm256_permute4x64_epi64(a, 0xD8)
+#endif
+
+#if BLOCK == 32
+static inline integers halves(const int32_t *p) {
+    int64_t both;
+    memcpy(&both, p, 8);
+    const floats pairs = _mm256_castsi256_ps(_mm256_set1_epi64x(both));
+    return _mm256_castps_si256(_mm256_permutevar_ps(pairs, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
+}
 #endif
 
 /* Whether products of quantized weights prefetch by hand is measured on each machine: it helps where memory is fast, and
@@ -178,7 +187,7 @@ static inline integers load_table(const int16_t *p) {
  * lanes with four features of one row. Of the four vectors w[j], parts l have the rows 16 l + 4 j .. + 3 of the low
  * half-bytes' features (0 4 | 1 5), of the high half-bytes' the same features, and of either the features (2 6 | 3 7).
  * The first half of the parts of a vector are for the even features, the second half for the odd ones. */
-INLINE void expand_int4(const uint8_t *codes, const int16_t *table, integers w[4][4]) {
+INLINE void expand_int4(const uint8_t *codes, const integers *table, integers w[4][4]) {
     const integers mask = I(set1_epi16)(15);
     const integers c0 = LOAD(codes), c2 = LOAD(codes + 2 * HALF);
     const integers c4 = LOAD(codes + 4 * HALF), c6 = LOAD(codes + 6 * HALF);
@@ -191,7 +200,7 @@ INLINE void expand_int4(const uint8_t *codes, const int16_t *table, integers w[4
         w[j][1] = AND(I(srli_epi16)(mixed[j], 4), mask);
         w[j][2] = AND(I(srli_epi16)(mixed[j], 8), mask);
         w[j][3] = I(srli_epi16)(mixed[j], 12);
-        for (int i = 0; table && i < 4; i++) w[j][i] = LOOK_UP(LOAD_TABLE(table), w[j][i]);
+        for (int i = 0; table && i < 4; i++) w[j][i] = LOOK_UP(*table, w[j][i]);
     }
 }
 
@@ -207,15 +216,66 @@ INLINE void load_scales(const uint16_t *scales, int table, floats scale[4], floa
     }
 }
 
+#if BLOCK == 32
+/* The sums of products of one row of activations with a group of a block, as below. Each in a variable of its own: there
+ * are 16 registers, and arrays would go to memory at every step. A table is looked up while two codes share 16 bits. */
+INLINE void sums_int4(const uint8_t *codes, const integers *table, const int16_t *q, int64_t group, integers low[4],
+                      integers high[4]) {
+    const integers mask = table ? _mm256_set1_epi8(15) : _mm256_set1_epi16(15), bytes = _mm256_set1_epi16(255);
+    const integers lows = table ? _mm256_permute4x64_epi64(*table, 0x44) : mask;
+    const integers highs = table ? _mm256_permute4x64_epi64(*table, 0xEE) : mask;
+    integers low0 = ZERO(), low1 = low0, low2 = low0, low3 = low0, high0 = low0, high1 = low0, high2 = low0, high3 = low0;
+#define HALF_BYTES(sum, pairs)                                                                                    \
+    {                                                                                                             \
+        const integers of_four = pairs; /* codes in each 16 bits */                                               \
+        integers even, odd;                                                                                       \
+        if (table) {                                                                                              \
+            const integers two = AND(of_four, mask);                                                              \
+            const integers l = _mm256_shuffle_epi8(lows, two), h = _mm256_shuffle_epi8(highs, two);               \
+            even = _mm256_blendv_epi8(_mm256_slli_epi16(h, 8), l, bytes);                                         \
+            odd = _mm256_blendv_epi8(h, _mm256_srli_epi16(l, 8), bytes);                                          \
+        } else {                                                                                                  \
+            even = AND(of_four, mask), odd = AND(_mm256_srli_epi16(of_four, 8), mask);                            \
+        }                                                                                                         \
+        sum = dot(dot(sum, even, first), odd, second);                                                            \
+    }
+#define ROWS(j, pairs)                                                                                            \
+    {                                                                                                             \
+        const integers mixed = pairs;                                                                             \
+        HALF_BYTES(low##j, mixed)                                                                                 \
+        HALF_BYTES(high##j, _mm256_srli_epi16(mixed, 4))                                                          \
+    }
+    for (int64_t k = 0; k < group; k += 8, codes += 8 * HALF, q += 8) {
+        for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + AHEAD + i);
+        const integers first = HALVES((const int32_t *)q), second = HALVES((const int32_t *)q + 2);
+        const integers x0 = _mm256_unpacklo_epi8(LOAD(codes), LOAD(codes + 2 * HALF));
+        const integers x2 = _mm256_unpacklo_epi8(LOAD(codes + 4 * HALF), LOAD(codes + 6 * HALF));
+        ROWS(0, _mm256_unpacklo_epi16(x0, x2))
+        ROWS(1, _mm256_unpackhi_epi16(x0, x2))
+        const integers x1 = _mm256_unpackhi_epi8(LOAD(codes), LOAD(codes + 2 * HALF));
+        const integers x3 = _mm256_unpackhi_epi8(LOAD(codes + 4 * HALF), LOAD(codes + 6 * HALF));
+        ROWS(2, _mm256_unpacklo_epi16(x1, x3))
+        ROWS(3, _mm256_unpackhi_epi16(x1, x3))
+    }
+#undef HALF_BYTES
+#undef ROWS
+    low[0] = low0, low[1] = low1, low[2] = low2, low[3] = low3;
+    high[0] = high0, high[1] = high1, high[2] = high2, high[3] = high3;
+}
+#endif
+
 /* total[r] += the products of `rows` rows of activations from m on with group g of a block, whose weights are
  * code * scale + start. The codes are expanded here, or have been. */
-INLINE void group_int4(const uint8_t *codes, const int16_t *table, integers (*expanded)[4][4], const activations *a,
+INLINE void group_int4(const uint8_t *codes, const integers *table, integers (*expanded)[4][4], const activations *a,
                        int64_t m, int rows, int64_t g, int64_t group, const floats scale[4], const floats start[4],
                        floats (*total)[4]) {
     integers low[3][4], high[3][4];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < 4; j++) low[r][j] = high[r][j] = ZERO();
-    for (int64_t k = 0; k < group; k += 8) {
+#if BLOCK == 32
+    if (!expanded && rows == 1) sums_int4(codes, table, a->q + m * a->stride + g * group, group, low[0], high[0]);
+#endif
+    for (int64_t k = 0; k < group && (BLOCK == 64 || expanded || rows > 1); k += 8) {
         integers here[4][4], first[3], second[3];
         if (!expanded) {
             for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + k * HALF + AHEAD + i);
@@ -243,7 +303,7 @@ INLINE void group_int4(const uint8_t *codes, const int16_t *table, integers (*ex
 }
 
 /* One or two rows of activations with a block, straight from the codes. */
-INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const integers *table, int64_t N,
                      const activations *a, int64_t m, int rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
@@ -254,7 +314,7 @@ INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const int16_t
 }
 
 /* Up to MOST rows of activations with a block: each group of codes is expanded once. */
-INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const integers *table, int64_t N,
                       const activations *a, int64_t m, int64_t rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
@@ -272,7 +332,7 @@ INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const int16_
 }
 
 /* Up to MOST rows of activations from m on with one block. */
-INLINE void block_int4(const uint8_t *codes, const uint16_t *scales, const int16_t *table, int64_t N,
+INLINE void block_int4(const uint8_t *codes, const uint16_t *scales, const integers *table, int64_t N,
                        const activations *a, int64_t m, int64_t rows, int64_t group, floats (*total)[4]) {
     if (rows == 1)
         few_int4(codes, scales, table, N, a, m, 1, group, total);
@@ -280,6 +340,20 @@ INLINE void block_int4(const uint8_t *codes, const uint16_t *scales, const int16
         few_int4(codes, scales, table, N, a, m, 2, group, total);
     else
         many_int4(codes, scales, table, N, a, m, rows, group, total);
+}
+
+/* A function with a table and one without, which inlined would leave one another no registers. */
+static __attribute__((noinline)) void block_codes(const uint8_t *codes, const uint16_t *scales, int64_t N,
+                                                  const activations *a, int64_t m, int64_t rows, int64_t group,
+                                                  floats (*total)[4]) {
+    block_int4(codes, scales, NULL, N, a, m, rows, group, total);
+}
+
+static __attribute__((noinline)) void block_table(const uint8_t *codes, const uint16_t *scales, const int16_t *table,
+                                                  int64_t N, const activations *a, int64_t m, int64_t rows,
+                                                  int64_t group, floats (*total)[4]) {
+    const integers entries = LOAD_TABLE(table);
+    block_int4(codes, scales, &entries, N, a, m, rows, group, total);
 }
 
 /* x [M, K] times the transpose of 4-bit weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2].
@@ -301,9 +375,9 @@ int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *c
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) total[r][j] = I(setzero_ps)();
             if (table)
-                block_int4(block, scales + 2 * n, integers_, N, &a, m, rows, group, total);
+                block_table(block, scales + 2 * n, integers_, N, &a, m, rows, group, total);
             else
-                block_int4(block, scales + 2 * n, NULL, N, &a, m, rows, group, total);
+                block_codes(block, scales + 2 * n, N, &a, m, rows, group, total);
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) {
                     float lanes[LANES];

@@ -32,6 +32,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
 QUIET, LEAST_WALL = 0.75, 1e-3  # of a measurement that counts: the share in which its thread ran; from these seconds on
 SPAN, TURNS = 1 << 26, 7  # bytes that are read to see what reads faster, and how often
+QUANTIZED = ("linear_int4", "linear_int8")  # products that prefetch, or do not
 
 _threads = threading.local()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -217,8 +218,10 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     plain, _ = compiling.load(SOURCE, block, "-DPLAIN")
     if plain is not None:
         _declare(plain)
-        if remembered(f"plain {block}", lambda: [_reads_faster(plain, kernels)])[0]:
-            return plain, ""
+        faster = remembered(f"plain {block}", lambda: _read_faster(plain, kernels, block))
+        for name, is_faster in zip(QUANTIZED, faster, strict=True):
+            if is_faster:
+                setattr(kernels, name, getattr(plain, name))
     return kernels, ""
 
 
@@ -242,14 +245,24 @@ def _declare(kernels: ctypes.CDLL) -> None:
 
 
 @torch.no_grad()
-def _reads_faster(first: ctypes.CDLL, second: ctypes.CDLL) -> int:
-    """Whether the first multiplies a weight that no cache holds in less time, at its best."""
-    codes = torch.ones(SPAN // 2048, 2048, dtype=torch.int8, device="cpu")
-    scales = torch.ones(len(codes), dtype=torch.bfloat16, device="cpu")
-    x, least = torch.ones(1, 2048, dtype=torch.bfloat16, device="cpu"), [math.inf, math.inf]
+def _read_faster(first: ctypes.CDLL, second: ctypes.CDLL, block: int) -> list[int]:
+    """Whether each of QUANTIZED of the first multiplies a weight that no cache holds in less time, at its best."""
+    K, group, x = 2048, 64, torch.ones(1, 2048, dtype=torch.bfloat16, device="cpu")
+    int8 = torch.ones(SPAN // K, K, dtype=torch.int8, device="cpu")
+    int4 = torch.ones(2 * SPAN // K // block, K, block // 2, dtype=torch.uint8, device="cpu")
+    scales = torch.ones(len(int8), dtype=torch.bfloat16, device="cpu")
+    pairs = torch.ones(K // group, len(int4) * block, 2, dtype=torch.bfloat16, device="cpu")
+    return [
+        _is_less(lambda kernels: linear_int4(kernels, x, int4, pairs, None), first, second),
+        _is_less(lambda kernels: linear_int8(kernels, x, int8, scales), first, second),
+    ]
+
+
+def _is_less(run: Callable[[ctypes.CDLL], object], first: ctypes.CDLL, second: ctypes.CDLL) -> int:
+    least = [math.inf, math.inf]
     for _ in range(TURNS):
         for index, kernels in enumerate((first, second)):
             started = time.perf_counter()
-            linear_int8(kernels, x, codes, scales)
+            run(kernels)
             least[index] = min(least[index], time.perf_counter() - started)
     return int(least[0] < least[1])

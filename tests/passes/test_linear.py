@@ -233,6 +233,6 @@ def test_rows_divide_what_multiplies(dtype, monkeypatch):
         x = torch.randn(rows, 72).to(dtype)
         with torch.no_grad():
             exact = F.linear(x.double(), stock.weight.double(), stock.bias.double())
-            assert relative_error(module(x), exact) < 16 * torch.finfo(dtype).eps
+            assert relative_error(module(x), exact) < 1e-5 + 2 * torch.finfo(dtype).eps
     if None not in libraries:
         assert taken == ["few", "few", "many", "many"]
