@@ -9,6 +9,7 @@ rows is measured once per machine, dtype and size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,7 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
         return _division([_seconds(weight, M, few, many) for M in COUNTS])
 
-    answer = cpu.remembered(f"{dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
+    answer = cpu.remembered(f"division {dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
     return FloatBackend(dtype, *answer)
 
 
@@ -109,15 +110,20 @@ def _seconds(weight: Tensor, rows: int, few: bool, many: bool) -> dict[str, floa
 
 
 def _division(seconds: Sequence[dict[str, float]]) -> list[int]:
-    """Up to how many rows `few` goes, and from how many on `widened` and `many`, by what each way takes for COUNTS."""
-    good = [{way for way, taken in each.items() if taken <= GAIN * min(each.values())} for each in seconds]
-    before = next((i for i, ways in enumerate(good) if "few" not in ways), len(good))
-    while before and "PyTorch" in good[before - 1]:  # nothing is gained there
-        before -= 1
-    best = min(seconds[-1], key=seconds[-1].__getitem__)
-    if "PyTorch" in good[-1]:
-        best = "PyTorch"
-    start = max([before, *(i + 1 for i, ways in enumerate(good) if best not in ways)])
-    rows = COUNTS[before - 1] if before else 0
-    first = rows + 1 if start == before else COUNTS[start]
-    return [rows, first if best == "widened" else 0, first if best == "many" else 0]
+    """Up to how many rows `few` goes, and from how many on `widened` and `many`, by what each takes for COUNTS: what
+    takes least for all of them together, so that one that was held up while it was timed does not decide."""
+
+    def cost(plan: tuple[int, int, str]) -> float:
+        few, start, beyond = plan
+        ways = ["few"] * few + ["PyTorch"] * (start - few) + [beyond] * (len(seconds) - start)
+        taken = [
+            each.get(way, math.inf) * (GAIN if way != "PyTorch" else 1) for each, way in zip(seconds, ways, strict=True)
+        ]
+        return sum(map(math.log, taken))
+
+    counts = range(len(seconds) + 1)
+    plans = [(few, start, way) for few in counts for start in counts[few:] for way in ("many", "widened")]
+    few, start, beyond = min(plans, key=cost)
+    rows = COUNTS[few - 1] if few else 0
+    first = 0 if start == len(seconds) else rows + 1 if start == few else COUNTS[start]
+    return [rows, first if beyond == "widened" else 0, first if beyond == "many" else 0]
