@@ -7,16 +7,11 @@ same bytes. See compiling.py for how it is compiled and kept.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import math
-import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -24,13 +19,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_accel_patch.kernels import compiling
-from hf_accel_patch.kernels.folder import cache_folder
+from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.kernels.noting import Call, notes, unnoted
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
-QUIET, LEAST_WALL = 0.75, 1e-3  # of a measurement that counts: the share in which its thread ran; from these seconds on
 SPAN, TURNS = 1 << 26, 7  # bytes that are read to see what reads faster, and how often
 QUANTIZED = ("linear_int4", "linear_int8")  # products that prefetch, or do not
 
@@ -164,31 +158,6 @@ def scale_products(kernels: ctypes.CDLL, products: Tensor, rows: Tensor, columns
         products.data_ptr(), *products.shape, rows.data_ptr(), columns.data_ptr(), DTYPES[out.dtype], out.data_ptr(),
         out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
-
-
-def remembered(question: str, measure: Callable[[], list[int]], least: Sequence[int] = ()) -> list[int]:
-    """What `measure` answered on this machine the first time, so that every process takes the same paths, and one model
-    gives the same bits. Kept beside the library, unless other programs held up the measurement: then it holds for this
-    process, and its numbers are at least these."""
-    machine = (question, torch.__version__, torch.get_num_threads(), sorted(compiling.features()), QUIET)
-    name = hashlib.sha256(compiling.sources(SOURCE.parent.glob("*.c")) + repr(machine).encode()).hexdigest()[:24]
-    path = cache_folder() / f"measured-{name}.json"
-    try:
-        answer = json.loads(path.read_text())
-        if isinstance(answer, list) and all(type(number) is int for number in answer):
-            return answer
-    except (OSError, ValueError):
-        pass
-    wall, own = time.perf_counter(), time.thread_time()
-    answer = measure()
-    wall, own = time.perf_counter() - wall, time.thread_time() - own
-    if wall > LEAST_WALL and own < QUIET * wall:
-        return [max(pair) for pair in zip_longest(answer, least, fillvalue=0)]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole
-        whole = Path(folder) / path.name
-        whole.write_text(json.dumps(answer))
-        os.replace(whole, path)
-    return answer
 
 
 def scratch(size: int, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu, cpu_prefill
+from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.linear import least_seconds, row_steps
 from hf_accel_patch.ops.packing import int4_block, on_cpu
 from hf_accel_patch.ops.wide import widens
@@ -93,7 +94,7 @@ def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
         weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
         return _division([_seconds(weight, M, few, many) for M in COUNTS])
 
-    answer = cpu.remembered(f"division {dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
+    answer = remembered(f"division {dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
     return FloatBackend(dtype, *answer)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel_patch.kernels import cpu, cpu_prefill
+from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.launching import launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, in_blocks, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
@@ -283,7 +284,7 @@ def backend_for(scheme: str, compiled: bool) -> Backend:
 
     for_many = compiled and cpu_prefill.library() is not None
     for_many = for_many and (scheme in INT8 or cpu_prefill.takes_int4(codes, scales))
-    rows, many = cpu.remembered(f"{scheme} {compiled} {for_many}", measure, [FEW_COMPILED if compiled else 0, 0])
+    rows, many = remembered(f"{scheme} {compiled} {for_many}", measure, [FEW_COMPILED if compiled else 0, 0])
     return Backend(compiled, rows, decomposed, bool(many))
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -328,35 +327,6 @@ def test_the_measurement_of_what_reads_faster(block, monkeypatch):
     monkeypatch.setattr(cpu, "SPAN", 1 << 20)
     answer = cpu._read_faster(cpu.library(block), cpu.library(block), block)
     assert len(answer) == 2 and set(answer) <= {0, 1}
-
-
-def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "LEAST_WALL", math.inf)  # a test may be held up
-    assert cpu.remembered("rows", lambda: [3, 4]) == cpu.remembered("rows", lambda: [5, 6]) == [3, 4]
-    assert cpu.remembered("others", lambda: [7]) == [7]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert cpu.remembered("rows", lambda: [8]) == [8], "other threads, another machine"
-    finally:
-        torch.set_num_threads(threads)
-    for path in (tmp_path / "hf_accel_patch").glob("measured-*.json"):
-        path.write_text("{")
-    assert cpu.remembered("rows", lambda: [9]) == [9], "what cannot be read is measured anew"
-
-
-def test_what_was_measured_on_a_busy_machine_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "LEAST_WALL", 0.04)  # what is not held up may be, by other tests
-
-    def held_up():
-        time.sleep(0.05)
-        return [3]
-
-    assert cpu.remembered("rows", held_up) == [3] and cpu.remembered("rows", held_up, [5, 1]) == [5, 1]
-    assert cpu.remembered("rows", lambda: [4], [5]) == [4]
-    assert cpu.remembered("rows", held_up) == [4]
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, block):
