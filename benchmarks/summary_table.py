@@ -50,19 +50,23 @@ def summary_markdown(rows: list[Row]) -> str:
 
 
 def _tokens(rows: list[Row], quality: list[Row]) -> list[str]:
-    """A token of the largest shape; bytes are those of the weights."""
+    """A token of the largest shape, and the prompt before it, by the instructions of the processor; bytes are those of
+    the weights."""
     found, stocks = {}, {(row["run"], row["shape"]): row for row in rows if row["system"] == "stock"}
     plain = [row for row in rows if row["batch"] == 1 and not row["padded"] and not row["layers"] and row["decode_ms"]]
     for row in plain:
         if all(row[name] == plain[-1][name] for name in SETTINGS):
-            found[row["shape"], row["system"]] = row
-    sizes = {shape: row["weight_bytes"] for (shape, system), row in found.items() if system == "exact"}
+            found[row["hardware"]["cpu_capability"], row["shape"], row["system"]] = row
+    sizes = {shape: row["weight_bytes"] for (_, shape, system), row in found.items() if system == "exact"}
     shape, lines = max(sizes, key=lambda shape: sizes[shape], default=None), []
-    for system, name in QUANTIZED.items():
-        if (row := found.get((shape, system))) and (stock := stocks.get((row["run"], shape))):
-            where = f"a token of {shape}, after a prompt of {row['prompt']}"
-            speed, size = ratio(stock, row, "decode_ms"), row["weight_bytes"] / stock["weight_bytes"]
-            lines.append(line(name, where, *_cells(speed, size, _perplexity(quality, system))))
+    for capability in sorted({capability for capability, *_ in found}, reverse=True):
+        for system, name in QUANTIZED.items():
+            row = found.get((capability, shape, system))
+            if row and (stock := stocks.get((row["run"], shape))):
+                size, worse = row["weight_bytes"] / stock["weight_bytes"], _perplexity(quality, system)
+                prompt, token = f"a prompt of {row['prompt']} tokens of {shape}", f"a token of {shape} after it"
+                for what, times in ((prompt, "prefill_ms"), (token, "decode_ms")):
+                    lines.append(line(name, f"{what}, {capability}", *_cells(ratio(stock, row, times), size, worse)))
     return lines
 
 

@@ -52,9 +52,9 @@ class Backend:
 
     def __str__(self) -> str:
         kernel = "compiled kernel" if self.compiled else "PyTorch's kernel"
-        beyond = "activations in 8 bits but for outliers" if self.decomposed else "unpacked to bfloat16"
+        beyond = "activations in 8 bits but for outliers" if self.decomposed else "unpacked"
         beyond = "compiled kernel for many rows" if self.many else beyond
-        return f"{kernel} up to {self.rows} rows, then {beyond}" if self.rows else beyond
+        return f"{kernel} up to {self.rows} rows, then {beyond}" if self.rows else f"{beyond} to bfloat16"
 
 
 def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, backend: Backend) -> Tensor:

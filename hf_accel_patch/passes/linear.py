@@ -21,7 +21,7 @@ LEAST_WEIGHTS = 1 << 16  # of a layer: below this, calling costs more than readi
 class Linear:
     """Products of `nn.Linear` on the CPU, in bfloat16, float16 and float32, for those rows of activations at which a
     short measurement finds another way faster than PyTorch's: a decode of one or a few sequences, where a compiled
-    kernel reads weights at the memory's bandwidth, and float16 in general on processors that cannot calculate in it.
+    kernel reads weights at the memory's bandwidth, and 16 bits in general on processors that cannot calculate in them.
 
     The weights stay as and where they are, and outputs equal stock's up to floating-point rounding.
     """

@@ -53,9 +53,10 @@ class Quantize:
     of `nn.Linear`, for nf4 and llm.int8, as `BitsAndBytesConfig` would have loaded them.
 
     A token of a decode reads each weight once, so time falls with the bytes; a prefill multiplies blocks unpacked to
-    bfloat16. Row by row in place: the peak is the model and one packed weight. What is not quantized is named in the
-    report. `save_pretrained` writes the codes, with a `quantization_config` that `from_pretrained` understands once
-    this package is imported. Gradients pass through to adapters, as in QLoRA.
+    bfloat16, or the codes as integers where that is faster. Row by row in place: the peak is the model and one packed
+    weight. What is not quantized is named in the report. `save_pretrained` writes the codes, with a
+    `quantization_config` that `from_pretrained` understands once this package is imported. Gradients pass through to
+    adapters, as in QLoRA.
 
     >>> model = patch(model, quantize=Quantize("int4", skip=("lm_head",), originals="keep"))
     """
