@@ -31,6 +31,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 256)  # rows of activations that are measured
 MOST_FEW = 32  # of them that are few
 WIDE_ROWS = 64  # from which float32 is tried
 GAIN = 1.05  # less is not worth another path
+HOPELESS = 8  # times slower than another way: for more rows it is not tried
 FEW_ROWS = 4  # that the kernel takes where a busy machine lets nobody measure
 
 
@@ -49,6 +50,10 @@ class FloatBackend:
     def faster(self) -> bool:
         return bool(self.rows or self.widened or self.many)
 
+    def takes(self, rows: int) -> bool:
+        """Whether another product than PyTorch's is for so many rows of activations."""
+        return rows <= self.rows or 0 < self.many <= rows or 0 < self.widened <= rows
+
     def __str__(self) -> str:
         parts = [f"compiled kernel up to {self.rows} rows"] if self.rows else []
         parts += [f"compiled kernel for many rows from {self.many} on"] if self.many else []
@@ -60,7 +65,8 @@ def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None, backend: FloatB
     """x [..., K] times the transpose of weight [N, K], plus bias [N]: [..., N]."""
     rows = x.numel() // weight.shape[1]
     kernels = _kernels(rows, backend)
-    if kernels is not None and weight.is_contiguous() and x.shape[-1] == weight.shape[1]:
+    laid = weight.is_contiguous() or (rows > backend.rows and weight.T.is_contiguous())
+    if kernels is not None and laid and x.shape[-1] == weight.shape[1]:
         return cpu.linear_float(kernels, x, weight, bias)
     if 0 < backend.widened <= rows:
         return _widened(x, weight, bias)
@@ -80,34 +86,42 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def float_backend(dtype: torch.dtype, K: int) -> FloatBackend:
-    """What is fastest for weights of this dtype with K input features on this machine."""
-    return _measured(dtype, min(SIDES, key=lambda side: abs(side - K)))
+def float_backend(dtype: torch.dtype, K: int, transposed: bool = False) -> FloatBackend:
+    """What is fastest for weights of this dtype with K input features on this machine, [N, K] or `transposed`."""
+    return _measured(dtype, min(SIDES, key=lambda side: abs(side - K)), transposed)
 
 
 @on_cpu
-def _measured(dtype: torch.dtype, K: int) -> FloatBackend:
-    few = dtype in cpu.DTYPES and cpu.library(int4_block()) is not None
+def _measured(dtype: torch.dtype, K: int, transposed: bool) -> FloatBackend:
+    few = not transposed and dtype in cpu.DTYPES and cpu.library(int4_block()) is not None
     many = dtype in cpu.DTYPES and cpu_prefill.library() is not None
 
     def measure() -> list[int]:
-        weight = torch.ones(WEIGHTS // K, K, dtype=dtype)
-        return _division([_seconds(weight, M, few, many) for M in COUNTS])
+        N = WEIGHTS // K
+        weight = torch.ones(K, N, dtype=dtype).T if transposed else torch.ones(N, K, dtype=dtype)
+        seconds: list[dict[str, float]] = []
+        for M in COUNTS:
+            hopeless = bool(seconds) and seconds[-1]["PyTorch"] > HOPELESS * min(seconds[-1].values())
+            seconds.append(_seconds(weight, M, few, many, not hopeless))
+        return _division(seconds)
 
-    answer = remembered(f"division {dtype} {K} {few} {many}", measure, [FEW_ROWS if few else 0, 0, 0])
-    return FloatBackend(dtype, *answer)
+    question = f"division {dtype} {K} {few} {many} {transposed}"
+    return FloatBackend(dtype, *remembered(question, measure, [FEW_ROWS if few else 0, 0, 0]))
 
 
-def _seconds(weight: Tensor, rows: int, few: bool, many: bool) -> dict[str, float]:
+def _seconds(weight: Tensor, rows: int, few: bool, many: bool, pytorch: bool = True) -> dict[str, float]:
     """What each way takes to multiply so many rows of activations."""
-    x, dtype, ways = weight.new_ones(rows, weight.shape[1]), weight.dtype, {"PyTorch": FloatBackend(weight.dtype, 0)}
+    x, dtype, ways = weight.new_ones(rows, weight.shape[1]), weight.dtype, {}
+    if pytorch:
+        ways["PyTorch"] = FloatBackend(dtype, 0)
     if few and rows <= MOST_FEW:
         ways["few"] = FloatBackend(dtype, rows)
     if many:
         ways["many"] = FloatBackend(dtype, 0, many=rows)
     if widens(dtype) and rows >= WIDE_ROWS:
         ways["widened"] = FloatBackend(dtype, 0, widened=rows)
-    return {way: least_seconds(partial(linear_float, x, weight, None, each)) for way, each in ways.items()}
+    seconds = {way: least_seconds(partial(linear_float, x, weight, None, each)) for way, each in ways.items()}
+    return {"PyTorch": math.inf, **seconds}
 
 
 def _division(seconds: Sequence[dict[str, float]]) -> list[int]:

@@ -17,6 +17,7 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
@@ -36,6 +37,19 @@ class FastLinear(nn.Linear):
         if same and cpu.readable(input, weight, bias):
             return linear_float(input, weight, bias, backend)
         return F.linear(input, weight, bias)
+
+
+class FastConv1D(Conv1D):  # type: ignore[misc]
+    """y = x W + b, the same for GPT-2's layers, whose weight is [K, N]."""
+
+    backend: FloatBackend
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, backend = self.weight, self.bias, self.backend
+        if backend.takes(x.numel() // len(weight)) and x.dtype is weight.dtype is bias.dtype is backend.dtype:
+            if cpu.readable(x, weight, bias):
+                return linear_float(x, weight.detach().T, bias, backend)
+        return super().forward(x)
 
 
 class Specs(dict[str, Spec]):

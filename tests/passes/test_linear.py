@@ -9,11 +9,12 @@ from cases import entry, greedy, left_padded, logits, prompt, relative_error, ti
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from hf_accel_patch import patch, plan, report, unpatch
 from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops import dense
-from hf_accel_patch.ops.modules import FastLinear
+from hf_accel_patch.ops.modules import FastConv1D, FastLinear
 from hf_accel_patch.ops.packing import int4_block
 from hf_accel_patch.ops.wide import widens
 from hf_accel_patch.passes import linear
@@ -25,7 +26,7 @@ DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """The kernel up to 4 rows, whatever a measurement on this machine would say."""
-    monkeypatch.setattr(linear, "float_backend", lambda dtype, K: dense.FloatBackend(dtype, 4, 0))
+    monkeypatch.setattr(linear, "float_backend", lambda dtype, *_, **__: dense.FloatBackend(dtype, 4, 0))
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_small_layers_are_left_alone(monkeypatch):
 
 
 def test_where_pytorch_is_as_fast_nothing_changes(monkeypatch):
-    monkeypatch.setattr(linear, "float_backend", lambda dtype, K: dense.FloatBackend(dtype, 0, 0))
+    monkeypatch.setattr(linear, "float_backend", lambda dtype, *_, **__: dense.FloatBackend(dtype, 0, 0))
     model = patch(tiny("llama"))
     assert "nothing faster" in entry(report(model).to_dict(), "linear")["reason"]
     assert type(model.lm_head) is nn.Linear
@@ -220,6 +221,46 @@ def test_what_follows_from_a_measurement(few, many, stock, expected):
         for one, other, each in zip(few, many, stock, strict=True)
     ]
     assert dense._division(seconds) == expected
+
+
+@DTYPES
+@pytest.mark.parametrize("many", (1, 3))
+def test_weights_that_lie_the_other_way(many, dtype, monkeypatch):
+    """Of GPT-2: those rows that the kernel is for go to it, and others to PyTorch, as does training."""
+    if reason := cpu_prefill.why_not():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    module = Conv1D(96, 72).to(dtype)
+    stock = copy.deepcopy(module)
+    module.backend, module.__class__ = dense.FloatBackend(dtype, 0, many=many), FastConv1D
+    taken, kernel = [], cpu.linear_float
+    monkeypatch.setattr(cpu, "linear_float", lambda *given: taken.append(len(given[1])) or kernel(*given))
+    for rows in (0, 1, 2, 3, 70):
+        x = torch.randn(rows, 72).to(dtype)
+        with torch.no_grad():
+            exact = x.double() @ stock.weight.double() + stock.bias.double()
+            ours = module(x)
+        assert ours.shape == exact.shape and ours.dtype == dtype
+        assert not rows or relative_error(ours, exact) < 1e-5 + 2 * torch.finfo(dtype).eps
+    assert taken == [rows for rows in (1, 2, 3, 70) if rows >= many]
+    assert torch.equal(module(x), stock(x)) and module(x).requires_grad
+    assert len(taken) == 5 - many
+
+
+@DTYPES
+def test_gpt2_takes_its_own_products(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "float_backend", lambda dtype, *_, **__: dense.FloatBackend(dtype, 0, many=1))
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
+    model = tiny("gpt2").to(dtype)
+    exact = logits(tiny("gpt2").double(), prompt())
+    stock, expected = relative_error(logits(model, prompt()), exact), greedy(model, prompt())
+    patch(model)
+    kinds = {type(module) for module in model.transformer.h.modules() if isinstance(module, Conv1D)}
+    assert kinds == {FastConv1D}
+    assert relative_error(logits(model, prompt()), exact) < 1.5 * stock + 1e-5
+    assert dtype != torch.float32 or torch.equal(greedy(model, prompt()), expected)
+    unpatch(model)
+    assert {type(module) for module in model.transformer.h.modules() if isinstance(module, Conv1D)} == {Conv1D}
 
 
 @DTYPES
