@@ -17,7 +17,6 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
@@ -39,9 +38,11 @@ class FastLinear(nn.Linear):
         return F.linear(input, weight, bias)
 
 
-class FastConv1D(Conv1D):  # type: ignore[misc]
-    """y = x W + b, the same for GPT-2's layers, whose weight is [K, N]."""
+class FastTransposed(nn.Module):
+    """y = x W + b, the same for a weight [K, N]. To be put before the class of the module, which has the other rows."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     backend: FloatBackend
 
     def forward(self, x: Tensor) -> Tensor:

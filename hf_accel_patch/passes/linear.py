@@ -11,9 +11,14 @@ from transformers.pytorch_utils import Conv1D
 from hf_accel_patch.families import View
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.dense import FloatBackend, float_backend
-from hf_accel_patch.ops.modules import FastConv1D, FastLinear
+from hf_accel_patch.ops.modules import FastLinear, FastTransposed
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.plan import Skip, Step
+
+
+class FastConv1D(FastTransposed, Conv1D):  # type: ignore[misc]
+    """GPT-2's layers."""
+
 
 FAST: dict[Any, Any] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
 LEAST_WEIGHTS = 1 << 16  # of a layer: below this, calling costs more than reading

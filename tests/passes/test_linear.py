@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from hf_accel_patch import patch, plan, report, unpatch
 from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops import dense
-from hf_accel_patch.ops.modules import FastConv1D, FastLinear
+from hf_accel_patch.ops.modules import FastLinear
 from hf_accel_patch.ops.packing import int4_block
 from hf_accel_patch.ops.wide import widens
 from hf_accel_patch.passes import linear
+from hf_accel_patch.passes.linear import FastConv1D
 
 pytestmark = pytest.mark.skipif(bool(cpu.why_not(int4_block())), reason=cpu.why_not(int4_block()))
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
