@@ -419,7 +419,7 @@ def test_products_of_the_same_activations_are_one_call(scheme):
     x, weights, other = torch.randn(1, 3, 128, device=ON), [weight(N) for N in (64, 32, 32, 96)], weight(128, 32)
 
     def product(x, weight):
-        return torch.ops.hf_accel_patch.linear(x, *weight, scheme, False, 0, False)
+        return torch.ops.hf_accel_patch.linear(x, *weight, scheme, False, 0, False, False)
 
     def function():
         y = x * 2
