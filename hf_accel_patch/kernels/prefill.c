@@ -317,7 +317,8 @@ static void multiply(const weights *w, const activations *a, int64_t n, int64_t 
     for (int64_t i = 0; w->kind == INT4 && i < groups; i++) load_scales(w, n, g + i, scale[i], start[i]);
     for (int64_t p = first; p < last; p++, total += ROWS) {
         const int rows = (int)least(a->M - p * ROWS, ROWS);
-        const char *x = (const char *)a->data + (k / a->depth * a->panels + p) * a->depth * ROWS * (w->kind == FLOATS ? 4 : 2);
+        const int64_t before = (k / a->depth * a->panels + p) * a->depth * ROWS;
+        const char *x = (const char *)a->data + before * (w->kind == FLOATS ? 4 : 2);
         if (next_n < w->N && next_k < w->K)
             prefetch(w, next_n, next_k, least(w->K - next_k, a->depth), p - first, last - first);
         if (w->kind == FLOATS) {
@@ -340,7 +341,8 @@ static inline void put_eight(char *to, enum dtype dtype, __m256 a) {
     } else if (dtype == FLOAT16) {
         _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(a, 0));
     } else { /* to nearest, ties to even */
-        const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i bits = _mm256_castps_si256(a);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         __m256i half = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
         half = _mm256_blendv_epi8(_mm256_srli_epi32(half, 16), _mm256_set1_epi32(0x7FC0),
                                   _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
@@ -360,7 +362,8 @@ static void finish(const weights *w, const activations *a, enum dtype dtype, int
         char kept[COLUMNS * 4], *to = out + (m * w->N + n) * size;
         for (int i = 0; i < COLUMNS; i += 8)
             put_eight((count == COLUMNS ? to : kept) + i * size, dtype,
-                      _mm256_fmadd_ps(_mm256_loadu_ps(*total + i), _mm256_loadu_ps(factor + i), _mm256_loadu_ps(added + i)));
+                      _mm256_fmadd_ps(_mm256_loadu_ps(*total + i), _mm256_loadu_ps(factor + i),
+                                      _mm256_loadu_ps(added + i)));
         if (count < COLUMNS) memcpy(to, kept, count * size);
     }
 }
@@ -384,7 +387,8 @@ static void rectangle(const weights *w, const activations *a, enum dtype dtype, 
 
 /* The activations of panel p and one panel of features. */
 static void lay_out(const void *x, enum dtype dtype, int64_t K, int64_t group, int64_t k, int64_t p, activations *a) {
-    const int64_t depth = least(K - k, a->depth), rows = least(a->M - p * ROWS, ROWS), at = (k / a->depth * a->panels + p) * a->depth * ROWS;
+    const int64_t depth = least(K - k, a->depth), rows = least(a->M - p * ROWS, ROWS);
+    const int64_t at = (k / a->depth * a->panels + p) * a->depth * ROWS;
     for (int64_t r = 0; r < rows; r++) {
         float values[DEPTH + GROUP] = {0};
         widen((const char *)x + ((p * ROWS + r) * K + k) * size_of(dtype), dtype, depth, values);
@@ -442,7 +446,8 @@ static int product(const void *x, enum dtype dtype, int64_t M, const weights *w,
 static int products(const void *x, enum dtype dtype, int64_t M, const weights *w, void *out, int threads) {
     const int64_t size = size_of(dtype);
     for (int64_t m = 0; m < M; m += MOST)
-        if (product((const char *)x + m * w->K * size, dtype, least(M - m, MOST), w, (char *)out + m * w->N * size, threads))
+        if (product((const char *)x + m * w->K * size, dtype, least(M - m, MOST), w, (char *)out + m * w->N * size,
+                    threads))
             return -1;
     return 0;
 }
