@@ -14,7 +14,12 @@ def cache_folder() -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_accel_patch"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+        if (
+            hasattr(os, "getuid")
+            and status.st_uid == os.getuid()
+            and not status.st_mode & 0o022
+            and os.access(folder, os.W_OK)
+        ):
             return folder
     except (OSError, RuntimeError):  # a read-only or an unknown home
         pass

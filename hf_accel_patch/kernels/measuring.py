@@ -18,7 +18,7 @@ from hf_accel_patch.kernels.folder import cache_folder
 
 QUIET, LEAST_WALL = 0.75, 1e-3  # of a measurement that counts: the share in which its thread ran; from these seconds on
 OTHERS, LEAST_OTHERS = 0.25, 0.1  # of the machine's time that other processes may take; from these seconds on
-ENOUGH = 3  # measurements on a busy machine settle it, by the median of each number
+ENOUGH = 3  # measurements on a busy machine settle it: the one that is most like the others
 
 
 def remembered(question: str, measure: Callable[[], list[int]], least: Sequence[int] = ()) -> list[int]:
@@ -39,11 +39,17 @@ def remembered(question: str, measure: Callable[[], list[int]], least: Sequence[
         return answer
     answers = [*answers, answer]
     if len(answers) >= ENOUGH:
-        answer = [sorted(numbers)[len(numbers) // 2] for numbers in zip(*answers, strict=True)]
+        answer = max(sorted(answers), key=lambda each: sum(_alike(each, other) for other in answers))
         _write(path, True, [answer])
         return answer
     _write(path, False, answers)
     return [max(pair) for pair in zip_longest(answer, least, fillvalue=0)]
+
+
+def _alike(answer: list[int], other: list[int]) -> float:
+    """How near two answers are: numbers count as alike by their ratio; 0, which means never, only like 0."""
+    pairs = zip(answer, other, strict=True)
+    return sum(min(a, b) / max(a, b) if a and b else float(a == b) for a, b in pairs)
 
 
 def _measured(measure: Callable[[], list[int]]) -> tuple[list[int], bool]:
@@ -71,7 +77,7 @@ def _read(path: Path) -> tuple[bool, list[list[int]]]:
         kept = json.loads(path.read_text())
         settled, answers = kept["settled"], kept["answers"]
         numbers = [number for answer in answers for number in answer]
-        if type(settled) is bool and answers and all(type(number) is int for number in numbers):
+        if type(settled) is bool and numbers and all(type(number) is int and number >= 0 for number in numbers):
             if len({len(answer) for answer in answers}) == 1:
                 return settled, answers
     except (OSError, ValueError, TypeError, KeyError):

@@ -23,7 +23,7 @@ from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.linear import least_seconds, row_steps
 from hf_accel_patch.ops.packing import int4_block, on_cpu
-from hf_accel_patch.ops.wide import widens
+from hf_accel_patch.ops.wide import WIDENED
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (512, 2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
@@ -31,7 +31,6 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 256)  # rows of activations that are measured
 MOST_FEW = 32  # of them that are few
 WIDE_ROWS = 64  # from which float32 is tried
 GAIN = 1.05  # less is not worth another path
-HOPELESS = 8  # times slower than another way: for more rows it is not tried
 FEW_ROWS = 4  # that the kernel takes where a busy machine lets nobody measure
 
 
@@ -66,6 +65,7 @@ def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None, backend: FloatB
     rows = x.numel() // weight.shape[1]
     kernels = _kernels(rows, backend)
     laid = weight.is_contiguous() or (rows > backend.rows and weight.T.is_contiguous())
+    laid = laid and (bias is None or (bias.is_contiguous() and bias.shape == weight.shape[:1]))
     if kernels is not None and laid and x.shape[-1] == weight.shape[1]:
         return cpu.linear_float(kernels, x, weight, bias)
     if 0 < backend.widened <= rows:
@@ -97,31 +97,24 @@ def _measured(dtype: torch.dtype, K: int, transposed: bool) -> FloatBackend:
     many = dtype in cpu.DTYPES and cpu_prefill.library() is not None
 
     def measure() -> list[int]:
-        N = WEIGHTS // K
+        N = WEIGHTS // (4 if transposed else 1) // K  # PyTorch may take seconds
         weight = torch.ones(K, N, dtype=dtype).T if transposed else torch.ones(N, K, dtype=dtype)
-        seconds: list[dict[str, float]] = []
-        for M in COUNTS:
-            hopeless = bool(seconds) and seconds[-1]["PyTorch"] > HOPELESS * min(seconds[-1].values())
-            seconds.append(_seconds(weight, M, few, many, not hopeless))
-        return _division(seconds)
+        return _division([_seconds(weight, M, few, many) for M in COUNTS])
 
     question = f"division {dtype} {K} {few} {many} {transposed}"
     return FloatBackend(dtype, *remembered(question, measure, [FEW_ROWS if few else 0, 0, 0]))
 
 
-def _seconds(weight: Tensor, rows: int, few: bool, many: bool, pytorch: bool = True) -> dict[str, float]:
+def _seconds(weight: Tensor, rows: int, few: bool, many: bool) -> dict[str, float]:
     """What each way takes to multiply so many rows of activations."""
-    x, dtype, ways = weight.new_ones(rows, weight.shape[1]), weight.dtype, {}
-    if pytorch:
-        ways["PyTorch"] = FloatBackend(dtype, 0)
+    x, dtype, ways = weight.new_ones(rows, weight.shape[1]), weight.dtype, {"PyTorch": FloatBackend(weight.dtype, 0)}
     if few and rows <= MOST_FEW:
         ways["few"] = FloatBackend(dtype, rows)
     if many:
         ways["many"] = FloatBackend(dtype, 0, many=rows)
-    if widens(dtype) and rows >= WIDE_ROWS:
+    if (dtype is torch.float16 or dtype in WIDENED) and rows >= WIDE_ROWS:
         ways["widened"] = FloatBackend(dtype, 0, widened=rows)
-    seconds = {way: least_seconds(partial(linear_float, x, weight, None, each)) for way, each in ways.items()}
-    return {"PyTorch": math.inf, **seconds}
+    return {way: least_seconds(partial(linear_float, x, weight, None, each)) for way, each in ways.items()}
 
 
 def _division(seconds: Sequence[dict[str, float]]) -> list[int]:

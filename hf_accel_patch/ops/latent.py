@@ -21,7 +21,7 @@ from hf_accel_patch.ops.case import Mask, Variant
 from hf_accel_patch.ops.decode import MOST_TOKENS, PART_TOKENS, Part, attend_cached, attend_parts
 from hf_accel_patch.ops.lazy import Lazy
 from hf_accel_patch.ops.stored import Stored
-from hf_accel_patch.ops.wide import widens
+from hf_accel_patch.ops.wide import WIDENED
 
 ADVANTAGE = 2  # of expanding, for it is one large product: this many operations take the time of one
 MOST_ROWS = 512  # heads times tokens: from there on the kernel's parts of sums take memory, and products are as fast
@@ -119,7 +119,7 @@ def _by_head(x: Tensor, matrix: Tensor, *, transposed: bool) -> Tensor:
     """x [B, H, T, n] times each head's matrix [H, n, m], or its transpose, [H, m, n]: [B, H, T, m]."""
     B, H, T, n = x.shape
     rows = x.transpose(0, 1).reshape(H, B * T, n)
-    if x.is_cpu and widens(x.dtype):
+    if x.is_cpu and (x.dtype is torch.float16 or x.dtype in WIDENED):
         each = zip(rows.float(), matrix, strict=True)
         y = torch.stack([a @ (m.float().T if transposed else m.float()) for a, m in each]).to(x.dtype)
     elif transposed:  # in this order, for a row times a transpose is up to five times slower

@@ -27,7 +27,7 @@ from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.launching import launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, in_blocks, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
-from hf_accel_patch.ops.wide import matmul, widens
+from hf_accel_patch.ops.wide import WIDENED, matmul
 
 UNPACK_ELEMENTS = 1 << 23  # weights unpacked at a time, 16 MB in bfloat16: products with more are no faster
 ALWAYS = 1 << 30  # rows
@@ -78,7 +78,7 @@ def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, 
         rows = slice(start * 2 * half, stop * 2 * half)
         if kernels is not None:
             dense = cpu.unpack_int4(kernels, codes, scales, table, start, stop)
-            if widens(x.dtype):
+            if x.dtype in WIDENED:
                 out[:, rows] = matmul(x, dense)
             else:
                 torch.mm(x, dense, out=out[:, rows])
@@ -110,7 +110,7 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
     out = x.new_empty(rows, N)
     for step in row_steps(N, K):
         dense = codes[step].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[step])
-        if widens(x.dtype):
+        if x.dtype in WIDENED:
             out[:, step] = matmul(x, dense.t())
         else:
             torch.mm(x, dense.t(), out=out[:, step])

@@ -47,8 +47,8 @@ class FastTransposed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, backend = self.weight, self.bias, self.backend
-        if backend.takes(x.numel() // len(weight)) and x.dtype is weight.dtype is bias.dtype is backend.dtype:
-            if cpu.readable(x, weight, bias):
+        if x.dtype is weight.dtype is bias.dtype is backend.dtype and cpu.readable(x, weight, bias):
+            if backend.takes(x.numel() // weight.shape[0]):
                 return linear_float(x, weight.detach().T, bias, backend)
         return super().forward(x)
 

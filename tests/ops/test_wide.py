@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from hf_accel_patch.ops import wide
+from hf_accel_patch.ops.attention import scored
+from hf_accel_patch.ops.case import Variant
 
 
 @pytest.fixture(params=(False, True), ids=("as they are", "as float32"))
 def widened(request, monkeypatch):
     """Whatever this processor can do."""
-    monkeypatch.setattr(wide, "widens", lambda dtype: request.param and dtype != torch.float32)
+    monkeypatch.setattr(wide, "WIDENED", frozenset({torch.bfloat16, torch.float16} if request.param else ()))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -25,11 +27,20 @@ def test_products_and_gradients(dtype, widened):
 
 
 def test_which_are_widened():
-    assert not wide.widens(torch.float32) and not wide.widens(torch.float64)
     flags = wide.platform.machine() in ("x86_64", "AMD64")
-    assert wide.widens(torch.bfloat16) == (flags and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert {torch.bfloat16, torch.float16} >= wide.WIDENED
+    assert (torch.bfloat16 in wide.WIDENED) == (flags and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def test_other_machines_are_left_alone(monkeypatch):
     monkeypatch.setattr(wide.platform, "machine", lambda: "aarch64")
-    assert not wide.widens.__wrapped__(torch.bfloat16)
+    assert not wide._widened()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_one_graph(dtype):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 6, 8).to(dtype), torch.randn(1, 2, 6, 8).to(dtype)
+    function = lambda: scored(q, k, k, None, None, Variant(0.25, softcap=30.0))[0]  # noqa: E731
+    ours = torch.compile(function, backend="eager", fullgraph=True)()
+    assert torch.allclose(ours, function(), atol=1e-2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +17,7 @@ from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.ops import dense
 from hf_accel_patch.ops.modules import FastLinear
 from hf_accel_patch.ops.packing import int4_block
-from hf_accel_patch.ops.wide import widens
+from hf_accel_patch.ops.wide import WIDENED
 from hf_accel_patch.passes import linear
 from hf_accel_patch.passes.linear import FastConv1D
 
@@ -200,7 +201,7 @@ def test_the_measurement(dtype):
         backend = dense.float_backend(dtype, K)
         assert backend.dtype == dtype and backend.rows in (0, 1, 2, 4, 8, 16, 32)
         assert dtype != torch.float64 or not backend.faster
-        assert backend.widened == 0 or widens(dtype)
+        assert backend.widened == 0 or dtype is torch.float16 or dtype in WIDENED
         assert not (backend.widened and backend.many)
         assert all(each == 0 or each > backend.rows for each in (backend.widened, backend.many))
 
@@ -246,6 +247,20 @@ def test_weights_that_lie_the_other_way(many, dtype, monkeypatch):
     assert taken == [rows for rows in (1, 2, 3, 70) if rows >= many]
     assert torch.equal(module(x), stock(x)) and module(x).requires_grad
     assert len(taken) == 5 - many
+
+
+def test_graphs_of_weights_that_lie_the_other_way():
+    """They have PyTorch's product, for any number of rows."""
+    module = Conv1D(96, 72)
+    module.backend, module.__class__ = dense.FloatBackend(torch.float32, 0, many=8), FastConv1D
+    graphs = CompileCounter()
+    compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 5, 9, 70):
+            assert compiled(torch.randn(rows, 72)).shape == (rows, 96)
+        assert graphs.frame_count == 1
+        exported = torch.export.export(module, (torch.randn(9, 72),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+        assert exported.module()(torch.randn(3, 72)).shape == (3, 96)
 
 
 @DTYPES
