@@ -104,7 +104,7 @@ def test_the_summary_has_one_shape_and_says_what_is_against_the_patched_model():
     def decoded(shape, system, ms, size, run):
         settings = {"layers": None, "batch": 1, "prompt": 128, "tokens": 9, "padded": False}
         return MACHINE | WHERE | settings | {"shape": shape, "system": system, "decode_ms": ms, "weight_bytes": size,
-                                             "run": run}  # fmt: skip
+                                             "prefill_ms": [6.0], "run": run}  # fmt: skip
 
     def heads(part, count, **more):
         return MACHINE | WHERE | {"part": part, "kv_heads": count, "run": "2026", "shape": "a-shape"} | more
@@ -112,7 +112,9 @@ def test_the_summary_has_one_shape_and_says_what_is_against_the_patched_model():
     small = [decoded("small", "stock", [4.0], 10, "2026-02"), decoded("small", "exact", [2.0], 10, "2026-02")]
     large = [decoded("large", "stock", [9.0], 90, "2026-01"), decoded("large", "exact", [3.0], 90, "2026-01")]
     made = summary_markdown(small + large)
-    assert "| no options | a token of large, after a prompt of 128 | 3.00 | 1.00 |  |" in made
+    capability = MACHINE["hardware"]["cpu_capability"]
+    assert f"| no options | a token of large after it, {capability} | 3.00 | 1.00 |  |" in made
+    assert f"| no options | a prompt of 128 tokens of large, {capability} | 1.00 | 1.00 |  |" in made
     assert "small" not in made and "against" not in made
     times = [heads("gqa-decode", 16, context=64, decode_ms=[6.0], cache_bytes=8)]
     times += [heads("gqa-decode", 4, context=64, decode_ms=[2.0], cache_bytes=2)]
