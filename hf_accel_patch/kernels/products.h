@@ -1,4 +1,4 @@
-/* What sources of products share: element types, and activations as integers. */
+/* What C sources share: element types, and activations as integers. */
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -23,7 +23,7 @@ static inline uint16_t to_bfloat16(float f) {
     return f != f ? 0x7FC0 : (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 
-static void widen(const void *x, enum dtype dtype, int64_t n, float *out) {
+static inline void widen(const void *x, enum dtype dtype, int64_t n, float *out) {
     if (dtype == BFLOAT16)
         for (int64_t i = 0; i < n; i++) out[i] = from_bfloat16(((const uint16_t *)x)[i]);
     else if (dtype == FLOAT16)
@@ -42,7 +42,7 @@ static inline void put(void *out, enum dtype dtype, int64_t i, float value) {
 }
 
 /* One group. The scale is the power of two that takes the largest value to 2^14 or above. */
-static void quantize_group(const float *x, int64_t group, int16_t *q, float *scale, int32_t *sum) {
+static inline void quantize_group(const float *x, int64_t group, int16_t *q, float *scale, int32_t *sum) {
     int32_t largest = 0, total = 0;
     for (int64_t i = 0; i < group; i++) { /* positive floats are ordered as their bits are, NaN and infinity last */
         int32_t bits;
@@ -65,7 +65,7 @@ static void quantize_group(const float *x, int64_t group, int16_t *q, float *sca
 }
 
 /* The largest magnitude of 16 values, which become integers whose products with a group of activations fit 32 bits. */
-static float integer_table(const float *table, int64_t group, int16_t *out) {
+static inline float integer_table(const float *table, int64_t group, int16_t *out) {
     const float most = (float)(65536 / group - 1);
     float largest = 0;
     for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(table[i]));

@@ -4,13 +4,9 @@
  * once. The larger products and attention are calls of the functions in cpu.c and decode.c, which have threads of their
  * own. Most of what is here takes less time than waking a thread would.
  */
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "products.h"
 
 enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
-enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum kind {
     COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, CUBE, SILU, SIGMOID, EXP, TANH, GELU, GELU_TANH, RELU,
     COS, SIN,                                  /* elementwise */
@@ -28,20 +24,6 @@ typedef struct {
     double scalar;
     int64_t extra[6];
 } operator;
-
-static inline float from_bfloat16(uint16_t bits) {
-    uint32_t u = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-/* To nearest, ties to even. */
-static inline uint16_t to_bfloat16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return f != f ? 0x7FC0 : (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
-}
 
 static inline int64_t width(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
