@@ -3,6 +3,7 @@
     python -m benchmarks.decode --shape llama-3.2-1b
     python -m benchmarks.decode --shape tiny --systems stock exact int4 --rounds 3
     python -m benchmarks.decode --device cuda --batch 8 --prompt 2048 --padded --systems stock exact
+    python -m benchmarks.decode --busy 1 --systems stock exact int4
 
 Every system sits in a process of its own; in each round each generates once, in turn, so that whatever else the machine
 does falls on all of them. One row of JSON per shape and system is added to --out as soon as a shape is done.
@@ -15,6 +16,7 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=33, help="new tokens, at least 2 (default: 33)")
     parser.add_argument("--batch", type=int, default=1, help="prompts generated at once (default: 1)")
     parser.add_argument("--padded", action="store_true", help="pad the prompts of a batch on the left, to half at most")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile (default: 0)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
@@ -59,6 +62,18 @@ def arguments() -> argparse.Namespace:
     options.shape = options.shape or ["llama-3.2-1b"]
     options.out = options.out or Path(os.environ.get("OUT", RESULTS)) / "decode.jsonl"
     return options
+
+
+@contextmanager
+def beside(count: int) -> Iterator[None]:
+    """So many processes each keep a core busy meanwhile, without much memory."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @contextmanager
@@ -108,20 +123,21 @@ def compare(options: argparse.Namespace, shape: str, batched: Workload | None = 
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
-    bandwidths = [read_bandwidth(options.device)]
+    bandwidths, busy = [read_bandwidth(options.device)], getattr(options, "busy", 0)
     try:
         jobs = {system: Job(system, shape, **parameters) for system in options.systems}
         load(jobs, (options.limit, options.run_limit), options.device, shape, workers, reasons)
         for system, worker in workers.items():
             rows[system] = {"system": system, **worker.facts, "run_peak_bytes": None}
             rows[system] |= {"prefill_ms": [], "decode_ms": []}
-        for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
-            bandwidths.append(read_bandwidth(options.device))
-            for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
-                with dropped(system, workers, reasons):
-                    _note(rows[system], workers[system].turn())
-                    if batched and "batched_refused" not in rows[system]:
-                        _note(rows[system], workers[system].turn(batched), "batched_")
+        with beside(busy):
+            for number in tqdm(range(options.rounds), desc=f"{shape}: rounds", disable=None):
+                bandwidths.append(read_bandwidth(options.device))
+                for system in list(workers)[:: 1 if number % 2 == 0 else -1]:
+                    with dropped(system, workers, reasons):
+                        _note(rows[system], workers[system].turn())
+                        if batched and "batched_refused" not in rows[system]:
+                            _note(rows[system], workers[system].turn(batched), "batched_")
         for system, worker in list(workers.items()):
             with dropped(system, workers, reasons):
                 rows[system]["run_peak_bytes"] = worker.peak_bytes()
@@ -130,7 +146,7 @@ def compare(options: argparse.Namespace, shape: str, batched: Workload | None = 
         reasons |= {system: "stopped before its turn" for system in options.systems if system not in rows}
     for worker in workers.values():
         worker.close(at_once=options.interrupted)
-    described = {"shape": shape, **parameters, "rounds": options.rounds}
+    described = {"shape": shape, **parameters, "rounds": options.rounds, "busy": busy}
     described["bandwidth_bytes_per_s"] = round(median(bandwidths))
     return [
         described | ({"system": system, "reason": reasons[system]} if system in reasons else rows[system])

@@ -53,7 +53,8 @@ def _tokens(rows: list[Row], quality: list[Row]) -> list[str]:
     """A token of the largest shape, and the prompt before it, by the instructions of the processor; bytes are those of
     the weights."""
     found, stocks = {}, {(row["run"], row["shape"]): row for row in rows if row["system"] == "stock"}
-    plain = [row for row in rows if row["batch"] == 1 and not row["padded"] and not row["layers"] and row["decode_ms"]]
+    unusual = ("padded", "layers", "busy")
+    plain = [row for row in rows if row["batch"] == 1 and row.get("decode_ms") and not any(map(row.get, unusual))]
     for row in plain:
         if all(row[name] == plain[-1][name] for name in SETTINGS):
             found[row["hardware"]["cpu_capability"], row["shape"], row["system"]] = row

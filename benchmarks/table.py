@@ -53,7 +53,7 @@ def markdown(rows: list[Row]) -> str:
     """One table per shape, setting and machine, with the latest row of each system, under a line that names them."""
     groups: dict[str, dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: str(row["run"])):
-        same = [row["shape"], row["hardware"], *(row[name] for name in SETTINGS)]
+        same = [row["shape"], row["hardware"], row.get("busy", 0), *(row[name] for name in SETTINGS)]
         groups.setdefault(json.dumps(same), {})[row["system"]] = row
     stocks = {(row["run"], row["shape"]): row for row in rows if row["system"] == "stock" and "reason" not in row}
     return "\n\n".join(_table(list(group.values()), stocks) for group in groups.values())
@@ -110,7 +110,7 @@ def _caption(rows: list[Row]) -> str:
         f"**{row['shape']}**" + (f" cut to {row['layers']} layers" if row["layers"] else ""),
         row["dtype"],
         f"{prompts} of {row['prompt']} tokens" + (", padded on the left" if row["padded"] else ""),
-        f"{row['tokens']} new tokens",
+        f"{row['tokens']} new tokens" + (f", beside {row['busy']} busy processes" if row.get("busy") else ""),
         f"{machine}, reading {bandwidth:.0f} GB/s",
         origin(rows),
     )

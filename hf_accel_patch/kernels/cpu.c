@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #include "products.h"
+#include "team.h"
 
 #if BLOCK == 64
 typedef __m512i integers;
@@ -132,8 +133,32 @@ typedef struct {
 
 /* Returns the memory that holds it all, to be freed, or NULL. `interleaved`: in every eight input features those in the
  * order 0 4 1 5 2 6 3 7, as int4 products take them. */
+typedef struct {
+    const char *x;
+    enum dtype dtype;
+    int64_t K, group;
+    int interleaved;
+    const activations *a;
+} quantizing;
+
+static void quantize_piece(void *argument, int64_t start, int64_t stop) {
+    const quantizing *q = argument;
+    const activations *a = q->a;
+    for (int64_t i = start; i < stop; i++) {
+        const int64_t m = i / a->groups, k = i % a->groups * q->group, count = q->K - k < q->group ? q->K - k : q->group;
+        float values[GROUP_MOST] = {0};
+        int16_t *to = a->q + m * a->stride + k;
+        widen(q->x + (m * q->K + k) * (q->dtype == FLOAT32 ? 4 : 2), q->dtype, count, values);
+        quantize_group(values, q->group, to, a->scale + i, a->sum + i);
+        for (int64_t e = 0; q->interleaved && e < q->group; e += 8) {
+            const __m128i eight = _mm_loadu_si128((const __m128i *)(to + e));
+            _mm_storeu_si128((__m128i *)(to + e), _mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)));
+        }
+    }
+}
+
 static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int64_t group, int interleaved,
-                      activations *a, int threads) {
+                      activations *a, crew who) {
     a->groups = (K + group - 1) / group;
     a->stride = a->groups * group + 32; /* a cache line more, so that rows do not fall on the same sets */
     const size_t size = 2 * M * a->stride + 8 * M * a->groups;
@@ -141,18 +166,8 @@ static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int
     if (!a->q) return NULL;
     a->scale = (float *)(a->q + M * a->stride);
     a->sum = (int32_t *)(a->scale + M * a->groups);
-#pragma omp parallel for num_threads(threads) if (M > 2)
-    for (int64_t i = 0; i < M * a->groups; i++) {
-        const int64_t m = i / a->groups, k = i % a->groups * group, count = K - k < group ? K - k : group;
-        float values[GROUP_MOST] = {0};
-        int16_t *q = a->q + m * a->stride + k;
-        widen((const char *)x + (m * K + k) * (dtype == FLOAT32 ? 4 : 2), dtype, count, values);
-        quantize_group(values, group, q, a->scale + i, a->sum + i);
-        for (int64_t e = 0; interleaved && e < group; e += 8) {
-            const __m128i eight = _mm_loadu_si128((const __m128i *)(q + e));
-            _mm_storeu_si128((__m128i *)(q + e), _mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)));
-        }
-    }
+    quantizing q = {x, dtype, K, group, interleaved, a};
+    each(M > 2 ? who : 1, M * a->groups, group * 8, quantize_piece, &q);
     return a->q;
 }
 
@@ -356,36 +371,52 @@ static __attribute__((noinline)) void block_table(const uint8_t *codes, const ui
     block_int4(codes, scales, &entries, N, a, m, rows, group, total);
 }
 
-/* x [M, K] times the transpose of 4-bit weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2].
- * Without a table: scales and zeros bfloat16 [K / group, N, 2]. With one, of 16 values: scales float32 [K / group, N].
- */
-int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *codes, const uint16_t *scales,
-                const float *table, int64_t N, int64_t group, void *out, int threads) {
-    activations a;
-    int16_t integers_[16];
-    const float unit = table ? integer_table(table, group, integers_) : 1;
-    void *memory = quantize(x, dtype, M, K, group, 1, &a, threads);
-    if (!memory) return -1;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < N; n += BLOCK)
-        for (int64_t m = 0; m < M; m += MOST) {
-            const uint8_t *block = codes + n * K / 2;
-            const int64_t rows = M - m < MOST ? M - m : MOST;
+typedef struct {
+    const activations *a;
+    enum dtype dtype;
+    int64_t M, K, N, group;
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const int16_t *table;
+    float unit;
+    void *out;
+} int4_product;
+
+static void int4_piece(void *argument, int64_t start, int64_t stop) {
+    const int4_product *p = argument;
+    for (int64_t n = start * BLOCK; n < stop * BLOCK; n += BLOCK)
+        for (int64_t m = 0; m < p->M; m += MOST) {
+            const uint8_t *block = p->codes + n * p->K / 2;
+            const int64_t rows = p->M - m < MOST ? p->M - m : MOST;
             floats total[MOST][4];
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) total[r][j] = I(setzero_ps)();
-            if (table)
-                block_table(block, scales + 2 * n, integers_, N, &a, m, rows, group, total);
+            if (p->table)
+                block_table(block, p->scales + 2 * n, p->table, p->N, p->a, m, rows, p->group, total);
             else
-                block_codes(block, scales + 2 * n, N, &a, m, rows, group, total);
+                block_codes(block, p->scales + 2 * n, p->N, p->a, m, rows, p->group, total);
             for (int64_t r = 0; r < rows; r++)
                 for (int j = 0; j < 4; j++) {
                     float lanes[LANES];
                     I(storeu_ps)(lanes, total[r][j]);
                     for (int i = 0; i < LANES; i++)
-                        put(out, dtype, (m + r) * N + n + i / 4 * 16 + 4 * j + i % 4, lanes[i] * unit);
+                        put(p->out, p->dtype, (m + r) * p->N + n + i / 4 * 16 + 4 * j + i % 4, lanes[i] * p->unit);
                 }
         }
+}
+
+/* x [M, K] times the transpose of 4-bit weights [N, K], N whole blocks: out [M, N]. codes [N / BLOCK, K, BLOCK / 2].
+ * Without a table: scales and zeros bfloat16 [K / group, N, 2]. With one, of 16 values: scales float32 [K / group, N].
+ */
+int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *codes, const uint16_t *scales,
+                const float *table, int64_t N, int64_t group, void *out, crew who) {
+    activations a;
+    int16_t entries[16];
+    const float unit = table ? integer_table(table, group, entries) : 1;
+    void *memory = quantize(x, dtype, M, K, group, 1, &a, who);
+    if (!memory) return -1;
+    int4_product p = {&a, dtype, M, K, N, group, codes, scales, table ? entries : NULL, unit, out};
+    each(who, N / BLOCK, K * HALF, int4_piece, &p);
     free(memory);
     return 0;
 }
@@ -444,15 +475,23 @@ static inline int64_t together(int64_t rows) { return (rows + (rows + 3) / 4 - 1
 
 /* Activations [M, K] as `block_float` takes them: the rows that go together, chunk by chunk of 2 * LANES. Where bfloat16
  * is not multiplied as it is they are floats, of bfloat16 in every chunk first the even ones, then the odd. */
-static void lay_out(const void *x, enum dtype dtype, int64_t M, int64_t K, char *out, int threads) {
-    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), chunk = 2 * LANES, chunks = K / chunk;
-#pragma omp parallel for num_threads(threads) if (M > 8)
-    for (int64_t m = 0; m < M; m++) {
-        int64_t first = 0, rows = together(M);
-        while (first + rows <= m) first += rows, rows = together(M - first);
+typedef struct {
+    const char *x;
+    enum dtype dtype;
+    int64_t M, K;
+    char *out;
+} layout;
+
+static void lay_out(void *argument, int64_t start, int64_t stop) {
+    const layout *l = argument;
+    const enum dtype dtype = l->dtype;
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), chunk = 2 * LANES, chunks = l->K / chunk;
+    for (int64_t m = start; m < stop; m++) {
+        int64_t first = 0, rows = together(l->M);
+        while (first + rows <= m) first += rows, rows = together(l->M - first);
         for (int64_t i = 0; i < chunks; i++) {
-            const char *from = (const char *)x + (m * K + i * chunk) * size;
-            char *to = out + (first * chunks + i * rows + m - first) * chunk * wide;
+            const char *from = l->x + (m * l->K + i * chunk) * size;
+            char *to = l->out + (first * chunks + i * rows + m - first) * chunk * wide;
             if (wide == size) {
                 memcpy(to, from, chunk * size);
                 continue;
@@ -465,12 +504,14 @@ static void lay_out(const void *x, enum dtype dtype, int64_t M, int64_t K, char 
 }
 
 /* All of them, MOST_ROWS at a time, in memory that is to be freed, or NULL. */
-static char *laid_out(const void *x, enum dtype dtype, int64_t M, int64_t K, int threads) {
+static char *laid_out(const void *x, enum dtype dtype, int64_t M, int64_t K, crew who) {
     const int64_t size = dtype == FLOAT32 ? 4 : 2, row = K / (2 * LANES) * (2 * LANES) * WIDE(dtype);
     char *memory = aligned_alloc(64, (M * row + 64) / 64 * 64);
-    for (int64_t m = 0; memory && m < M; m += MOST_ROWS)
-        lay_out((const char *)x + m * K * size, dtype, M - m < MOST_ROWS ? M - m : MOST_ROWS, K, memory + m * row,
-                threads);
+    for (int64_t m = 0; memory && m < M; m += MOST_ROWS) {
+        const int64_t rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
+        layout l = {(const char *)x + m * K * size, dtype, rows, K, memory + m * row};
+        each(rows > 8 ? who : 1, rows, K * size, lay_out, &l);
+    }
     return memory;
 }
 
@@ -592,29 +633,44 @@ INLINE void tile_float(const char *x, const void *plain, enum dtype dtype, int64
         for (int64_t i = 0; i < count; i++) put(out, dtype, m * N + n + i, total[m][i] + added[i]);
 }
 
-/* x [M, K] times the transpose of weights [N, K], plus bias [N] or NULL, all of one dtype: out [M, N]. */
-int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *weights, const void *bias, int64_t N,
-                 void *out, int threads) {
-    const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), whole = K / (2 * LANES) * (2 * LANES);
-    char *memory = NULL;
-    const char *laid = x;
-    if (M > 1 || wide != size) {
-        laid = memory = laid_out(x, dtype, M, K, threads);
-        if (!memory) return -1;
-    }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < N; n += TILE)
+typedef struct {
+    const char *laid, *x;
+    enum dtype dtype;
+    int64_t M, K, N;
+    const void *weights, *bias;
+    char *out;
+} float_product;
+
+static void float_piece(void *argument, int64_t start, int64_t stop) {
+    const float_product *p = argument;
+    const enum dtype dtype = p->dtype;
+    const int64_t M = p->M, K = p->K, N = p->N, size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t row = K / (2 * LANES) * (2 * LANES) * WIDE(dtype);
+    for (int64_t n = start * TILE; n < stop * TILE && n < N; n += TILE)
         for (int64_t m = 0; m < M; m += MOST_ROWS) {
             const int64_t count = N - n < TILE ? N - n : TILE, rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
-            const char *xm = laid + m * whole * wide, *plain = (const char *)x + m * K * size;
-            char *to = (char *)out + m * N * size;
+            const char *laid = p->laid + m * row, *x = p->x + m * K * size;
+            char *to = p->out + m * N * size;
             if (dtype == BFLOAT16)
-                tile_float(xm, plain, BFLOAT16, rows, K, weights, bias, N, n, count, to);
+                tile_float(laid, x, BFLOAT16, rows, K, p->weights, p->bias, N, n, count, to);
             else if (dtype == FLOAT16)
-                tile_float(xm, plain, FLOAT16, rows, K, weights, bias, N, n, count, to);
+                tile_float(laid, x, FLOAT16, rows, K, p->weights, p->bias, N, n, count, to);
             else
-                tile_float(xm, plain, FLOAT32, rows, K, weights, bias, N, n, count, to);
+                tile_float(laid, x, FLOAT32, rows, K, p->weights, p->bias, N, n, count, to);
         }
+}
+
+/* x [M, K] times the transpose of weights [N, K], plus bias [N] or NULL, all of one dtype: out [M, N]. */
+int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *weights, const void *bias, int64_t N,
+                 void *out, crew who) {
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    char *memory = NULL;
+    if (M > 1 || WIDE(dtype) != size) {
+        memory = laid_out(x, dtype, M, K, who);
+        if (!memory) return -1;
+    }
+    float_product p = {memory ? memory : x, x, dtype, M, K, N, weights, bias, out};
+    each(who, (N + TILE - 1) / TILE, TILE * K * size, float_piece, &p);
     free(memory);
     return 0;
 }
@@ -658,51 +714,62 @@ static void columns_int8(const char *x, const uint16_t *plain, int64_t M, int64_
                 out[m][c] = fmaf((float)w[c * K + k], from_bfloat16(plain[m * K + k]), out[m][c]);
 }
 
+typedef struct {
+    const char *laid;
+    const uint16_t *x, *scales;
+    int64_t M, K, N;
+    const int8_t *codes;
+    uint16_t *out;
+    int failed;
+} many_int8_product;
+
+static void many_int8_piece(void *argument, int64_t start, int64_t stop) {
+    many_int8_product *p = argument;
+    const int64_t M = p->M, K = p->K, N = p->N, whole = K / (2 * LANES) * (2 * LANES);
+    uint16_t *expanded = aligned_alloc(64, (COLUMNS * whole * 2 + 64) / 64 * 64);
+    float total[MOST_ROWS][TILE];
+    if (!expanded) {
+        __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    for (int64_t n = start * TILE; n < stop * TILE && n < N; n += TILE)
+        for (int64_t m = 0; m < M; m += MOST_ROWS) {
+            const int64_t count = N - n < TILE ? N - n : TILE, rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
+            for (int64_t c = 0; c < count; c += COLUMNS)
+                columns_int8(p->laid + m * whole * 2, p->x + m * K, rows, K, p->codes, N, n + c, expanded,
+                             (float(*)[TILE])&total[0][c]);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < count; i++)
+                    put(p->out, BFLOAT16, (m + r) * N + n + i, total[r][i] * from_bfloat16(p->scales[n + i]));
+        }
+    free(expanded);
+}
+
 /* The same as below, for more rows of bfloat16: sums of products in float32, as for float weights. */
 static int many_int8(const uint16_t *x, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales, int64_t N,
-                     uint16_t *out, int threads) {
-    const int64_t whole = K / (2 * LANES) * (2 * LANES);
-    int failed = 0;
-    char *laid = laid_out(x, BFLOAT16, M, K, threads);
+                     uint16_t *out, crew who) {
+    char *laid = laid_out(x, BFLOAT16, M, K, who);
     if (!laid) return -1;
-#pragma omp parallel num_threads(threads)
-    {
-        uint16_t *expanded = aligned_alloc(64, (COLUMNS * whole * 2 + 64) / 64 * 64);
-        float total[MOST_ROWS][TILE];
-        if (!expanded) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for
-        for (int64_t n = 0; n < N; n += TILE)
-            for (int64_t m = 0; m < M && expanded; m += MOST_ROWS) {
-                const int64_t count = N - n < TILE ? N - n : TILE, rows = M - m < MOST_ROWS ? M - m : MOST_ROWS;
-                for (int64_t c = 0; c < count; c += COLUMNS)
-                    columns_int8(laid + m * whole * 2, x + m * K, rows, K, codes, N, n + c, expanded,
-                                 (float(*)[TILE])&total[0][c]);
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t i = 0; i < count; i++)
-                        put(out, BFLOAT16, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
-            }
-        free(expanded);
-    }
+    many_int8_product p = {laid, x, scales, M, K, N, codes, out, 0};
+    each(who, (N + TILE - 1) / TILE, TILE * K, many_int8_piece, &p);
     free(laid);
-    return failed ? -1 : 0;
+    return p.failed ? -1 : 0;
 }
 #endif
 
-/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. One or two rows of
- * activations read one row of codes after the other; more share what they load. */
-int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales,
-                int64_t N, void *out, int threads) {
-#if PRODUCTS_OF_BFLOAT16
-    if (dtype == BFLOAT16 && M > FEW_ROWS) return many_int8(x, M, K, codes, scales, N, out, threads);
-#endif
-    activations a;
-    void *memory = quantize(x, dtype, M, K, GROUP, 0, &a, threads);
-    if (!memory) return -1;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += TILE)
+typedef struct {
+    const activations *a;
+    enum dtype dtype;
+    int64_t M, K, N;
+    const int8_t *codes;
+    const uint16_t *scales;
+    void *out;
+} int8_product;
+
+static void int8_piece(void *argument, int64_t first, int64_t last) {
+    const int8_product *p = argument;
+    const int64_t M = p->M, K = p->K, N = p->N;
+    for (int64_t start = first * TILE; start < last * TILE && start < N; start += TILE)
         for (int64_t m = 0, rows; m < M; m += rows) {
             const int64_t stop = start + TILE < N ? start + TILE : N;
             rows = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
@@ -710,18 +777,32 @@ int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *co
                 float total[4][2];
                 count = rows == 4 && stop - n >= 2 ? 2 : 1;
                 if (count == 2)
-                    rows_int8(codes + n * K, 2, K, &a, m, 4, total);
+                    rows_int8(p->codes + n * K, 2, K, p->a, m, 4, total);
                 else if (rows == 4)
-                    rows_int8(codes + n * K, 1, K, &a, m, 4, total);
+                    rows_int8(p->codes + n * K, 1, K, p->a, m, 4, total);
                 else if (rows == 2)
-                    rows_int8(codes + n * K, 1, K, &a, m, 2, total);
+                    rows_int8(p->codes + n * K, 1, K, p->a, m, 2, total);
                 else
-                    rows_int8(codes + n * K, 1, K, &a, m, 1, total);
+                    rows_int8(p->codes + n * K, 1, K, p->a, m, 1, total);
                 for (int r = 0; r < rows; r++)
                     for (int i = 0; i < count; i++)
-                        put(out, dtype, (m + r) * N + n + i, total[r][i] * from_bfloat16(scales[n + i]));
+                        put(p->out, p->dtype, (m + r) * N + n + i, total[r][i] * from_bfloat16(p->scales[n + i]));
             }
         }
+}
+
+/* x [M, K] times the transpose of int8 codes [N, K] with bfloat16 scales [N]: out [M, N]. One or two rows of
+ * activations read one row of codes after the other; more share what they load. */
+int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales,
+                int64_t N, void *out, crew who) {
+#if PRODUCTS_OF_BFLOAT16
+    if (dtype == BFLOAT16 && M > FEW_ROWS) return many_int8(x, M, K, codes, scales, N, out, who);
+#endif
+    activations a;
+    void *memory = quantize(x, dtype, M, K, GROUP, 0, &a, who);
+    if (!memory) return -1;
+    int8_product p = {&a, dtype, M, K, N, codes, scales, out};
+    each(who, (N + TILE - 1) / TILE, TILE * K, int8_piece, &p);
     free(memory);
     return 0;
 }

@@ -196,10 +196,10 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
 
 def declare_products(kernels: ctypes.CDLL) -> None:
     """Arguments of what cpu.c and prefill.c have in common."""
-    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, integer]
-    kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
-    kernels.linear_float.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, integer]
+    pointer, integer, size, crew = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_ssize_t
+    kernels.linear_int4.argtypes = [pointer, integer, size, size, *[pointer] * 3, size, size, pointer, crew]
+    kernels.linear_int8.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, crew]
+    kernels.linear_float.argtypes = [pointer, integer, size, size, pointer, pointer, size, pointer, crew]
 
 
 def _declare(kernels: ctypes.CDLL) -> None:

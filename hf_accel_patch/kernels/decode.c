@@ -18,6 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "team.h"
+
 #if BLOCK == 64
 #define WIDTH 64
 #define I(name) _mm512_##name
@@ -75,7 +77,8 @@ enum {
     TOKENS_AHEAD = UNIT,                            /* exact ones to prefetch */
     PAD = 16,                                       /* floats after sums of values, of which two are used */
     LARGEST = PRODUCTS_OF_BYTES ? 127 * 128 : 4096, /* of the integers of two bytes */
-    ENOUGH = 1 << 19,                               /* multiplications that are worth a second thread */
+    ENOUGH = 1 << 19,                               /* multiplications that are worth waking a second thread */
+    WORTH = 1 << 15,                                /* that are worth giving to one that waits */
 };
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
@@ -571,25 +574,37 @@ static void join(const attention *a, int64_t b, int64_t k, int64_t r, const floa
     if (a->sums) a->sums[at / a->V] = total != 0 ? largest + logf(total) : -INFINITY;
 }
 
+typedef struct {
+    const attention *a;
+    int64_t units, chunks, V_padded;
+    float *parts;
+    int32_t *done; /* parts of each head: whoever does the last one joins them */
+} attending;
+
+static void attend_piece(void *argument, int64_t first, int64_t last) {
+    const attending *w = argument;
+    const attention *a = w->a;
+    const int64_t chunks = w->chunks, rows = a->G * a->T, V_padded = w->V_padded, apart = rows * (V_padded + PAD);
+    for (int64_t i = first; i < last; i++) {
+        const int64_t head = i / chunks, b = head / a->K, k = head % a->K, start = i % chunks * CHUNK;
+        for (int64_t r = 0; r < rows; r += MOST)
+            part(a, b, k, r, MIN(MOST, rows - r), start, MIN(w->units, start + CHUNK),
+                 w->parts + i * apart + r * (V_padded + PAD), V_padded);
+        if (__atomic_add_fetch(w->done + head, 1, __ATOMIC_ACQ_REL) == chunks)
+            for (int64_t r = 0; r < rows; r++)
+                join(a, b, k, r, w->parts + head * chunks * apart + r * (V_padded + PAD), chunks, apart, V_padded);
+    }
+}
+
 int attend(const attention *a) {
     const int64_t units = a->blocks + (a->recent + UNIT - 1) / UNIT, chunks = units ? (units + CHUNK - 1) / CHUNK : 1;
     const int64_t rows = a->G * a->T, V_padded = ROUND_UP(a->V, 16), apart = rows * (V_padded + PAD);
-    const int64_t heads = a->B * a->K, tasks = heads * chunks;
-    const int threads = tasks * rows * MIN(units, CHUNK) * UNIT * (a->D + a->V) < ENOUGH ? 1 : (int)a->threads;
+    const int64_t heads = a->B * a->K, tasks = heads * chunks, size = rows * MIN(units, CHUNK) * UNIT * (a->D + a->V);
     float *parts = aligned_alloc(64, (tasks * apart + ROUND_UP(heads, PAD)) * sizeof(float));
     if (!parts) return -1;
-    int32_t *done = (int32_t *)(parts + tasks * apart); /* parts of each head: whoever does the last one joins them */
-    memset(done, 0, heads * sizeof *done);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < tasks; i++) {
-        const int64_t head = i / chunks, b = head / a->K, k = head % a->K, start = i % chunks * CHUNK;
-        for (int64_t r = 0; r < rows; r += MOST)
-            part(a, b, k, r, MIN(MOST, rows - r), start, MIN(units, start + CHUNK),
-                 parts + i * apart + r * (V_padded + PAD), V_padded);
-        if (__atomic_add_fetch(done + head, 1, __ATOMIC_ACQ_REL) == chunks)
-            for (int64_t r = 0; r < rows; r++)
-                join(a, b, k, r, parts + head * chunks * apart + r * (V_padded + PAD), chunks, apart, V_padded);
-    }
+    attending w = {a, units, chunks, V_padded, parts, (int32_t *)(parts + tasks * apart)};
+    memset(w.done, 0, heads * sizeof *w.done);
+    each(tasks * size < (a->threads > MOST_THREADS ? WORTH : ENOUGH) ? 1 : (crew)a->threads, tasks, MOST_BYTES, attend_piece, &w);
     free(parts);
     return 0;
 }

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #include "products.h"
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -408,46 +409,56 @@ static void lay_out(const void *x, enum dtype dtype, int64_t K, int64_t group, i
     }
 }
 
-static int product(const void *x, enum dtype dtype, int64_t M, const weights *w, char *out, int threads) {
+typedef struct {
+    const void *x;
+    enum dtype dtype;
+    const weights *w;
+    activations a;
+    int64_t blocks, width, tasks;
+    char *out;
+} sharing;
+
+static void lay_out_piece(void *argument, int64_t start, int64_t stop) {
+    sharing *s = argument;
+    for (int64_t i = start; i < stop; i++)
+        lay_out(s->x, s->dtype, s->w->K, s->w->group, i / s->a.panels * s->a.depth, i % s->a.panels, &s->a);
+}
+
+static void rectangles(void *argument, int64_t start, int64_t stop) {
+    const sharing *s = argument;
+    float panel[DEPTH][COLUMNS] __attribute__((aligned(LINE)));
+    float total[WIDTH / COLUMNS * (HEIGHT + ROWS)][COLUMNS] __attribute__((aligned(LINE)));
+    for (int64_t i = start; i < stop; i++) {
+        const int64_t b = i / s->tasks, n = i % s->tasks * s->width, panels = s->a.panels;
+        rectangle(s->w, &s->a, s->dtype, b * panels / s->blocks, (b + 1) * panels / s->blocks, n,
+                  least(s->w->N, n + s->width), panel, total, s->out);
+    }
+}
+
+static int product(const void *x, enum dtype dtype, int64_t M, const weights *w, char *out, crew who) {
     const int64_t group = w->group, K = w->K; /* 0 of floats */
     const int64_t blocks = (M + HEIGHT - 1) / HEIGHT, panels = (M + ROWS - 1) / ROWS;
     activations a = {M, panels, group ? DEPTH / group * group : DEPTH, NULL, NULL, NULL};
     const int64_t steps = (K + a.depth - 1) / a.depth, groups = group ? (K + group - 1) / group : 0;
     const int64_t bytes = steps * panels * a.depth * ROWS * (group ? 2 : 4), scales = groups * panels * ROWS * 4;
-    const int64_t even = w->N / (4 * threads * (blocks > 4 ? 4 : blocks)) / 32 * 32; /* some tasks for each thread */
+    const int64_t even = w->N / (4 * threads_of(who) * (blocks > 4 ? 4 : blocks)) / 32 * 32; /* some for each thread */
     const int64_t width = even < 32 ? 32 : even > WIDTH ? WIDTH : even, tasks = (w->N + width - 1) / width;
-    int failed = 0;
     a.data = aligned_alloc(LINE, (bytes + 2 * scales + LINE) / LINE * LINE);
     if (!a.data) return -1;
     a.scale = (float *)((char *)a.data + bytes), a.sum = a.scale + groups * panels * ROWS;
-#pragma omp parallel num_threads(threads)
-    {
-        char *memory = aligned_alloc(LINE, (DEPTH + WIDTH / COLUMNS * (HEIGHT + ROWS)) * COLUMNS * sizeof(float));
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for collapse(2)
-        for (int64_t s = 0; s < steps; s++)
-            for (int64_t p = 0; p < panels; p++) lay_out(x, dtype, K, group, s * a.depth, p, &a);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t b = 0; b < blocks; b++)
-            for (int64_t t = 0; t < tasks; t++)
-                if (memory)
-                    rectangle(w, &a, dtype, b * panels / blocks, (b + 1) * panels / blocks, t * width,
-                              least(w->N, (t + 1) * width), memory, (float(*)[COLUMNS])memory + DEPTH, out);
-        free(memory);
-    }
+    sharing s = {x, dtype, w, a, blocks, width, tasks, out};
+    each(who, steps * panels, a.depth * ROWS * 4, lay_out_piece, &s);
+    each(who, blocks * tasks, MOST_BYTES, rectangles, &s);
     free(a.data);
-    return failed ? -1 : 0;
+    return 0;
 }
 
 /* Some thousands of rows would take much memory at once. */
-static int products(const void *x, enum dtype dtype, int64_t M, const weights *w, void *out, int threads) {
+static int products(const void *x, enum dtype dtype, int64_t M, const weights *w, void *out, crew who) {
     const int64_t size = size_of(dtype);
     for (int64_t m = 0; m < M; m += MOST)
         if (product((const char *)x + m * w->K * size, dtype, least(M - m, MOST), w, (char *)out + m * w->N * size,
-                    threads))
+                    who))
             return -1;
     return 0;
 }
@@ -455,29 +466,29 @@ static int products(const void *x, enum dtype dtype, int64_t M, const weights *w
 /* The products of cpu.c, with the same arguments. */
 
 int linear_float(const void *x, int dtype, int64_t M, int64_t K, const void *data, const void *bias, int64_t N,
-                 void *out, int threads) {
+                 void *out, crew who) {
     const weights w = {FLOATS, dtype, data, N, K, K, 1, NULL, NULL, 1, bias, 0};
-    return products(x, dtype, M, &w, out, threads);
+    return products(x, dtype, M, &w, out, who);
 }
 
 /* The same with weights [K, N]. */
 int linear_columns(const void *x, int dtype, int64_t M, int64_t K, const void *data, const void *bias, int64_t N,
-                   void *out, int threads) {
+                   void *out, crew who) {
     const weights w = {FLOATS, dtype, data, N, K, 1, N, NULL, NULL, 1, bias, 0};
-    return products(x, dtype, M, &w, out, threads);
+    return products(x, dtype, M, &w, out, who);
 }
 
 int linear_int8(const void *x, int dtype, int64_t M, int64_t K, const int8_t *codes, const uint16_t *scales, int64_t N,
-                void *out, int threads) {
+                void *out, crew who) {
     const weights w = {INT8, dtype, (const char *)codes, N, K, K, 1, scales, NULL, 1, NULL, GROUP};
-    return products(x, dtype, M, &w, out, threads);
+    return products(x, dtype, M, &w, out, who);
 }
 
 /* With blocks of 32 rows, and an even `group` of at most GROUP_MOST input features. A sum is the same to the bit. */
 int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *codes, const uint16_t *scales,
-                const float *table, int64_t N, int64_t group, void *out, int threads) {
+                const float *table, int64_t N, int64_t group, void *out, crew who) {
     int16_t integers[16];
     const float unit = table ? integer_table(table, group, integers) : 1;
     const weights w = {INT4, dtype, (const char *)codes, N, K, 0, 0, scales, table ? integers : NULL, unit, NULL, group};
-    return products(x, dtype, M, &w, out, threads);
+    return products(x, dtype, M, &w, out, who);
 }

@@ -5,6 +5,7 @@
  * own. Most of what is here takes less time than waking a thread would.
  */
 #include "products.h"
+#include "team.h"
 
 enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
 enum kind {
@@ -178,13 +179,18 @@ static void span(const operator *o, const int64_t *at, int64_t start, int64_t st
     }
 }
 
-static void elementwise(const operator *o, int threads) {
+/* Of a contiguous operator, item by item of SPAN numbers. */
+static void spans(void *argument, int64_t start, int64_t stop) {
+    const operator *o = argument;
+    const int64_t size = o->sizes[0], at[3] = {0};
+    span(o, at, start * SPAN, stop * SPAN < size ? stop * SPAN : size);
+}
+
+static void elementwise(const operator *o, crew who) {
     const int64_t size = o->sizes[o->dims - 1];
     int64_t index[DIMS] = {0}, at[3] = {0};
     if (o->dims == 1 && size >= MANY) {
-#pragma omp parallel for num_threads(threads)
-        for (int64_t start = 0; start < size; start += SPAN)
-            span(o, at, start, size - start < SPAN ? size : start + SPAN);
+        each(who, (size + SPAN - 1) / SPAN, SPAN * sizeof(float), spans, (void *)o);
         return;
     }
     do span(o, at, 0, size);
@@ -328,44 +334,60 @@ static int scatter(const operator *o) {
 }
 
 typedef int (*linear_int4)(const void *, int, int64_t, int64_t, const void *, const void *, const void *, int64_t, int64_t,
-                           void *, int);
-typedef int (*linear_int8)(const void *, int, int64_t, int64_t, const void *, const void *, int64_t, void *, int);
-typedef int (*linear_float)(const void *, int, int64_t, int64_t, const void *, const void *, int64_t, void *, int);
+                           void *, crew);
+typedef int (*linear_int8)(const void *, int, int64_t, int64_t, const void *, const void *, int64_t, void *, crew);
+typedef int (*linear_float)(const void *, int, int64_t, int64_t, const void *, const void *, int64_t, void *, crew);
 typedef int (*attention)(const void *);
 
 /* Products: sizes M, K, N, and the group of int4; extra: the function, codes or weight, scales or bias, table. Attention:
  * extra: the function and its argument, whose eleventh number is that of threads. */
-static int call(const operator *o, int threads) {
+static int call(const operator *o, crew who) {
     const int64_t *size = o->sizes, *e = o->extra;
     const int dtype = (int)o->dtypes[1];
     switch (o->kind) {
         case LINEAR_INT4:
             return ((linear_int4)e[0])(o->a, dtype, size[0], size[1], (void *)e[1], (void *)e[2], (void *)e[3], size[2],
-                                       size[3], o->out, threads);
+                                       size[3], o->out, who);
         case LINEAR_INT8:
             return ((linear_int8)e[0])(o->a, dtype, size[0], size[1], (void *)e[1], (void *)e[2], size[2], o->out,
-                                       threads);
+                                       who);
         case LINEAR_FLOAT:
             return ((linear_float)e[0])(o->a, dtype, size[0], size[1], (void *)e[1], (void *)e[2], size[2], o->out,
-                                        threads);
-        default: ((int64_t *)e[1])[10] = threads; return ((attention)e[0])((void *)e[1]);
+                                        who);
+        default: ((int64_t *)e[1])[10] = who; return ((attention)e[0])((void *)e[1]);
     }
 }
 
-/* Runs them in order. Returns 0, or the place of the one that failed, from 1 on. */
-int64_t run(const operator *operators, int64_t count, int threads) {
+static int64_t in_order(const operator *operators, int64_t count, crew who) {
     for (int64_t i = 0; i < count; i++) {
         const operator *o = operators + i;
         int failed = 0;
-        if (o->kind < LESS_EQUAL) elementwise(o, threads);
+        if (o->kind < LESS_EQUAL) elementwise(o, who);
         else if (o->kind < MEAN) integers(o);
         else if (o->kind < LAYER_NORM) reduce(o);
         else if (o->kind == LAYER_NORM) layer_norm(o);
         else if (o->kind == MOVE) move(o);
         else if (o->kind == GATHER) failed = gather(o);
         else if (o->kind == SCATTER) failed = scatter(o);
-        else failed = call(o, threads);
+        else failed = call(o, who);
         if (failed) return i + 1;
     }
     return 0;
+}
+
+/* Runs them in order. Returns 0, or the place of the one that failed, from 1 on. The threads are woken once for all. */
+int64_t run(const operator *operators, int64_t count, int threads) {
+    if (threads == 1) return in_order(operators, count, 1);
+    int64_t failed = 0;
+    team t = {.threads = threads};
+#pragma omp parallel num_threads(threads)
+    {
+        if (omp_get_thread_num() == 0) {
+            failed = in_order(operators, count, (crew)&t);
+            __atomic_store_n(&t.ticket, OVER, __ATOMIC_RELEASE);
+        } else {
+            follow(&t);
+        }
+    }
+    return failed;
 }

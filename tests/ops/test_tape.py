@@ -322,20 +322,68 @@ def test_what_would_be_kept_is_bounded(monkeypatch):
         record(lambda: x.expand(64, 64).cumsum(0))
 
 
-def test_threads_are_those_of_the_replay():
+@pytest.fixture
+def threads():
+    """Sets how many threads compute."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_are_those_of_the_replay(threads):
     query, keys, values = normal(1, 4, 1, 16), normal(1, 2, 900, 16, seed=1), normal(1, 2, 900, 16, seed=2)
     given = (query, None, 8, 0, keys, values, None, 0.25, None, None)
-    tape, threads = record(lambda: cpu_decode.attend(cpu_decode.library(), *given)), torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            tape.replay()
-            (argument,) = [each for each in tape.arguments if each is not None]
-            found.append(cpu_decode.CALL.unpack(argument.raw)[10])
-    finally:
-        torch.set_num_threads(threads)
-    assert found == [1, 3]
+    tape, found, results = record(lambda: cpu_decode.attend(cpu_decode.library(), *given)), [], []
+    for count in (1, 3):
+        threads(count)
+        results.append(tape.replay())
+        (argument,) = [each for each in tape.arguments if each is not None]
+        found.append(cpu_decode.CALL.unpack(argument.raw)[10])
+    assert found[0] == 1 and found[1] > 4096, "not the address of the threads that wait for pieces"
+    assert torch.equal(*results)
+
+
+def chain(seed):
+    """Products, attention and a long elementwise operator, each of some pieces, that depend on one another."""
+    kernels, x = cpu.library(int4_block()), normal(5, 256, seed=seed)
+    up, down = normal(1024, 256, seed=seed + 1) / 16, normal(256, 1024, seed=seed + 2) / 32
+    keys, values = normal(5, 4, 700, 64, seed=seed + 3), normal(5, 4, 700, 64, seed=seed + 4)
+
+    def function():
+        y = x
+        for _ in range(4):
+            y = cpu.linear_float(kernels, torch.sigmoid(cpu.linear_float(kernels, y, up, None)), down, None)
+            given = (y.view(5, 4, 1, 64), None, 8, 0, keys, values, None, 0.125, None, None)
+            y = y + cpu_decode.attend(cpu_decode.library(), *given).view(5, 256)
+        return y
+
+    return function
+
+
+def test_threads_that_share_pieces_change_nothing(threads):
+    tape = record(chain(0))
+    assert not plain(tape)
+    threads(1)
+    expected = tape.replay()
+    for count in (1, 2, 3, 16):  # more than there are processors, too
+        threads(count)
+        assert all(torch.equal(tape.replay(), expected) for _ in range(20)), count
+
+
+def test_steps_in_several_threads_share_pieces_apart(threads):
+    threads(1)
+    tapes, found = [record(chain(seed)) for seed in (0, 10, 20)], []
+
+    def run(tape, expected):
+        torch.set_num_threads(3)
+        found.extend(torch.equal(tape.replay(), expected) for _ in range(20))
+
+    runs = [threading.Thread(target=run, args=(tape, tape.replay())) for tape in tapes]
+    for each in runs:
+        each.start()
+    for each in runs:
+        each.join()
+    assert len(found) == 60 and all(found)
 
 
 def test_what_somebody_keeps_is_refused():
