@@ -105,12 +105,13 @@ def _caption(rows: list[Row]) -> str:
     hardware = row["hardware"]
     machine = hardware.get("gpu") or f"{row['threads']} threads of {hardware['cpu']} ({hardware['cpu_capability']})"
     bandwidth = median(row["bandwidth_bytes_per_s"] for row in rows) / 1e9
+    busy = row.get("busy", 0)
     prompts = f"{row['batch']} prompts" if row["batch"] > 1 else "a prompt"
     parts = (
         f"**{row['shape']}**" + (f" cut to {row['layers']} layers" if row["layers"] else ""),
         row["dtype"],
         f"{prompts} of {row['prompt']} tokens" + (", padded on the left" if row["padded"] else ""),
-        f"{row['tokens']} new tokens" + (f", beside {row['busy']} busy processes" if row.get("busy") else ""),
+        f"{row['tokens']} new tokens" + (f", other processes that compute meanwhile: {busy}" if busy else ""),
         f"{machine}, reading {bandwidth:.0f} GB/s",
         origin(rows),
     )

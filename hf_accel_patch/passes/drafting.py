@@ -23,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_accel_patch.compat import CACHE, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
+from hf_accel_patch.passes.bounds import Bound, reach
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
 from hf_accel_patch.passes.graphs import begin
 from hf_accel_patch.passes.replaying import Decoding
@@ -40,12 +41,13 @@ def decode(
     tally: Tally,
     *,
     apart: bool = False,
+    limits: set[Bound],
 ) -> Any:
     """Generate, greedily or by sampling, as `_sample` does. `apart`: the sequences of a batch may go on at their own
-    pace, if the cache allows it."""
+    pace, if the cache allows it. `limits`: see bounds.py."""
     prompt = chooser.input_ids
     drafter.add(prompt.tolist(), chooser.live, pace)
-    room = chooser.room()
+    room = min(chooser.room(), reach(limits, prompt, model_kwargs))
     cache: Cache = model_kwargs[CACHE]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
     whole = generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None
@@ -58,10 +60,10 @@ def decode(
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
     cache = returned_cache(outputs)
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():
-        if apart and not why_together(model, chooser, cache, model_kwargs):
+        if apart and not limits and not why_together(model, chooser, cache, model_kwargs):
             decode_apart(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding)
         else:
-            what = model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding
+            what = model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding, limits
             model_kwargs = _decode_together(*what)
     drafter.finish()
     if chooser.streamer is not None:
@@ -86,11 +88,12 @@ def _decode_together(
     pace: Pace,
     tally: Tally,
     decoding: Decoding | None,
+    limits: set[Bound],
 ) -> dict[str, Any]:
     """`outputs`: of the prompt and this draft. Returns what the next call of the model would get. Whatever is raised,
     by a streamer for instance, the cache is left as the plain loop leaves it."""
     cache: Cache = returned_cache(outputs)
-    windows, since, drafting_s = [layer for layer in cache.layers if hasattr(layer, "record_past")], 0.0, 0.0
+    since, drafting_s = 0.0, 0.0
     unread = 0  # drafted tokens in the cache that were not chosen so far
     try:
         while True:
@@ -118,6 +121,7 @@ def _decode_together(
                 break
             drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
             most, live, started = chooser.room(), chooser.live, time.perf_counter()
+            most = min(most, reach(limits, chooser.input_ids, model_kwargs))
             state = DecodingState(chooser.input_ids, model_kwargs)
             draft = drafter.draft(most, live, state, pace) if most > 0 else None
             drafting_s = 0.0
@@ -125,15 +129,21 @@ def _decode_together(
                 drafting_s = time.perf_counter() - started
                 ends = zip(draft.tokens, live, strict=True)
                 draft.tokens = [row if on else [int(chooser.pad)] * len(row) for row, on in ends]
-            for layer in windows:  # what leaves them may have to come back
-                layer.record_past = draft is not None
+            _record_past(cache, draft is not None)
             outputs = _pass(model, chooser.input_ids, model_kwargs, draft, decoding)
+            cache = returned_cache(outputs)  # of Phi-3 a new one, where its frequencies change
     finally:
         if unread:
             take_back(cache, unread)
-        for layer in windows:
-            layer.record_past = False
+        _record_past(cache, False)
     return model_kwargs
+
+
+def _record_past(cache: Cache, on: bool) -> None:
+    """Whether what leaves a window may have to come back."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = on
 
 
 def _prefill(

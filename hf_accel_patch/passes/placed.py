@@ -122,10 +122,10 @@ class PlacedLayer(_InPlace):
         raise NotImplementedError
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        before = self._count()
+        before = self.get_seq_length()
         super().crop(*args, **kwargs)
-        if self.places is not None and (gone := before - self._count()) > 0:
-            self.places = self.places.first(self.places.length - gone)
+        if self.places is not None:  # a window forgets the latest, and the earliest that it kept for that
+            self.places = self.places.first(self.places.length - before + self.get_seq_length()).last(self._count())
 
     def reset(self) -> None:
         super().reset()

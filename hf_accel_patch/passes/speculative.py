@@ -21,6 +21,7 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
+from hf_accel_patch.passes.bounds import bounds
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
@@ -274,7 +275,7 @@ class _Loop:
             chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, self.streamer)
             what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally
             apart = ours.apart and ours.options.method == "ngram" and not self.handed  # a model drafts for all
-            return decode(*what, apart=apart)
+            return decode(*what, apart=apart, limits=bounds(model))
         if reason:
             ours.fall_back(model, reason)
         mode = GenerationMode(generation_config.get_generation_mode())

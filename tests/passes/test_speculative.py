@@ -123,6 +123,36 @@ def test_tokens_are_those_of_stock(family, oracle):
         assert "fallbacks" not in said and said["tokens"] > 16 and said["tokens_per_pass"] > 1
 
 
+VARYING = {  # frequencies of rotary positions that are others beyond 64 tokens
+    "longrope": lambda: build(
+        "phi3", max_position_embeddings=256, original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
+            "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 64,
+        },
+    ),
+    "dynamic": lambda: build(
+        "llama", max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": False}], ids=["ours", "theirs"])
+@pytest.mark.parametrize("kind", VARYING)
+def test_drafts_keep_to_the_frequencies_of_each_token(kind, options, oracle):
+    """No pass goes across the length at which frequencies change, alone or where one of two sequences is padded."""
+    alone, padded = prompt(58), left_padded(58, 49)
+    for inputs in (alone, padded):
+        model = patch(VARYING[kind](), **options)
+        truth, plain = passes(model, lambda model=model, inputs=inputs: generate(model, inputs, 24))
+        model = patch(VARYING[kind](), speculative="ngram", **options)
+        for mode in MODES:
+            oracle(truth, mode)
+            found, fewer = passes(model, lambda model=model, inputs=inputs: generate(model, inputs, 24))
+            assert torch.equal(found, truth), mode
+            assert mode != "right" or fewer < (plain * 2 / 3 if kind == "longrope" else plain), fewer
+
+
 @pytest.fixture
 def apart(monkeypatch):
     """How often the sequences of a batch went on at their own pace."""
