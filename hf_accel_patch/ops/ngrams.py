@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 LONGEST = 16  # tokens of an n-gram: longer ones say nothing more
 PLACES = 16  # the latest at which the last two tokens occurred, of which the one with the longest n-gram is taken
-TOKEN_BYTES = 170  # what the entries of a token take, about: measured, CPython 3.11
+TOKEN_BYTES = 230  # what the entries of a token take, about: measured, CPython 3.11
 BETWEEN = -1  # no token: between texts
 ADDING = threading.Lock()  # a history may be pickled, a lock may not
 

@@ -1,8 +1,9 @@
-"""How far a pass over drafted tokens may reach where rotary frequencies depend on the length of the text.
+"""How far a pass over drafted tokens may reach, and in which models it is not the same as passes over one token.
 
-Each token of plain decoding is rotated, as are all cached keys, with the frequencies of the text up to it. A pass has
-one length. So all its tokens must have the same frequencies: those up to the trained length, or with longrope those
-beyond it. With dynamic NTK there are others for every token beyond it.
+Where rotary frequencies depend on the length of the text, each token of plain decoding is rotated, as are all cached
+keys, with the frequencies of the text up to it. A pass has one length. So all its tokens must have the same
+frequencies: those up to the trained length, or with longrope those beyond it. With dynamic NTK there are others for
+every token beyond it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,23 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from hf_accel_patch.families import context_tokens
 from hf_accel_patch.families.positions import NO_LIMIT, length_dependent
 from hf_accel_patch.families.rotary import SCALED
 
 NONE = 1 << 31  # tokens: no bound
 VARYING = ("dynamic", "longrope")
+OFFSET = 4  # rows that a table of positions may have beside those
+
+ONE_BY_ONE = {  # what is different in a pass over several tokens, by type of model
+    "cpmant": "its positions are relative to the whole pass",
+    "git": "it pads otherwise where a pass has several tokens",
+    "moshi": "beyond its window it sees other tokens where a pass has several",
+    "paligemma": "tokens of a prompt see those behind them",
+    "prophetnet": "it takes one token at a time with a cache",
+}
 
 Bound = tuple[int, bool]  # the length up to which frequencies are the same, and whether they are so beyond it, too
 
@@ -54,3 +66,19 @@ def _within(length: int, limit: int, settles: bool) -> int:
     if length <= limit:
         return limit - length
     return NONE if settles and length > limit + 1 else 0  # Phi-3 reads all anew at the first beyond it
+
+
+def why_one_by_one(config: PreTrainedConfig) -> str:
+    """Why drafts would change the tokens of such a model."""
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "tokens of a pass see those behind them"
+    return ONE_BY_ONE.get(config.model_type, "")
+
+
+def table_tokens(model: nn.Module, config: PreTrainedConfig) -> int | None:
+    """Where its table of learned positions ends; None without one."""
+    context, words = context_tokens(config), model.get_input_embeddings()  # type: ignore[operator]
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
+    if context is not None and any(0 <= each.num_embeddings - context <= OFFSET for each in tables):
+        return context
+    return None

@@ -108,9 +108,12 @@ class Chooser:
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         streamer: Any,
+        end: int | None = None,
     ) -> None:
+        """`end`: the tokens for which there are positions."""
         self.input_ids, self.finished = input_ids, False
         self.processor, self.criteria, self.streamer = _processing(logits_processor), stopping_criteria, streamer
+        self.end = min(filter(None, (stopping_criteria.max_length, end)), default=0)  # of a text with its drafts
         self.samples = generation_config.do_sample
         self.answers = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if self.answers and generation_config.output_scores else None
@@ -147,7 +150,7 @@ class Chooser:
 
     def room(self) -> int:
         """How many tokens may follow the next one; 0 if nothing says so."""
-        return self.criteria.max_length - self.input_ids.shape[1] - 1 if self.criteria.max_length else 0
+        return max(0, self.end - self.input_ids.shape[1] - 1) if self.criteria.max_length else 0
 
 
 def _processing(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:

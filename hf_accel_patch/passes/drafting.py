@@ -115,7 +115,7 @@ def _decode_together(
             if draft is not None:
                 take_back(cache, len(drafted) + 1 - new)
             unread = 0
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
+            model_kwargs = _updated(model, outputs, model_kwargs, new)
             del outputs, logits
             if chooser.finished:
                 break
@@ -158,7 +158,7 @@ def _prefill(
         return model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     tokens = torch.tensor(draft.tokens, device=input_ids.device)
     width = tokens.shape[1]
-    more = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=width)
+    more = _updated(model, {}, dict(model_kwargs), width)
     if "logits_to_keep" in more:
         more["logits_to_keep"] = 1 + width
     length = getattr(generation_config, "_mask_length", None)
@@ -169,6 +169,15 @@ def _prefill(
     if length is not None:
         generation_config._mask_length = length
     return outputs
+
+
+def _updated(model: PreTrainedModel, outputs: Any, model_kwargs: dict[str, Any], new: int) -> dict[str, Any]:
+    """What so many steps of the plain loop would make of it: each repeats the last token's type."""
+    types = model_kwargs.get("token_type_ids")
+    updated: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=new)
+    if types is not None and "token_type_ids" in updated:
+        updated["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, new)], dim=-1)
+    return updated
 
 
 def _pass(
@@ -184,7 +193,7 @@ def _pass(
         tokens = torch.tensor(draft.tokens, device=input_ids.device)
         width = tokens.shape[1]
         input_ids = torch.cat([input_ids, tokens], dim=-1)
-        model_kwargs = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=width)
+        model_kwargs = _updated(model, {}, dict(model_kwargs), width)
     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1 + width, **model_kwargs)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = 1 + width

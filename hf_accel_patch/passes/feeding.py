@@ -34,7 +34,7 @@ class Reading:
         self.seen = None if mask is None or bool(mask.all()) else mask.bool()
         positions = model_kwargs.get("position_ids")
         last = torch.full_like(ids[:, :1], self.prompt - 1) if positions is None else positions[:, -1:]
-        self.shift, self.end = last - (self.prompt - 1), chooser.criteria.max_length or 0
+        self.shift, self.end = last - (self.prompt - 1), chooser.end
         self.kwargs = {
             name: each for name, each in model_kwargs.items() if name not in ("attention_mask", "position_ids")
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
@@ -21,19 +21,20 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.bounds import bounds
+from hf_accel_patch.passes.bounds import bounds, table_tokens, why_one_by_one
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
 from hf_accel_patch.passes.graphs import GRAPHS, takes_places
 from hf_accel_patch.passes.own_copy import own_copy
+from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.replaying import WIDTHS
 from hf_accel_patch.passes.streaming import PrefillInChunks
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
 logger = get_logger(__name__)
 Method = Literal["ngram", "self", "model"]
-MOST = 16  # drafted tokens of a pass
+MOST, LARGEST = 16, 31  # drafted tokens of a pass
 THEIRS = (  # what asks for a loop of transformers' own, or of the caller's
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate",
     "penalty_alpha", "constraints", "force_words_ids", "dola_layers", "token_healing",
@@ -72,8 +73,8 @@ class Speculative:
         if self.method not in get_args(Method):
             allowed = ", ".join(map(repr, get_args(Method)))
             raise ValueError(f"speculative: unknown method {self.method!r}; allowed: {allowed}")
-        if self.most < 1:
-            raise ValueError(f"speculative: at most {self.most} drafted tokens; give 1 or more")
+        if not 1 <= self.most <= LARGEST:
+            raise ValueError(f"speculative: at most {self.most} drafted tokens; give 1 to {LARGEST}")
         if self.history:
             size_in_bytes(self.history)
         if self.draft is not None and self.method == "ngram":
@@ -95,7 +96,12 @@ class Speculative:
         if reason := self._why_not(view):
             raise UnsupportedModel(f"speculative={self.method!r}: {reason}", "leave the keyword out")
         size = view.weight_bytes()
-        facts = {"exact": True, "bytes_before": size, "bytes_after": size, "method": self.method}
+        facts = {
+            "exact": True,
+            "bytes_before": size,
+            "bytes_after": size + self.copy_bytes(view),
+            "method": self.method,
+        }
         return Step(self, facts, (view, takes_places(view)), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
@@ -115,9 +121,18 @@ class Speculative:
         before = weight_bytes(model)
         return {"bytes_before": before, "bytes_after": before + speculating.copy_bytes} | speculating.tally.facts()
 
+    def copy_bytes(self, view: View) -> int:
+        """Bytes of the weights of the copy that "self" makes of this model."""
+        if self.method != "self" or self.scheme is None:
+            return 0
+        targets, _ = Quantize(self.scheme, originals="keep").choose(view)
+        return sum(target.packed_bytes for target in targets)
+
     def _why_not(self, view: View) -> str:
         if view.config.is_encoder_decoder:
             return "it is an encoder-decoder"
+        if reason := why_one_by_one(view.config) or why_one_by_one(view.model.config):
+            return reason
         if getattr(view.model, "_is_stateful", False) or not view.model._supports_default_dynamic_cache():
             return "it has a recurrent state, which cannot be taken back"
         if first_cached_module(view) is None:
@@ -151,6 +166,18 @@ def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
     return ""
 
 
+def _given(generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of `generate`, which may be a subclass's, by their names."""
+    signature = inspect.signature(generate)
+    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
+        signature = inspect.signature(GenerationMixin.generate)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for each in signature.parameters.values():
+        if each.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(each.name, {})
+    return given
+
+
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return vars(model)[SPECULATING](model, *args, **kwargs)
 
@@ -171,8 +198,7 @@ class Speculating:
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         generate = type(model).generate
-        given = inspect.signature(generate).bind(model, *args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = _given(generate, model, *args, **kwargs)
         configs = (given.get("generation_config"), model.generation_config)
         theirs = any(given.get(name) or any(getattr(config, name, None) for config in configs) for name in THEIRS)
         groups = (given.get("num_beam_groups"), *(getattr(config, "num_beam_groups", None) for config in configs))
@@ -182,16 +208,18 @@ class Speculating:
             return generate(model, *args, **kwargs)
         # `generate` forgets the streamer and the tokenizer where it is given a loop
         strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
+        if any(getattr(config, "stop_strings", None) for config in configs):
+            self.fall_back(model, "stop_strings are in the generation config")
+            return generate(model, *args, **kwargs)
         if strings is not None and tokenizer is not None:
-            criterion = StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=kwargs.pop("tokenizer"))
-            criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criterion])
+            criteria = StoppingCriteriaList(given.get("stopping_criteria") or ())
+            kwargs = {name: each for name, each in kwargs.items() if name not in ("stop_strings", "tokenizer")}
+            if not any(isinstance(each, StopStringCriteria) for each in criteria):  # whose strings count alone
+                criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
             if len(args) > 3:
                 args = (*args[:3], criteria, *args[4:])
             else:
                 kwargs["stopping_criteria"] = criteria
-        elif any(getattr(config, "stop_strings", None) for config in configs):
-            self.fall_back(model, "stop_strings are in the generation config")
-            return generate(model, *args, **kwargs)
         loop = _Loop(self, given.get("streamer"), handed=given_cache(given) is not None)
         return generate(model, *args, custom_generate=loop, **kwargs)
 
@@ -199,6 +227,8 @@ class Speculating:
         """Why this call runs as before."""
         if model.training:
             return "the model is in training mode, where dropout draws random numbers in each pass"
+        if "prepare_inputs_for_generation" in vars(model):
+            return "an adapter puts tokens of its own before the text"
         if config.num_beams > 1:
             return "beams go on several texts at once"
         if config.num_return_sequences > 1:
@@ -248,7 +278,8 @@ class Speculating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
         """A copy of the model makes its own copy."""
-        return Speculating(self.options, self.history, self.apart)
+        history = self.history and History(size_in_bytes(self.options.history))
+        return Speculating(self.options, history, self.apart)
 
 
 @dataclass(frozen=True)
@@ -272,7 +303,8 @@ class _Loop:
         reason = ours.why_not(model, generation_config, cache)
         if not reason and not generation_config.is_assistant:
             pace = ours.paces.setdefault(len(input_ids), Pace())
-            chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, self.streamer)
+            end = table_tokens(model, model.config.get_text_config(decoder=True))
+            chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, end)
             what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally
             apart = ours.apart and ours.options.method == "ngram" and not self.handed  # a model drafts for all
             return decode(*what, apart=apart, limits=bounds(model))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_accel_patch.families import View, context_tokens, dtype_of
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.passes import GQA, Attention, KVCache, Prefill, Quantize
+from hf_accel_patch.passes import GQA, Attention, KVCache, Prefill, Quantize, Speculative
 from hf_accel_patch.passes.cache import BITS
 from hf_accel_patch.plan import Pass, Step
 from hf_accel_patch.planning.caches import kept
@@ -68,7 +68,9 @@ class Estimates:
         chunk = None if prefill is None else prefill.chunk(self._unpatched())
         piece = chunk if chunk is not None and chunk < self.tokens else None
         size = self._size(found.get(Quantize), found.get(KVCache), found.get(GQA), piece, ours=Attention in found)
-        return replace(size, weights=size.weights + self.beside)
+        drafts: Speculative | None = found.get(Speculative)
+        copied = 0 if drafts is None else drafts.copy_bytes(self._unpatched())
+        return replace(size, weights=size.weights + self.beside + copied)
 
     @property
     def problem(self) -> str:

@@ -20,6 +20,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 import hf_accel_patch
@@ -501,7 +502,9 @@ def bundled():
 CODE = "def area(width, height):\n    return width * height\n\n\ndef area(width, height):\n    return"
 
 
-@pytest.mark.parametrize("given", ["by name", "in the configuration", "criteria by place", "with criteria"])
+@pytest.mark.parametrize(
+    "given", ["by name", "in the configuration", "in both", "criteria by place", "with criteria", "beside their own"]
+)
 def test_stop_strings(given, bundled, tokenizer, always):
     ids = tokenizer(CODE, return_tensors="pt")["input_ids"]
     config = GenerationConfig(do_sample=False, max_new_tokens=40, pad_token_id=0)
@@ -514,14 +517,18 @@ def test_stop_strings(given, bundled, tokenizer, always):
             return generate(model, ids, 40, stop_strings="\n\n", tokenizer=tokenizer, stopping_criteria=criteria)
         if given == "criteria by place":
             return model.generate(ids, config, None, criteria, stop_strings=["\n\n"], tokenizer=tokenizer)
+        if given == "beside their own":
+            own = StoppingCriteriaList([StopStringCriteria(tokenizer, ["\n\n"])])
+            return generate(model, ids, 40, stop_strings="height", tokenizer=tokenizer, stopping_criteria=own)
         config.stop_strings = ["\n\n"]
-        return model.generate(ids, config, tokenizer=tokenizer)
+        both = {"stop_strings": ["\n\n"]} if given == "in both" else {}
+        return model.generate(ids, config, tokenizer=tokenizer, **both)
 
     expected = ask(bundled)
     assert ids.shape[1] < expected.shape[1] < ids.shape[1] + 35
     patch(bundled, speculative="ngram")
     assert torch.equal(ask(bundled), expected)
-    if given != "in the configuration":
+    if given not in ("in the configuration", "in both"):
         assert entry(report(bundled).to_dict(), "speculative")["tokens"] > 0
 
 
@@ -604,6 +611,74 @@ def test_adapters(method, always, monkeypatch):
         with stock.disable_adapter(), model.disable_adapter():
             assert torch.equal(generate(model, repeating()), generate(stock, repeating()))
     assert entry(report(model).to_dict(), "speculative")["tokens"] > 20
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_that_put_tokens_before_the_text_run_as_before(kind, always, warned):
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        torch.manual_seed(3)
+        settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=6)
+        return peft.get_peft_model(tiny("llama"), settings).eval()
+
+    ids = repeating()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = generate(adapted(), inputs, 24)
+    model = patch(adapted(), speculative="ngram")
+    assert torch.equal(generate(model, inputs, 24), expected)
+    assert any("an adapter puts tokens" in text for text in warned())
+
+
+class Until(StoppingCriteria):
+    """Ends a text at so many tokens, as an end token would."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family, name", [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_drafts_end_with_the_positions(family, name, batch, oracle):
+    model, ids = build(family, **{name: 64}), prompt(40, batch)
+    until = StoppingCriteriaList([Until(63)])
+    truth = generate(model, ids, 100, stopping_criteria=until)
+    longer = torch.cat([truth, prompt(40, batch, seed=3)], 1)
+    patch(model, speculative="ngram")
+    for mode in MODES:
+        oracle(longer, mode)
+        assert torch.equal(generate(model, ids, 100, stopping_criteria=until), truth), mode
+
+
+@pytest.mark.parametrize("types", [[7] * 39 + [9], [7, 7, 8] * 13 + [8]], ids=["last", "in turns"])
+def test_types_of_tokens(types, oracle):
+    inputs = {"input_ids": prompt(40), "token_type_ids": torch.tensor([types])}
+    truth = generate(build("gpt2"), inputs, 24)
+    model = patch(build("gpt2"), speculative="ngram")
+    for mode in MODES:
+        oracle(truth, mode)
+        assert torch.equal(generate(model, inputs, 24), truth), mode
+    short = {"input_ids": prompt(3), "token_type_ids": torch.full((1, 3), 7)}
+    truth = generate(build("gpt2"), short, 24)
+    oracle(truth, "right")
+    assert torch.equal(generate(model, short, 24), truth)
+
+
+def test_a_generate_with_other_names_for_its_arguments(bundled, tokenizer, always):
+    class Mine(type(bundled)):
+        def generate(self, *args, **generate_kwargs):
+            return super().generate(*args, **generate_kwargs)
+
+    bundled.__class__ = Mine
+    patch(bundled, speculative="ngram")
+    ids, streamer = tokenizer(CODE, return_tensors="pt").input_ids, Streamer()
+    tokens = bundled.generate(ids, max_new_tokens=12, do_sample=False, streamer=streamer)
+    assert streamer.heard == [ids.tolist(), *([each] for each in tokens[0, ids.shape[1] :].tolist()), "end"]
+    lookup = bundled.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(lookup, tokens)
 
 
 @pytest.mark.parametrize("method", ["ngram", "self"])
@@ -975,8 +1050,12 @@ def test_what_the_report_says(always):
 
 
 def test_the_report_counts_the_bytes_of_the_copy():
+    planned = entry(plan(tiny("llama"), speculative="self").to_dict(), "speculative")
+    memory = [plan(tiny("llama"), context=64, **more).to_dict()["memory"] for more in ({}, {"speculative": "self"})]
     model = patch(tiny("llama"), speculative="self")
     said = entry(report(model).to_dict(), "speculative")
+    copied = said["bytes_after"] - said["bytes_before"]
+    assert planned["bytes_after"] - planned["bytes_before"] == copied == memory[1]["weights"] - memory[0]["weights"]
     copied = vars(model)[SPECULATING].copy
     mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     own = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*copied.parameters(), *copied.buffers())}
@@ -988,6 +1067,7 @@ def test_the_report_counts_the_bytes_of_the_copy():
     [
         ({"method": "lookup"}, "unknown method 'lookup'; allowed: 'ngram'"),
         ({"most": 0}, "at most 0 drafted tokens"),
+        ({"most": 32}, "give 1 to 31"),
         ({"history": -1}, "a size of -1 bytes"),
         ({"history": "many"}, "a size of 'many'"),
         ({"method": "model"}, "method 'model' needs draft"),
@@ -1020,6 +1100,11 @@ REFUSED = {
     "a draft with a state": (lambda: tiny("llama"), lambda: Speculative(draft=build("mamba")), "MambaForCausalLM"),
     "a layer too many": (lambda: tiny("llama"), lambda: Speculative("self", skip_layers=(4,)), "of its 4 layers"),
     "all layers": (lambda: tiny("llama"), lambda: Speculative("self", skip_layers=(0, 1, 2, 3)), "any of .1, 2, 3."),
+    "one token at a time": (lambda: build("prophetnet"), lambda: "ngram", "one token at a time"),
+    "positions of a pass": (lambda: build("cpmant"), lambda: "ngram", "relative to the whole pass"),
+    "both directions": (
+        lambda: build("gemma3_text", use_bidirectional_attention=True), lambda: "ngram", "see those behind them",
+    ),
 }  # fmt: skip
 
 
