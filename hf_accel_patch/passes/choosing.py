@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from hf_accel_patch.ops.pacing import Guess, Pace
 
@@ -165,3 +165,15 @@ def _processing(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return scores
 
     return process
+
+
+def given_arguments(generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of `generate`, which may be a subclass's, by their names."""
+    signature = inspect.signature(generate)
+    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
+        signature = inspect.signature(GenerationMixin.generate)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for each in signature.parameters.values():
+        if each.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(each.name, {})
+    return given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
@@ -22,7 +21,7 @@ from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.bounds import bounds, table_tokens, why_one_by_one
-from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally
+from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally, given_arguments
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
 from hf_accel_patch.passes.graphs import GRAPHS, takes_places
@@ -166,18 +165,6 @@ def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
     return ""
 
 
-def _given(generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call of `generate`, which may be a subclass's, by their names."""
-    signature = inspect.signature(generate)
-    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
-        signature = inspect.signature(GenerationMixin.generate)
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    for each in signature.parameters.values():
-        if each.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(each.name, {})
-    return given
-
-
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return vars(model)[SPECULATING](model, *args, **kwargs)
 
@@ -198,7 +185,7 @@ class Speculating:
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         generate = type(model).generate
-        given = _given(generate, model, *args, **kwargs)
+        given = given_arguments(generate, model, *args, **kwargs)
         configs = (given.get("generation_config"), model.generation_config)
         theirs = any(given.get(name) or any(getattr(config, name, None) for config in configs) for name in THEIRS)
         groups = (given.get("num_beam_groups"), *(getattr(config, "num_beam_groups", None) for config in configs))
