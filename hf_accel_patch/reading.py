@@ -18,6 +18,7 @@ from transformers.core_model_loading import ConversionOps
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
+from hf_accel_patch.families.rescaling import refuse_rescaling
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule, reblock
@@ -76,6 +77,7 @@ class OnTheFly:
     def __init__(self, model: PreTrainedModel, options: Quantize, journal: Journal, kept: Recording | None) -> None:
         self.options, self.journal, self.kept = options, journal, kept
         view = bind(model)
+        refuse_rescaling(view, f"quantize={options.scheme!r}")
         targets, self.skipped = options.choose(view)
         if not targets:
             raise options.nothing(view, self.skipped)
@@ -183,8 +185,9 @@ class Prepared:
             module, tied = model.get_submodule(name), [model.get_submodule(other) for other in others]
         except AttributeError:
             raise HfAccelError(f"the checkpoint has quantized weights of {name}, which this model lacks") from None
-        found = linear_weights(tied[0] if isinstance(module, nn.Embedding) and tied else module)
-        if isinstance(module, nn.Embedding) and not tied:  # saved after its ties were cut
+        linear = next((each for each in tied if not isinstance(each, nn.Embedding)), module)
+        found = linear_weights(linear if isinstance(module, nn.Embedding) else module)
+        if isinstance(module, nn.Embedding) and isinstance(linear, nn.Embedding):  # saved after its ties were cut
             N, K = module.weight.shape
             found = "embedding", (Weight("weight", (N, K)),)
         if isinstance(found, str):
@@ -210,7 +213,11 @@ class Prepared:
         for other, each in zip(others, tied, strict=True):
             self.journal.remove_parameter(each, "weight", keep=False, label=f"{other}.weight")
             self.journal.set_attribute(each, "_is_hf_initialized", True)
-            model.all_tied_weights_keys.pop(f"{other}.weight", None)
+            stand_in: Any = torch.empty(0, device="meta")  # for a module around it that would initialize it
+            stand_in._is_hf_initialized = True
+            self.journal.set_attribute(each, "weight", stand_in)
+        for key in (name, *others):  # `finish` ties them
+            model.all_tied_weights_keys.pop(f"{key}.weight", None)
         if tied:
             assert isinstance(module, QuantizedModule)
             self.tied.append((module, tied))
@@ -250,6 +257,7 @@ class Prepared:
             reblock(module, block_on(module.like.device))
         for module, others in self.tied:
             for other in others:
+                self.journal.delete_attribute(other, "weight")
                 self.options.share(module, other, self.journal)
 
 

@@ -92,6 +92,17 @@ def test_what_was_read_can_be_saved_again(tied, tmp_path):
     assert ("lm_head.weight" in one) != tied
 
 
+@pytest.mark.parametrize("model_type", ("camembert", "modernbert-decoder", "prophetnet"))
+def test_ties_in_any_order_are_read_back(model_type, tmp_path):
+    """The head first, a head that a module above it initializes, and two tables."""
+    model = patch(build(model_type), quantize="int4", **OFF, cache=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+    tables = (again.get_input_embeddings(), again.get_output_embeddings())
+    assert tables[0]._buffers["weight"] is tables[1]._buffers["weight"]
+
+
 def test_the_names_and_options_are_in_the_configuration(tmp_path):
     patch(tiny("llama"), quantize=Quantize("int4", group_size=32, skip=("lm_head",))).save_pretrained(tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
