@@ -283,7 +283,7 @@ def _apply(view: View, state: State, decided: Plan) -> None:
             journal.undo()
             raise
         done = f"{error}: {len(journal.discarded)} weights are quantized or converted, the others are as they were"
-        state.report = Report(view.subject, tuple(rows), done)
+        state.report = Report(view.subject, tuple(rows), done, tuple(dict.fromkeys(journal.discarded)))
         vars(view.model)[STATE] = state
         raise
     state.report = Report(view.subject, tuple(rows))

@@ -6,8 +6,10 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -76,6 +78,8 @@ def read(
         config = configs.from_pretrained(path if given is None else given, **hub)
     found = described(config)
     method = str((found or {}).get("quant_method", ""))
+    if found is None:
+        _refuse_undescribed(Path(path, hub.get("subfolder") or ""))
     if quantize is not None and found is not None:
         hint = "leave out quantize=" if found.get("weights") else "load it, and patch the model with quantize="
         raise HfAccelError(f"the checkpoint at {path} is quantized by {method} already", hint)
@@ -109,6 +113,19 @@ def read(
         return adopt(model, passes, lambda _: kept.facts, kept.journal, hub, asked, lenient=lenient)
     quantized = method == METHOD and (found or {}).get("weights")
     return adopt(model, passes, as_it_is if quantized else None, source=hub, asked=asked, lenient=lenient)
+
+
+def _refuse_undescribed(folder: Path) -> None:
+    """Raise HfAccelError for files with quantized layers of which config.json says nothing, as AutoGPTQ wrote them:
+    what is read then is random layers."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            name = next((name for name in opened.keys() if name.endswith(".qweight")), None)  # noqa: SIM118
+        if name is not None:
+            raise HfAccelError(
+                f"{file} has the quantized layer {name}, and config.json has no quantization_config",
+                "put what quantize_config.json says there, with the quant_method, 'gptq' or 'awq'",
+            )
 
 
 def _fitted(

@@ -154,6 +154,13 @@ def _converted(
         if order is not None:
             state[f"{key}_order"] = order
             ordered.append(made.module)
+    for name in [name for name in where if method == "awq" and name.endswith(".scales") and name not in taken]:
+        if bool((where[name].get_tensor(name) != 1).any()):
+            raise HfAccelError(
+                f"{name}: the checkpoint divides activations by scales, which is not read",
+                "quantize the float checkpoint: load(path, quantize='int4')",
+            )
+        taken.add(name)
     if len(schemes) > 1:
         raise HfAccelError(f"the checkpoint mixes {', '.join(sorted(schemes))}, which one model cannot hold")
     weights: dict[str, list[str]] = {}

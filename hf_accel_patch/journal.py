@@ -65,6 +65,7 @@ class Gone:
     module: nn.Module
     name: str
     trained: bool  # whether it was to be trained
+    shape: tuple[int, ...] = ()
 
 
 class Bound:
@@ -228,7 +229,7 @@ class Journal:
 
     def _discard(self, module: nn.Module, name: str, label: str) -> None:
         old = module._parameters[name]
-        self.gone.append(Gone(label or name, module, name, old is None or old.requires_grad))
+        self.gone.append(Gone(label or name, module, name, old is None or old.requires_grad, _shape(old)))
 
     def _note(self, kind: Kind, target: object, name: str, before: object) -> None:
         self._writes.append(Write(kind, target, name, before))
@@ -238,3 +239,7 @@ def _forwards_of(target: object, kind: Any) -> list[str]:
     """The instance's own entries that are the forward of this class, as accelerate leaves them."""
     found = {name: vars(target).get(name) for name in FORWARDS}
     return [name for name, each in found.items() if getattr(each, "__func__", ABSENT) is getattr(kind, "forward", None)]
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tuple(tensor.shape)

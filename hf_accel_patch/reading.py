@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.core_model_loading import ConversionOps
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
+from hf_accel_patch.families.rescaling import refuse_rescaling
 from hf_accel_patch.families.weights import Weight, linear_weights
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import QuantizedModule, reblock
@@ -74,6 +77,7 @@ class OnTheFly:
     def __init__(self, model: PreTrainedModel, options: Quantize, journal: Journal, kept: Recording | None) -> None:
         self.options, self.journal, self.kept = options, journal, kept
         view = bind(model)
+        refuse_rescaling(view, f"quantize={options.scheme!r}")
         targets, self.skipped = options.choose(view)
         if not targets:
             raise options.nothing(view, self.skipped)
@@ -105,22 +109,50 @@ class OnTheFly:
 
         self.packed[name] = self.thread.submit(torch.no_grad()(run), value)
 
+    def _read_targets(self, model: PreTrainedModel) -> list[Target]:
+        """What has been read, each with the modules that are tied to it and were not: they get the same codes. Raises
+        HfAccelError where a weight was neither read nor is tied to one that was."""
+        ties: dict[str, set[str]] = {}
+        for pair in model.all_tied_weights_keys.items():
+            for name, other in (pair, pair[::-1]):
+                ties.setdefault(name, set()).add(other)
+        targets = {id(target): target for target, _ in self.names.values()}
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        missing: list[str] = []
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        for key, target in targets.items():
+            names = _names(target)
+            unread = [name for name in names if name not in self.packed]
+            found = {id(self.names[other][0]) for other in ties.get(names[0], ()) if other in self.packed}
+            if not unread:
+                owners.setdefault(key, [])
+            elif len(unread) == len(names) and found:
+                owners.setdefault(found.pop(), []).extend(target.modules)
+            else:
+                missing += [n for n in unread if n not in ties and not any(each.search(n) for each in ignored)]
+        if missing:
+            raise HfAccelError(f"{_some(missing)} not in the checkpoint", "it is not whole, or of another model")
+        return [replace(targets[key], modules=(*targets[key].modules, *others)) for key, others in owners.items()]
+
     def finish(self, model: PreTrainedModel) -> None:
         """Put all that is quantized into the model, and quantize what was not read as it is named, as tied tables.
 
-        Raises HfAccelError for a weight of another shape than the model's, or with values that are not finite.
+        Raises HfAccelError for a weight of another shape than the model's, or with values that are not finite, and for
+        weights that the checkpoint lacks.
         """
         done: list[Target] = []
         dense = 0  # bytes that the codes stand in for; ties are cut while a model is read, so they are counted now
         try:
-            for target in {id(target): target for target, _ in self.names.values()}.values():
-                names = [f"{target.modules[0][0]}.{weight.name}" for weight in target.weights]
-                if all(name in self.packed for name in names):
-                    dense += sum(parameter.nbytes for parameter in target.parameters())
-                    self.options.install(target, [self.packed.pop(name).result() for name in names], self.journal)
-                    done.append(target)
+            for target in self._read_targets(model):
+                packed = [self.packed.pop(name).result() for name in _names(target)]
+                dense += sum(parameter.nbytes for parameter in target.parameters())
+                self.options.install(target, packed, self.journal)
+                done.append(target)
         finally:
             self.thread.shutdown(cancel_futures=True)
+        held = chain(model.named_parameters(), model.named_buffers())
+        if empty := [name for name, tensor in held if tensor.is_meta]:
+            raise HfAccelError(f"{_some(empty)} without a value: the checkpoint has none")
         view = bind(model)
         left, _ = self.options.choose(view)
         for target in left:
@@ -153,8 +185,9 @@ class Prepared:
             module, tied = model.get_submodule(name), [model.get_submodule(other) for other in others]
         except AttributeError:
             raise HfAccelError(f"the checkpoint has quantized weights of {name}, which this model lacks") from None
-        found = linear_weights(tied[0] if isinstance(module, nn.Embedding) and tied else module)
-        if isinstance(module, nn.Embedding) and not tied:  # saved after its ties were cut
+        linear = next((each for each in tied if not isinstance(each, nn.Embedding)), module)
+        found = linear_weights(linear if isinstance(module, nn.Embedding) else module)
+        if isinstance(module, nn.Embedding) and isinstance(linear, nn.Embedding):  # saved after its ties were cut
             N, K = module.weight.shape
             found = "embedding", (Weight("weight", (N, K)),)
         if isinstance(found, str):
@@ -180,7 +213,11 @@ class Prepared:
         for other, each in zip(others, tied, strict=True):
             self.journal.remove_parameter(each, "weight", keep=False, label=f"{other}.weight")
             self.journal.set_attribute(each, "_is_hf_initialized", True)
-            model.all_tied_weights_keys.pop(f"{other}.weight", None)
+            stand_in: Any = torch.empty(0, device="meta")  # for a module around it that would initialize it
+            stand_in._is_hf_initialized = True
+            self.journal.set_attribute(each, "weight", stand_in)
+        for key in (name, *others):  # `finish` ties them
+            model.all_tied_weights_keys.pop(f"{key}.weight", None)
         if tied:
             assert isinstance(module, QuantizedModule)
             self.tied.append((module, tied))
@@ -220,7 +257,17 @@ class Prepared:
             reblock(module, block_on(module.like.device))
         for module, others in self.tied:
             for other in others:
+                self.journal.delete_attribute(other, "weight")
                 self.options.share(module, other, self.journal)
+
+
+def _names(target: Target) -> list[str]:
+    """The names of a target's weights in the model."""
+    return [f"{target.modules[0][0]}.{weight.name}" for weight in target.weights]
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} weights ({', '.join(names[:3])}...) are"
 
 
 def _empty(weight: Weight, scheme: str, size: int, block: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ class Report(Shown):
     subject: str
     rows: tuple[dict[str, Any], ...]
     incomplete: str = ""  # what an exception left half done, where the originals were already discarded
+    discarded: tuple[str, ...] = ()  # names of the weights that this has changed for good
 
     @property
     def title(self) -> str:
@@ -28,6 +29,9 @@ class Report(Shown):
         return (f"incomplete: {self.incomplete}",) if self.incomplete else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"model": ..., "patched": ..., "passes": [{"pass": ..., "exact": ..., "bytes_before": ...}, ...]}`."""
+        """`{"model": ..., "patched": ..., "passes": [{"pass": ..., "exact": ..., "bytes_before": ...}, ...]}`; after a
+        failure half way also "incomplete", what it was, and "discarded", the weights that are changed for good."""
         described: dict[str, Any] = {"model": self.subject, "patched": bool(self.rows), "passes": list(self.rows)}
-        return described | ({"incomplete": self.incomplete} if self.incomplete else {})
+        return described | (
+            {"incomplete": self.incomplete, "discarded": list(self.discarded)} if self.incomplete else {}
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import entry, greedy, logits, prompt, tiny
+from cases import entry, greedy, logits, prompt, randomise, tiny
 from fingerprint import fingerprint
 from torch import nn
 
@@ -27,6 +27,7 @@ from hf_accel_patch import (
     report,
     unpatch,
 )
+from hf_accel_patch.ops.modules import QuantizedModule
 from hf_accel_patch.passes import quantize
 
 MODEL = Path(hf_accel_patch.__file__).parent / "models" / "code-llama-8m"
@@ -73,6 +74,8 @@ def test_bad_options_are_refused_before_anything_is_touched(model, kind, options
     "options, kind, text",
     [
         ({"scheme": "int8", "group_size": 65}, ValueError, "group_size=65; allowed: 32, 64, 128"),
+        ({"scheme": "int8", "group_size": 64}, ValueError, "group_size=64 with 'int8', which has a scale per output"),
+        ({"scheme": "int4", "group_size": 64.0}, TypeError, "group_size=64.0 is not an int"),
         ({"scheme": "nf4", "calibrate": ["text"]}, ValueError, "calibrate= applies to int4; nf4 rounds to nearest"),
         ({"scheme": "int4", "calibrate": "text"}, TypeError, "takes a list of texts"),
         (
@@ -179,6 +182,37 @@ def test_reloading_needs_a_checkpoint(model):
         unpatch(model, reload=True)
 
 
+def _resize(model):
+    model.resize_token_embeddings(264, mean_resizing=False)
+
+
+def _train(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(3)
+
+
+@pytest.mark.parametrize("quantize", ("int8", "int4"))
+@pytest.mark.parametrize("change, text", (
+    (_resize, r"weight was \(264, 256\), and in the checkpoint at .* it is \(4096, 256\)"),
+    (_train, "layers.1.mlp.up_proj.weight in the checkpoint at .* is far from what was quantized"),
+))  # fmt: skip
+def test_reloading_refuses_other_weights_than_were_quantized(change, text, quantize, bundled):
+    change(bundled)
+    patch(bundled, quantize=quantize)
+    before = fingerprint(bundled)
+    with pytest.raises(NotReversible, match=text):
+        unpatch(bundled, reload=True)
+    assert fingerprint(bundled) == before
+
+
+def test_reloading_does_not_take_the_root_for_a_subfolder(tmp_path):
+    tiny("mixtral").save_pretrained(tmp_path)
+    randomise(tiny("mixtral"), seed=1).save_pretrained(tmp_path / "sub")
+    model = patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="sub"), quantize="nf4")
+    with pytest.raises(NotReversible, match="came from another folder"):
+        unpatch(model, reload=True)
+
+
 def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch, tmp_path):
     stock, calls, real = logits(model, prompt()), [], Quantize.packed
 
@@ -191,7 +225,10 @@ def test_a_failure_half_way_leaves_whole_weights_and_says_so(model, monkeypatch,
     monkeypatch.setattr(Quantize, "packed", failing)
     with pytest.raises(MemoryError):
         patch(model, quantize="int8")
-    assert "4 weights are quantized" in report(model).to_dict()["incomplete"]
+    said = report(model).to_dict()
+    assert "4 weights are quantized" in said["incomplete"]
+    changed = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+    assert sorted(said["discarded"]) == sorted(f"{name}.weight" for name in changed) and len(changed) == 4
     ours = logits(model, prompt())
     assert not torch.equal(ours, stock) and (ours - stock).std() < 0.1 * stock.std()
     with pytest.raises(NotReversible):

@@ -340,3 +340,25 @@ def test_an_adapter_elsewhere_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(HfAccelError, match="has an adapter"):
         load(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("scale", (1.0, 1.5))
+def test_scales_of_activations_are_refused_unless_they_are_one(scale, tmp_path):
+    write(tmp_path, "awq")
+    expected = logits(load(tmp_path), prompt())
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.mlp.act.scales": torch.full((192,), scale)}, file, {"format": "pt"})
+    if scale == 1:
+        assert torch.equal(logits(load(tmp_path), prompt()), expected)
+        return
+    with pytest.raises(HfAccelError, match=r"model.layers.0.mlp.act.scales: the checkpoint divides activations"):
+        load(tmp_path)
+
+
+def test_quantized_layers_that_the_configuration_does_not_mention_are_named(tmp_path):
+    write(tmp_path, "gptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HfAccelError, match=r"qweight, and config.json has no quantization_config"):
+        load(tmp_path)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from cases import greedy, logits, prompt, randomise, tiny
+from cases import build, greedy, logits, prompt, randomise, tiny
 from fingerprint import fingerprint
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +90,17 @@ def test_what_was_read_can_be_saved_again(tied, tmp_path):
     embedding, head = again.get_input_embeddings(), again.get_output_embeddings()
     assert (getattr(embedding, "_buffers", {}).get("weight") is head._buffers["weight"]) == tied
     assert ("lm_head.weight" in one) != tied
+
+
+@pytest.mark.parametrize("model_type", ("camembert", "modernbert-decoder", "prophetnet"))
+def test_ties_in_any_order_are_read_back(model_type, tmp_path):
+    """The head first, a head that a module above it initializes, and two tables."""
+    model = patch(build(model_type), quantize="int4", **OFF, cache=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, prompt()), logits(model, prompt()))
+    tables = (again.get_input_embeddings(), again.get_output_embeddings())
+    assert tables[0]._buffers["weight"] is tables[1]._buffers["weight"]
 
 
 def test_the_names_and_options_are_in_the_configuration(tmp_path):
@@ -187,6 +198,45 @@ def test_a_float_weight_of_another_shape_is_named(saved):
     rewritten(folder, lambda tensors: tensors.update({UP: tensors[UP][:-1].clone()}))
     with pytest.raises(HfAccelError, match=rf"{UP} is \(127, 64\) in the checkpoint where \(128, 64\) belongs"):
         load(folder, quantize="int4")
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4"))
+@pytest.mark.parametrize("model_type", ("zamba", "zamba2"))  # one block of attention, shared by several layers
+def test_weights_that_layers_share_are_read_once(model_type, scheme, tmp_path):
+    build(model_type).save_pretrained(tmp_path / "float")
+    patched = patch(read(tmp_path / "float"), quantize=scheme, **OFF)
+    model = read(tmp_path / "float", quantization_config=HfAccelConfig(scheme))
+    assert not [name for name, held in model.state_dict(keep_vars=True).items() if held.is_meta]
+    codes = [each._buffers["weight"] for name, each in model.named_modules() if name.endswith("o_proj")]
+    assert len(codes) == 2 and codes[0] is codes[1]
+    assert torch.equal(logits(model, prompt()), logits(patched, prompt()))
+    model.save_pretrained(tmp_path / "codes")
+    assert torch.equal(logits(read(tmp_path / "codes"), prompt()), logits(patched, prompt()))
+
+
+def _quantizing(folder):
+    return read(folder, quantization_config=HfAccelConfig("int4"))
+
+
+@pytest.mark.parametrize("reader", (_quantizing, lambda folder: load(folder, quantize="int4")), ids=("stock", "load"))
+@pytest.mark.parametrize(
+    "family, part, name",
+    (
+        ("mixtral", "1.block_sparse_moe.experts.3.w2", "model.layers.1.mlp.experts.down_proj is"),
+        ("llama", "2.self_attn.q_proj", "model.layers.2.self_attn.q_proj.weight is"),
+        ("llama", "mlp.up_proj", r"4 weights \(model.layers.0.mlp.up_proj.weight, .*\) are"),
+    ),
+)
+def test_weights_that_the_checkpoint_lacks_are_named(reader, family, part, name, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    whole = len(tensors)
+    tensors = {key: value for key, value in tensors.items() if part.split(".experts")[0] not in key or "gate" in key
+               or part.rsplit(".", 1)[-1] not in key}  # fmt: skip
+    assert len(tensors) < whole
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HfAccelError, match=f"{name} not in the checkpoint"):
+        reader(tmp_path)
 
 
 def test_load_without_quantization_patches(saved, tmp_path):

@@ -31,7 +31,10 @@ class Spec:
 
 
 def product(x: Tensor, codes: Tensor, scales: Tensor, spec: Spec) -> Tensor:
-    """x [..., K] times the weight's transpose, [..., N] in the dtype of x."""
+    """x [..., K] times the weight's transpose, [..., N] in the dtype of x. Raises RuntimeError for a weight elsewhere,
+    where a kernel would read the memory of another device."""
+    if x.device != codes.device:
+        raise RuntimeError(f"activations are on {x.device} and the quantized weight is on {codes.device}")
     if torch.is_grad_enabled() and x.requires_grad:
         if torch.compiler.is_compiling():
             return F.linear(x, dequantize(codes, scales, spec, x.dtype))

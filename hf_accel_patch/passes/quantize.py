@@ -15,12 +15,13 @@ from transformers.utils import logging
 from hf_accel_patch.errors import HfAccelError, UnsupportedModel
 from hf_accel_patch.families import View, weight_bytes
 from hf_accel_patch.families.offloading import refuse_offloaded
+from hf_accel_patch.families.rescaling import refuse_rescaling
 from hf_accel_patch.families.weights import Role, Weight
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for
 from hf_accel_patch.ops.modules import QuantizedModule, Specs, quantized_class
-from hf_accel_patch.ops.packing import block_on, int4_block, pack
+from hf_accel_patch.ops.packing import INT8, block_on, int4_block, pack
 from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes import foreign_modules
@@ -74,8 +75,15 @@ class Quantize:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"quantize: unknown scheme {self.scheme!r}; the schemes are {', '.join(SCHEMES)}")
+        if self.group_size is not None and type(self.group_size) is not int:
+            raise TypeError(f"quantize: group_size={self.group_size!r} is not an int; allowed: 32, 64, 128")
         if self.group_size not in (None, *GROUP_SIZES):
             raise ValueError(f"quantize: group_size={self.group_size!r}; allowed: 32, 64, 128")
+        if self.group_size is not None and self.scheme in INT8:
+            raise ValueError(
+                f"quantize: group_size={self.group_size} with {self.scheme!r}, which has a scale per output channel; "
+                "group_size is for int4 and nf4"
+            )
         if self.backend not in BACKENDS:
             raise ValueError(f"quantize: unknown backend {self.backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
         if self.foreign and (self.scheme not in foreign_modules.SCHEMES or self.group_size not in (None, 64)):
@@ -102,6 +110,8 @@ class Quantize:
         if self.foreign:
             foreign_modules.check_installed()
         refuse_offloaded(view, f"quantize={self.scheme!r}")
+        if not self.foreign:
+            refuse_rescaling(view, f"quantize={self.scheme!r}")
         targets, skipped = self.choose(view)
         if not targets:
             if any(isinstance(module, QuantizedModule) for _, module in view.named_modules()):

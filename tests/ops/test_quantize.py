@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from cases import tiny
 
+from hf_accel_patch import patch
 from hf_accel_patch.ops import linear, packing, quantize
 from hf_accel_patch.ops.gptq import quantize_gptq
 from hf_accel_patch.ops.linear import ALWAYS, Backend, linear_int4, linear_int8
@@ -252,3 +254,12 @@ def test_the_measurement_is_on_the_cpu_wherever_it_is_asked_for():
         block = packing.int4_block()
     packing.int4_block.cache_clear()
     assert block == packing.int4_block()
+
+
+@pytest.mark.parametrize("scheme", ("int8", "int4", "nf4", "llm.int8"))
+@pytest.mark.parametrize("rows", (1, 300))
+def test_codes_on_another_device_are_not_read(scheme, rows):
+    model = patch(tiny("llama"), quantize=scheme)
+    model.lm_head.to("meta")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="on cpu and the quantized weight is on meta"):
+        model.lm_head(torch.randn(rows, 64))

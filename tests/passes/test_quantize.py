@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import greedy, left_padded, logits, prompt, tiny
+from cases import build, greedy, left_padded, logits, prompt, tiny
 from torch import nn
 
 import hf_accel_patch
-from hf_accel_patch import Quantize, patch, report, unpatch
+from hf_accel_patch import HfAccelConfig, Quantize, UnsupportedModel, patch, report, unpatch
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops import linear, packing
 from hf_accel_patch.ops.modules import QuantizedExperts, QuantizedModule
@@ -322,3 +322,16 @@ def test_a_model_patched_in_inference_mode_trains_adapters():
     x = torch.randn(1, 5, 64).requires_grad_()
     model(inputs_embeds=x).logits.square().mean().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_a_model_that_rescales_its_weights_is_refused(tmp_path):
+    model = build("rwkv")
+    before = {name: held.clone() for name, held in model.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match="rescales weights in place"):
+        patch(model, quantize="int8")
+    assert all(torch.equal(before[name], held) for name, held in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="rescales weights in place"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfAccelConfig("int8"))
+    still = build("rwkv", rescale_every=0)
+    assert logits(patch(still, quantize="int8"), prompt()).isfinite().all()
