@@ -92,9 +92,8 @@ class HfAccelConfig(QuantizationConfigMixin):
         """The pass with these options."""
         scheme: Any = self.scheme if self.scheme in SCHEMES else "nf4"
         backend: Any = self.backend
-        size = (
-            None if self.weights and scheme in INT8 else self.group_size
-        )  # some checkpoints say one that means nothing
+        unsaid = self.weights and scheme in INT8  # of which some checkpoints say a size that means nothing
+        size = None if unsaid else self.group_size
         return Quantize(scheme, size, self.skip, backend, originals="discard")
 
     def take_options(self, other: HfAccelConfig) -> None:
