@@ -1,4 +1,4 @@
-"""How far a pass over drafted tokens may reach, and in which models it is not the same as passes over one token.
+"""How far a pass over drafted tokens may reach.
 
 Where rotary frequencies depend on the length of the text, each token of plain decoding is rotated, as are all cached
 keys, with the frequencies of the text up to it. A pass has one length. So all its tokens must have the same
@@ -20,14 +20,6 @@ from hf_accel_patch.families.rotary import SCALED
 NONE = 1 << 31  # tokens: no bound
 VARYING = ("dynamic", "longrope")
 OFFSET = 4  # rows that a table of positions may have beside those
-
-ONE_BY_ONE = {  # what is different in a pass over several tokens, by type of model
-    "cpmant": "its positions are relative to the whole pass",
-    "git": "it pads otherwise where a pass has several tokens",
-    "moshi": "beyond its window it sees other tokens where a pass has several",
-    "paligemma": "tokens of a prompt see those behind them",
-    "prophetnet": "it takes one token at a time with a cache",
-}
 
 Bound = tuple[int, bool]  # the length up to which frequencies are the same, and whether they are so beyond it, too
 
@@ -66,13 +58,6 @@ def _within(length: int, limit: int, settles: bool) -> int:
     if length <= limit:
         return limit - length
     return NONE if settles and length > limit + 1 else 0  # Phi-3 reads all anew at the first beyond it
-
-
-def why_one_by_one(config: PreTrainedConfig) -> str:
-    """Why drafts would change the tokens of such a model."""
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
-        return "tokens of a pass see those behind them"
-    return ONE_BY_ONE.get(config.model_type, "")
 
 
 def table_tokens(model: nn.Module, config: PreTrainedConfig) -> int | None:

@@ -16,11 +16,12 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, find_model, first_cached_module, layer_list, weight_bytes
+from hf_accel_patch.families.one_by_one import why_one_by_one
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.bounds import bounds, table_tokens, why_one_by_one
+from hf_accel_patch.passes.bounds import bounds, table_tokens
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally, given_arguments
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
