@@ -47,8 +47,8 @@ class Sample:
 def read_again(model: PreTrainedModel, journal: Journal, source: dict[str, Any]) -> list[torch.nn.Parameter]:
     """The parameters that are gone, from the model's checkpoint, where the modules are now. Tied ones stay one.
 
-    `source`: keywords with which it was read. Raises NotReversible where it cannot be, and where
-    what is there has other shapes, or values that the codes do not stand for.
+    `source`: keywords with which it was read. Raises NotReversible where it cannot be, and where what is there has
+    other shapes, or values that the codes do not stand for.
     """
     path, names = model.name_or_path, journal.discarded
     if not path:

@@ -131,8 +131,6 @@ typedef struct {
     int32_t *sum; /* [M, groups], of q */
 } activations;
 
-/* Returns the memory that holds it all, to be freed, or NULL. `interleaved`: in every eight input features those in the
- * order 0 4 1 5 2 6 3 7, as int4 products take them. */
 typedef struct {
     const char *x;
     enum dtype dtype;
@@ -157,6 +155,8 @@ static void quantize_piece(void *argument, int64_t start, int64_t stop) {
     }
 }
 
+/* Returns the memory that holds it all, to be freed, or NULL. `interleaved`: in every eight input features those in the
+ * order 0 4 1 5 2 6 3 7, as int4 products take them. */
 static void *quantize(const void *x, enum dtype dtype, int64_t M, int64_t K, int64_t group, int interleaved,
                       activations *a, crew who) {
     a->groups = (K + group - 1) / group;
@@ -473,8 +473,6 @@ static inline float get(const void *x, enum dtype dtype, int64_t i) {
 /* How many rows of activations go together, of those that are left: as evenly as can be. */
 static inline int64_t together(int64_t rows) { return (rows + (rows + 3) / 4 - 1) / ((rows + 3) / 4); }
 
-/* Activations [M, K] as `block_float` takes them: the rows that go together, chunk by chunk of 2 * LANES. Where bfloat16
- * is not multiplied as it is they are floats, of bfloat16 in every chunk first the even ones, then the odd. */
 typedef struct {
     const char *x;
     enum dtype dtype;
@@ -482,6 +480,8 @@ typedef struct {
     char *out;
 } layout;
 
+/* Activations [M, K] as `block_float` takes them: the rows that go together, chunk by chunk of 2 * LANES. Where bfloat16
+ * is not multiplied as it is they are floats, of bfloat16 in every chunk first the even ones, then the odd. */
 static void lay_out(void *argument, int64_t start, int64_t stop) {
     const layout *l = argument;
     const enum dtype dtype = l->dtype;

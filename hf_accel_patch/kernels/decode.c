@@ -604,7 +604,8 @@ int attend(const attention *a) {
     if (!parts) return -1;
     attending w = {a, units, chunks, V_padded, parts, (int32_t *)(parts + tasks * apart)};
     memset(w.done, 0, heads * sizeof *w.done);
-    each(tasks * size < (a->threads > MOST_THREADS ? WORTH : ENOUGH) ? 1 : (crew)a->threads, tasks, MOST_BYTES, attend_piece, &w);
+    const int shared = tasks * size >= (a->threads > MOST_THREADS ? WORTH : ENOUGH);
+    each(shared ? (crew)a->threads : 1, tasks, MOST_BYTES, attend_piece, &w);
     free(parts);
     return 0;
 }

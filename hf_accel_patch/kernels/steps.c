@@ -1,13 +1,13 @@
 /* A list of operators on tensors that lie where they lay when they were noted, run one after another.
  *
  * Elementwise operators read float32, bfloat16 or float16 with any strides, compute in float32 as PyTorch does, and round
- * once. The larger products and attention are calls of the functions in cpu.c and decode.c, which have threads of their
- * own. Most of what is here takes less time than waking a thread would.
+ * once. The larger products and attention are calls of the functions in cpu.c and decode.c, which share them with the
+ * threads that wait for that (team.h). Most of what is here takes less time than that would.
  */
 #include "products.h"
 #include "team.h"
 
-enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, for which threads are woken */ };
+enum { DIMS = 5, CHUNK = 512, LANES = 16, SPAN = 8 * CHUNK, MANY = 1 << 15 /* numbers, which threads share */ };
 enum kind {
     COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, RSQRT, SQUARE, CUBE, SILU, SIGMOID, EXP, TANH, GELU, GELU_TANH, RELU,
     COS, SIN,                                  /* elementwise */
@@ -340,7 +340,7 @@ typedef int (*linear_float)(const void *, int, int64_t, int64_t, const void *, c
 typedef int (*attention)(const void *);
 
 /* Products: sizes M, K, N, and the group of int4; extra: the function, codes or weight, scales or bias, table. Attention:
- * extra: the function and its argument, whose eleventh number is that of threads. */
+ * extra: the function and its argument, whose eleventh number is the crew. */
 static int call(const operator *o, crew who) {
     const int64_t *size = o->sizes, *e = o->extra;
     const int dtype = (int)o->dtypes[1];

@@ -76,22 +76,21 @@ static inline void follow(team *t) {
 
 /* `function` for `items` items, of so many bytes (1 or more) to read each. */
 static inline void each(crew who, int64_t items, int64_t bytes, work function, void *argument) {
-    team own, *t = who > MOST_THREADS ? (team *)who : &own;
-    const int64_t threads = threads_of(who);
-    const int64_t even = items / (PIECES * threads), least = (LEAST_BYTES + bytes - 1) / bytes, most = MOST_BYTES / bytes;
+    const int64_t threads = threads_of(who), even = items / (PIECES * threads);
+    const int64_t least = (LEAST_BYTES + bytes - 1) / bytes, most = MOST_BYTES / bytes;
     const int64_t wanted = even < most ? even : most, step = wanted > least ? wanted : least;
     if (threads == 1 || items <= step) {
         function(argument, 0, items);
         return;
     }
-    if (t == &own) own.threads = (int)threads, own.ticket = 0;
+    team own = {0}, *t = who > MOST_THREADS ? (team *)who : &own;
     t->function = function, t->argument = argument, t->items = items, t->step = step;
     t->pieces = (items + step - 1) / step;
     if (t != &own) {
         lead(t);
         return;
     }
-    own.ticket = (uint32_t)own.pieces, own.done = 0;
+    own.ticket = (uint32_t)own.pieces;
 #pragma omp parallel num_threads((int)threads)
     while (take(&own)) {}
 }

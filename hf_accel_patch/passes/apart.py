@@ -83,6 +83,8 @@ def why_together(model: PreTrainedModel, chooser: Chooser, cache: Cache, model_k
         return "there is one"
     if model.config._attn_implementation not in (KEY, "sdpa", "eager"):
         return "its attention may not take a mask of its own for each token"
+    if chooser.bounds.lengths:
+        return "its positions depend on the length of the text"
     if chooser.answers:
         return "scores, logits or the cache are asked for, of all tokens"
     if other := {name for name, value in model_kwargs.items() if value is not None} - KNOWN:
@@ -165,7 +167,7 @@ def _choose(chooser: Chooser, rows: list[Row], like: Tensor) -> list[list[int]]:
 def _feed(chooser: Chooser, rows: list[Row], drafter: Drafter, pace: Pace) -> list[list[int]]:
     """What each sequence reads next: its last token and a draft, of the same number of tokens for all; nothing where it
     has ended or is far ahead."""
-    room, last = chooser.room(), chooser.chosen
+    room, last = chooser.room({}), chooser.chosen
     drafts: list[list[int] | None] = []
     for index, row in enumerate(rows):
         row.guess, row.before, lead = None, row.length, len(row.logits)

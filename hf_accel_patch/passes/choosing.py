@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
+from hf_accel_patch.families.one_by_one import Bounds
 from hf_accel_patch.ops.pacing import Guess, Pace
 
 
@@ -108,12 +109,12 @@ class Chooser:
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         streamer: Any,
-        end: int | None = None,
+        bounds: Bounds,
     ) -> None:
-        """`end`: the tokens for which there are positions."""
         self.input_ids, self.finished = input_ids, False
         self.processor, self.criteria, self.streamer = _processing(logits_processor), stopping_criteria, streamer
-        self.end = min(filter(None, (stopping_criteria.max_length, end)), default=0)  # of a text with its drafts
+        self.bounds = bounds
+        self.end = min(filter(None, (stopping_criteria.max_length, bounds.positions)), default=0)  # of text and drafts
         self.samples = generation_config.do_sample
         self.answers = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if self.answers and generation_config.output_scores else None
@@ -148,9 +149,18 @@ class Chooser:
             self.live = [bool(each) for each in running]
         return tokens
 
-    def room(self) -> int:
-        """How many tokens may follow the next one; 0 if nothing says so."""
-        return max(0, self.end - self.input_ids.shape[1] - 1) if self.criteria.max_length else 0
+    def room(self, model_kwargs: Mapping[str, Any]) -> int:
+        """How many tokens may follow the next one; 0 if nothing says so. `model_kwargs`: of the next pass."""
+        room = max(0, self.end - self.input_ids.shape[1] - 1) if self.criteria.max_length else 0
+        if not room or not self.bounds.lengths:
+            return room
+        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        texts = {self.input_ids.shape[1]}  # Phi-3 counts padding
+        if positions is not None and positions.ndim == 2:
+            texts |= set((positions.amax(-1) + 1).tolist())
+        elif mask is not None and mask.ndim == 2:
+            texts |= set(mask.sum(-1).tolist())
+        return min(room, self.bounds.within(texts))
 
 
 def _processing(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:

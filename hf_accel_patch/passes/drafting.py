@@ -23,7 +23,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_accel_patch.compat import CACHE, returned_cache, take_back
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
-from hf_accel_patch.passes.bounds import Bound, reach
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
 from hf_accel_patch.passes.graphs import begin
 from hf_accel_patch.passes.replaying import Decoding
@@ -41,13 +40,12 @@ def decode(
     tally: Tally,
     *,
     apart: bool = False,
-    limits: set[Bound],
 ) -> Any:
     """Generate, greedily or by sampling, as `_sample` does. `apart`: the sequences of a batch may go on at their own
-    pace, if the cache allows it. `limits`: see bounds.py."""
+    pace, if the cache allows it."""
     prompt = chooser.input_ids
     drafter.add(prompt.tolist(), chooser.live, pace)
-    room = min(chooser.room(), reach(limits, prompt, model_kwargs))
+    room = chooser.room(model_kwargs)
     cache: Cache = model_kwargs[CACHE]
     fresh = cache.get_seq_length() == 0 and not any(cache.is_sliding)  # a window would have to keep all of the prompt
     whole = generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None
@@ -60,10 +58,10 @@ def decode(
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)
     cache = returned_cache(outputs)
     with model._optimize_model_for_decode() if hasattr(model, "_optimize_model_for_decode") else torch.no_grad():
-        if apart and not limits and not why_together(model, chooser, cache, model_kwargs):
+        if apart and not why_together(model, chooser, cache, model_kwargs):
             decode_apart(model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding)
         else:
-            what = model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding, limits
+            what = model, chooser, outputs, model_kwargs, draft, drafter, pace, tally, decoding
             model_kwargs = _decode_together(*what)
     drafter.finish()
     if chooser.streamer is not None:
@@ -88,7 +86,6 @@ def _decode_together(
     pace: Pace,
     tally: Tally,
     decoding: Decoding | None,
-    limits: set[Bound],
 ) -> dict[str, Any]:
     """`outputs`: of the prompt and this draft. Returns what the next call of the model would get. Whatever is raised,
     by a streamer for instance, the cache is left as the plain loop leaves it."""
@@ -120,8 +117,7 @@ def _decode_together(
             if chooser.finished:
                 break
             drafter.add([list(each) for each in zip(*chosen, strict=True)], chooser.live, pace)
-            most, live, started = chooser.room(), chooser.live, time.perf_counter()
-            most = min(most, reach(limits, chooser.input_ids, model_kwargs))
+            most, live, started = chooser.room(model_kwargs), chooser.live, time.perf_counter()
             state = DecodingState(chooser.input_ids, model_kwargs)
             draft = drafter.draft(most, live, state, pace) if most > 0 else None
             drafting_s = 0.0

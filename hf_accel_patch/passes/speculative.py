@@ -16,12 +16,11 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, find_model, first_cached_module, layer_list, weight_bytes
-from hf_accel_patch.families.one_by_one import why_one_by_one
+from hf_accel_patch.families.one_by_one import bounds, why_one_by_one
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.bounds import bounds, table_tokens
 from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally, given_arguments
 from hf_accel_patch.passes.drafting import decode
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
@@ -216,7 +215,7 @@ class Speculating:
         if model.training:
             return "the model is in training mode, where dropout draws random numbers in each pass"
         if "prepare_inputs_for_generation" in vars(model):
-            return "an adapter puts tokens of its own before the text"
+            return "an adapter that puts tokens before the text, or somebody else, prepares its inputs"
         if config.num_beams > 1:
             return "beams go on several texts at once"
         if config.num_return_sequences > 1:
@@ -266,7 +265,7 @@ class Speculating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
         """A copy of the model makes its own copy."""
-        history = self.history and History(size_in_bytes(self.options.history))
+        history = None if self.history is None else History(size_in_bytes(self.options.history))
         return Speculating(self.options, history, self.apart)
 
 
@@ -291,11 +290,11 @@ class _Loop:
         reason = ours.why_not(model, generation_config, cache)
         if not reason and not generation_config.is_assistant:
             pace = ours.paces.setdefault(len(input_ids), Pace())
-            end = table_tokens(model, model.config.get_text_config(decoder=True))
-            chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, end)
+            given = input_ids, logits_processor, stopping_criteria, generation_config, self.streamer
+            chooser = Chooser(*given, bounds(model))
             what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally
             apart = ours.apart and ours.options.method == "ngram" and not self.handed  # a model drafts for all
-            return decode(*what, apart=apart, limits=bounds(model))
+            return decode(*what, apart=apart)
         if reason:
             ours.fall_back(model, reason)
         mode = GenerationMode(generation_config.get_generation_mode())

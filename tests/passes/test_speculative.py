@@ -627,7 +627,7 @@ def test_adapters_that_put_tokens_before_the_text_run_as_before(kind, always, wa
     expected = generate(adapted(), inputs, 24)
     model = patch(adapted(), speculative="ngram")
     assert torch.equal(generate(model, inputs, 24), expected)
-    assert any("an adapter puts tokens" in text for text in warned())
+    assert any("an adapter that puts tokens" in text for text in warned())
 
 
 class Until(StoppingCriteria):
