@@ -13,6 +13,11 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:
+    _collector = None
+
 # 5.24 says `cache` where models and `generate` said `past_key_values`, in what they take and in what they return. The
 # old name still works, with a warning.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -22,6 +27,12 @@ CACHE_NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "layer_past")))  # 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model, of one of its modules or of `generate`, or None."""
     return next((found for name in CACHE_NAMES if (found := arguments.get(name)) is not None), None)
+
+
+def weights_collected() -> bool:
+    """Whether the current call of a model gathers attention weights, which not every model tells its attention. Since
+    5.2 hooks gather them."""
+    return _collector is not None and "attentions" in (_collector.get() or {})
 
 
 def returned_cache(outputs: Any) -> Any:

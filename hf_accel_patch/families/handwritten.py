@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hf_accel_patch.families import View
 
@@ -268,6 +269,15 @@ def handwritten(kind: type) -> Handwritten | None:
         return None
     how = CLASSES.get(kind.__name__) or CLASSES.get(f"{kind.__module__.split('.')[2]}.{kind.__name__}")
     return None if isinstance(how, Scores) and not hasattr(kind, SCORES) else how
+
+
+def why_as_it_is(config: PreTrainedConfig) -> str:
+    """Why hand-written attention with this configuration stays as it is, or nothing."""
+    if not getattr(config, "is_causal", True):
+        return "it is hand-written for one direction, and its configuration asks for both"
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        return "slow_but_exact leaves out biases of its layers, in attention and elsewhere"  # BLOOM
+    return ""
 
 
 def handwritten_modules(view: View) -> list[tuple[nn.Module, Handwritten]]:

@@ -14,9 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from hf_accel_patch.compat import weights_collected
 from hf_accel_patch.families import UNSUITABLE_ATTENTION, View
 from hf_accel_patch.families.classes import branches_on_name, unknown_arguments
-from hf_accel_patch.families.handwritten import CACHE_OFF_BY_DEFAULT, CHANGES_MASKS, Layer, handwritten_modules
+from hf_accel_patch.families.handwritten import (
+    CACHE_OFF_BY_DEFAULT,
+    CHANGES_MASKS,
+    Layer,
+    handwritten_modules,
+    why_as_it_is,
+)
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels.noting import notes
 from hf_accel_patch.ops.attention import attend, scored
@@ -81,6 +88,8 @@ class Attention:
             return skip(f"its attention function takes what ours does not know: {', '.join(unknown)}")
         if not view.model._supports_sdpa and any(getattr(module, "is_causal", True) is False for _, module in found):
             return skip("its attention is not marked as causal, so nothing but the dense mask says so")
+        if written and (reason := why_as_it_is(view.config)):
+            return skip(reason)
         was = vars(view.config).get(SELECTED)
         if was not in (None, "eager", "sdpa"):
             return skip(f"it was loaded with attn_implementation={was!r}, which stays in place")
@@ -154,7 +163,8 @@ def attention_forward(
     `s_aux` [H], or `sinks` [B, H, T, 1] where they depend on the query.
     """
     T, S = query.shape[2], key.shape[2]
-    answer = kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False)
+    config = getattr(module, "config", None)
+    answer = kwargs.get("output_attentions") or getattr(config, "output_attentions", False) or weights_collected()
     latents = key.latents if isinstance(key, Latent) and isinstance(value, Latent) else None
     if latents is not None and (answer or dropout or (T > 1 and attention_mask is None) or not latents.stay(T)):
         (key, value), latents = latents.expanded, None

@@ -36,15 +36,17 @@ def describe_mask(
     """
     if getattr(kwargs.get("config"), "model_type", None) in CHANGES_MASKS:
         return _carried(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, **kwargs)
+    both_ways = kwargs.pop("allow_is_bidirectional_skip", False)  # None stands for attention to everything
     dense = partial(sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, device=device, **kwargs)
     small = q_length <= MOST_TOKENS or batch_size * q_length * kv_length <= DENSE_ELEMENTS
     if small or traced() or isinstance(q_offset, Tensor):
         options = {"local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
+        options |= {"allow_is_bidirectional_skip": True} if both_ways else {}
         return dense(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **options)
     windowed = local_size is not None and kv_length >= local_size
     square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if square and (attention_mask is None or bool(attention_mask.all())):
+    if (square or (both_ways and not windowed)) and (attention_mask is None or bool(attention_mask.all())):
         return None
 
     aligned = square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)

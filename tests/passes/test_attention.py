@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import greedy, left_padded, logits, prompt, relative_error, tiny
+from cases import build, entry, greedy, left_padded, logits, prompt, relative_error, tiny
 from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache
 
 from hf_accel_patch import patch, report, unpatch
@@ -87,8 +87,9 @@ def test_static_caches(name):
     assert relative_error(ours, logits(model, ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss"))
+@pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss", "gpt2", "opt"))
 def test_attention_weights_are_answered(name):
+    """Also where the model does not hand the wish on (GPT-2, OPT)."""
     model = tiny(name)
     model.set_attn_implementation("eager")
     stock = model(**left_padded(), output_attentions=True).attentions
@@ -98,6 +99,45 @@ def test_attention_weights_are_answered(name):
     assert len(ours) == len(stock) == model.config.num_hidden_layers
     real = left_padded()["attention_mask"][:, None, :, None].bool()
     assert all(((a - b) * real).abs().max() < 1e-5 for a, b in zip(ours, stock, strict=True))
+
+
+@pytest.mark.parametrize("name", ("trocr", "roformer"))
+def test_long_attention_to_an_encoder(name):
+    more = {} if name == "trocr" else {"add_cross_attention": True}
+    states = torch.randn(2, 600, 64, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(2, 600, dtype=torch.long)
+    for shown in (600, 450):
+        seen[1, shown:] = 0
+        model, options = build(name, **more), {"encoder_hidden_states": states, "encoder_attention_mask": seen}
+        stock = logits(model, prompt(500, 2), **options, use_cache=False)
+        assert relative_error(logits(patch(model), prompt(500, 2), **options, use_cache=False), stock) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("llama", "mistral", "gemma2"))
+def test_attention_in_both_directions(name, described):
+    model = build(name)
+    model.config.is_causal = False
+    for inputs in ({"input_ids": prompt(600)}, left_padded(300, 180)):
+        stock = logits(model, **inputs, use_cache=False)
+        patch(model)
+        ours = logits(model, **inputs, use_cache=False)
+        unpatch(model)
+        assert relative_error(ours, stock) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name, options, reason",
+    [
+        ("codegen", {"is_causal": False}, "asks for both"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "leaves out biases"),
+    ],
+)
+def test_hand_written_attention_stays_where_its_configuration_makes_it_another(name, options, reason):
+    model = build(name, **({} if name == "codegen" else options))
+    vars(model.config).update(options)
+    stock = logits(model, prompt(40), use_cache=False)
+    assert reason in entry(report(patch(model)).to_dict(), "attention")["reason"]
+    assert relative_error(logits(model, prompt(40), use_cache=False), stock) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
