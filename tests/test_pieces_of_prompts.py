@@ -38,6 +38,7 @@ from hf_accel_patch.planning.memory import Estimates
 
 HERE = Path(__file__).parent
 SMALL = (32, 16)  # tokens of pieces, for tiny models
+UNSEEN = 2 << 20  # bytes that libraries take for a product with one of these models' weights, which no plan knows
 TOKENS = 100
 LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
 LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "dtype": "bfloat16"}
@@ -329,7 +330,7 @@ def _compare(rows, count):
     for row in rows:
         said, measured = row["said"], row["measured"]
         assert row["chunk_tokens"] == PIECE and not row["problem"]
-        assert abs(said["peak"] / measured["peak"] - 1) < CLOSE["peak"], row
+        assert abs(said["peak"] - measured["peak"]) < max(CLOSE["peak"] * measured["peak"], UNSEEN), row
         beside = measured["peak"] - measured["weights"]
         assert beside < 0.65 * (row["whole"] - measured["weights"]), f"{LONG} tokens at once take no more"
 

@@ -23,7 +23,7 @@ from hf_accel_patch.kernels import cpu, cpu_prefill
 from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.linear import least_seconds, row_steps
 from hf_accel_patch.ops.packing import int4_block, on_cpu
-from hf_accel_patch.ops.wide import WIDENED
+from hf_accel_patch.ops.wide import WIDENED, widened_into
 
 WEIGHTS = 1 << 22  # that are measured: more than a second-level cache holds, in any dtype
 SIDES = (512, 2048, 8192)  # input features that are measured: with more of them, fewer rows of activations fit a cache
@@ -80,9 +80,10 @@ def _kernels(rows: int, backend: FloatBackend) -> Any:
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out, wide = x.new_empty(*x.shape[:-1], len(weight)), x.float()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    a, flat = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
     for rows in row_steps(*weight.shape):
-        out[..., rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        widened_into(a, weight[rows].T, flat[:, rows], None if bias is None else bias[rows])
     return out
 
 

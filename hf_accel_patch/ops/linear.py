@@ -27,7 +27,7 @@ from hf_accel_patch.kernels.measuring import remembered
 from hf_accel_patch.ops.launching import launch
 from hf_accel_patch.ops.packing import CUDA_BLOCK, INT8, in_blocks, int4_block, on_cpu, pack, unpack_int4
 from hf_accel_patch.ops.quantize import TABLES
-from hf_accel_patch.ops.wide import WIDENED, matmul
+from hf_accel_patch.ops.wide import WIDENED, matmul_into
 
 UNPACK_ELEMENTS = 1 << 23  # weights unpacked at a time, 16 MB in bfloat16: products with more are no faster
 ALWAYS = 1 << 30  # rows
@@ -77,17 +77,13 @@ def linear_int4(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, 
         stop = min(start + step, len(codes))
         rows = slice(start * 2 * half, stop * 2 * half)
         if kernels is not None:
-            dense = cpu.unpack_int4(kernels, codes, scales, table, start, stop)
-            if x.dtype in WIDENED:
-                out[:, rows] = matmul(x, dense)
-            else:
-                torch.mm(x, dense, out=out[:, rows])
-        elif half == 1:  # as a GPU has them
-            dense = unpack_int4(codes, scales, table, start, stop).transpose(1, 2).reshape(-1, K)
-            torch.mm(x, dense.T, out=out[:, rows])
+            matmul_into(x, cpu.unpack_int4(kernels, codes, scales, table, start, stop), out[:, rows])
+            continue
+        dense = unpack_int4(codes, scales, table, start, stop)
+        if half == 1 or x.dtype in WIDENED:  # as a GPU has them
+            matmul_into(x, dense.transpose(1, 2).reshape(-1, K).T, out[:, rows])
         else:
-            product = matmul(x, unpack_int4(codes, scales, table, start, stop))
-            out[:, rows].view(-1, stop - start, 2 * half).copy_(product.transpose(0, 1))
+            out[:, rows].view(-1, stop - start, 2 * half).copy_(torch.matmul(x, dense).transpose(0, 1))
     return out.to(dtype).view(*shape[:-1], N)
 
 
@@ -110,10 +106,7 @@ def linear_int8(x: Tensor, codes: Tensor, scales: Tensor, backend: Backend) -> T
     out = x.new_empty(rows, N)
     for step in row_steps(N, K):
         dense = codes[step].to(torch.bfloat16) if kernels is None else cpu.unpack_int8(kernels, codes[step])
-        if x.dtype in WIDENED:
-            out[:, step] = matmul(x, dense.t())
-        else:
-            torch.mm(x, dense.t(), out=out[:, step])
+        matmul_into(x, dense.t(), out[:, step])
     return out.mul_(scales).to(dtype).view(*shape[:-1], N)
 
 
@@ -284,7 +277,8 @@ def backend_for(scheme: str, compiled: bool) -> Backend:
 
     for_many = compiled and cpu_prefill.library() is not None
     for_many = for_many and (scheme in INT8 or cpu_prefill.takes_int4(codes, scales))
-    rows, many = remembered(f"{scheme} {compiled} {for_many}", measure, [FEW_COMPILED if compiled else 0, 0])
+    least = [FEW_COMPILED if compiled else 0, int(for_many and torch.bfloat16 in WIDENED)]
+    rows, many = remembered(f"{scheme} {compiled} {for_many}", measure, least)
     return Backend(compiled, rows, decomposed, bool(many))
 
 

@@ -24,6 +24,7 @@ def _widened() -> frozenset[torch.dtype]:
 
 
 WIDENED = _widened()  # once, and not in what torch.compile reads
+ROWS = 512  # of a matrix that are widened at a time, where its copy should stay small
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -31,3 +32,20 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and a.dtype in WIDENED:
         return torch.matmul(a.float(), b.float()).to(a.dtype)
     return torch.matmul(a, b)
+
+
+def matmul_into(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The product of a [M, K] and b [K, N] into out [M, N], without gradients."""
+    if a.device.type == "cpu" and a.dtype in WIDENED:
+        widened_into(a, b, out)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def widened_into(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """The same in float32, plus bias [N], without a copy of all of a, which may be a long prompt."""
+    b, bias = b.float(), None if bias is None else bias.float()
+    for start in range(0, len(a), ROWS):
+        rows = slice(start, start + ROWS)
+        product = a[rows].float() @ b
+        out[rows] = product if bias is None else product.add_(bias)

@@ -26,6 +26,20 @@ def test_products_and_gradients(dtype, widened):
     assert a.grad.dtype == dtype and (a.grad - expected).abs().max() < 1e-5 + 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_products_in_pieces(dtype, widened, monkeypatch):
+    """Into a part of a larger matrix, with fewer rows in the last piece."""
+    monkeypatch.setattr(wide, "ROWS", 4)
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(11, 7).to(dtype), torch.randn(5, 7).to(dtype).T, torch.randn(5).to(dtype)
+    out = torch.full((11, 9), 3.0).to(dtype)
+    exact, close = a.double() @ b.double(), 1e-5 + 8 * torch.finfo(dtype).eps
+    wide.matmul_into(a, b, out[:, 2:7])
+    assert (out[:, 2:7] - exact).abs().max() < close and (out[:, [0, 1, 7, 8]] == 3).all()
+    wide.widened_into(a, b, out[:, 2:7], bias)
+    assert (out[:, 2:7] - exact - bias).abs().max() < close and (out[:, [0, 1, 7, 8]] == 3).all()
+
+
 def test_which_are_widened():
     flags = wide.platform.machine() in ("x86_64", "AMD64")
     assert {torch.bfloat16, torch.float16} >= wide.WIDENED
