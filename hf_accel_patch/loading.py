@@ -141,7 +141,7 @@ class HfAccelQuantizer(HfQuantizer):
             self._work = Prepared(model, options, found, journal)
             self._work.compare(files)
         else:
-            self._work = OnTheFly(model, options, journal, kept)
+            self._work = OnTheFly(model, options, journal, kept, files)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self._work is not None and param_name in self._work.names  # an adapter is read when all is done

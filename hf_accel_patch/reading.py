@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
+from hf_accel_patch.as_stored import headers, read_as_stored, tied_tables
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.families import bind
 from hf_accel_patch.families.rescaling import refuse_rescaling
@@ -74,7 +75,14 @@ class Take(ConversionOps):
 class OnTheFly:
     """Weights of a float checkpoint, quantized by another thread while the next are read."""
 
-    def __init__(self, model: PreTrainedModel, options: Quantize, journal: Journal, kept: Recording | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Quantize,
+        journal: Journal,
+        kept: Recording | None,
+        files: Sequence[str] = (),
+    ) -> None:
         self.options, self.journal, self.kept = options, journal, kept
         view = bind(model)
         refuse_rescaling(view, f"quantize={options.scheme!r}")
@@ -83,18 +91,24 @@ class OnTheFly:
             raise options.nothing(view, self.skipped)
         self.names: dict[str, tuple[Target, Weight]] = {}
         self.packed: dict[str, Future[tuple[Tensor, Tensor]]] = {}
+        tables = tied_tables(view, options, files)
+        inside = {module for target, _ in tables for _, module in target.modules}
         for target in targets:
-            if len(target.modules) == 1:  # a tied table is quantized when it has been tied
-                prefix = target.modules[0][0]
+            prefix, module = target.modules[0]
+            if len(target.modules) == 1 and module not in inside:
                 self.names |= {f"{prefix}.{weight.name}": (target, weight) for weight in target.weights}
+        self.names |= {name: (target, target.weights[0]) for target, name in tables if name is not None}
+        read_as_stored(model, self.names)
         self.thread = ThreadPoolExecutor(1)
         self.free = threading.Semaphore(IN_FLIGHT)
 
     def take(self, name: str, value: Tensor) -> None:
         """Hand a weight that has been read to the thread that quantizes; waits where too many are on their way."""
         target, weight = self.names[name]
-        parameter: Any = target.modules[0][1]._parameters[weight.name]
-        parameter._is_hf_initialized = True
+        parameters: Any = [module._parameters[weight.name] for _, module in target.modules]
+        for parameter in parameters:
+            parameter._is_hf_initialized = True
+        parameter = parameters[0]
         self.free.acquire()
 
         def run(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,26 +117,37 @@ class OnTheFly:
                 if found != wanted:  # raised from `finish`: transformers would hide it here
                     raise HfAccelError(f"{name} is {found} in the checkpoint where {wanted} belongs")
                 refuse_unsuitable(name, value)
+                if parameter.dtype is not torch.float32 or not value.is_floating_point():
+                    value = value.to(parameter.dtype)
                 return self.options.pack(target, weight, value)
             finally:
                 self.free.release()
 
         self.packed[name] = self.thread.submit(torch.no_grad()(run), value)
 
-    def _read_targets(self, model: PreTrainedModel) -> list[Target]:
-        """What has been read, each with the modules that are tied to it and were not: they get the same codes. Raises
-        HfAccelError where a weight was neither read nor is tied to one that was."""
+    def _named(self) -> dict[int, list[str]]:
+        """By id of a target, the names of its weights in the checkpoint."""
+        named: dict[int, list[str]] = {}
+        for name, (target, _) in self.names.items():
+            named.setdefault(id(target), []).append(name)
+        return named
+
+    def _read_targets(self, model: PreTrainedModel) -> list[tuple[list[str], Target]]:
+        """What has been read, by names, each with the modules that are tied to it and were not: they get the same
+        codes. Raises HfAccelError where a weight was neither read nor is tied to one that was."""
         ties: dict[str, set[str]] = {}
         for pair in model.all_tied_weights_keys.items():
             for name, other in (pair, pair[::-1]):
                 ties.setdefault(name, set()).add(other)
-        targets = {id(target): target for target, _ in self.names.values()}
+        targets, named = {id(target): target for target, _ in self.names.values()}, self._named()
         owners: dict[int, list[tuple[str, nn.Module]]] = {}
         missing: list[str] = []
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
         for key, target in targets.items():
-            names = _names(target)
+            names = named[key]
             unread = [name for name in names if name not in self.packed]
+            if unread and len(target.modules) > 1:  # a table under another name than it seemed
+                continue
             found = {id(self.names[other][0]) for other in ties.get(names[0], ()) if other in self.packed}
             if not unread:
                 owners.setdefault(key, [])
@@ -132,7 +157,8 @@ class OnTheFly:
                 missing += [n for n in unread if n not in ties and not any(each.search(n) for each in ignored)]
         if missing:
             raise HfAccelError(f"{_some(missing)} not in the checkpoint", "it is not whole, or of another model")
-        return [replace(targets[key], modules=(*targets[key].modules, *others)) for key, others in owners.items()]
+        whole = {key: replace(targets[key], modules=(*targets[key].modules, *more)) for key, more in owners.items()}
+        return [(named[key], target) for key, target in whole.items()]
 
     def finish(self, model: PreTrainedModel) -> None:
         """Put all that is quantized into the model, and quantize what was not read as it is named, as tied tables.
@@ -143,8 +169,8 @@ class OnTheFly:
         done: list[Target] = []
         dense = 0  # bytes that the codes stand in for; ties are cut while a model is read, so they are counted now
         try:
-            for target in self._read_targets(model):
-                packed = [self.packed.pop(name).result() for name in _names(target)]
+            for names, target in self._read_targets(model):
+                packed = [self.packed.pop(name).result() for name in names]
                 dense += sum(parameter.nbytes for parameter in target.parameters())
                 self.options.install(target, packed, self.journal)
                 done.append(target)
@@ -226,12 +252,7 @@ class Prepared:
         """Before anything is read, the headers of the files with what belongs there. Raises HfAccelError."""
         if not files:
             return
-        found: dict[str, tuple[str, list[int]]] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    part = opened.get_slice(name)
-                    found[name] = part.get_dtype(), part.get_shape()
+        found = headers(files)
         for name, expected in self.names.items():
             wanted = STORED[expected.dtype], list(expected.shape)
             if name not in found:
@@ -259,11 +280,6 @@ class Prepared:
             for other in others:
                 self.journal.delete_attribute(other, "weight")
                 self.options.share(module, other, self.journal)
-
-
-def _names(target: Target) -> list[str]:
-    """The names of a target's weights in the model."""
-    return [f"{target.modules[0][0]}.{weight.name}" for weight in target.weights]
 
 
 def _some(names: list[str]) -> str:

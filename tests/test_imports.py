@@ -24,6 +24,7 @@ ROOMS = (
     "plan",
     "report",
     "passes",
+    "as_stored",
     "reading",
     "loading",
     "foreign_layers",

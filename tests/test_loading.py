@@ -12,6 +12,7 @@ import transformers
 from cases import build, greedy, logits, prompt, randomise, tiny
 from fingerprint import fingerprint
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hf_accel_patch import (
     HfAccelConfig,
@@ -25,6 +26,7 @@ from hf_accel_patch import (
     unpatch,
 )
 from hf_accel_patch.ops.modules import QuantizedModule, reblock
+from hf_accel_patch.reading import OnTheFly
 
 OFF = {"attention": False, "linear": False}
 SCHEMES = ("int8", "int4", "nf4", "llm.int8")
@@ -280,12 +282,63 @@ def test_one_configuration_serves_two_models(saved):
     assert all(torch.equal(logits(model, prompt()), expected) for model in models) and not config.weights
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_weights_are_quantized_in_the_dtype_that_was_asked_for(dtype, saved):
-    folder, _ = saved("llama")
-    expected = logits(patch(read(folder, dtype=dtype), quantize="int4", **OFF), prompt())
-    model = load(folder, quantize="int4", dtype=dtype, **OFF)
-    assert model.dtype == dtype and torch.equal(logits(model, prompt()), expected)
+@pytest.fixture
+def taken(monkeypatch):
+    """The dtypes in which weights are handed on to be quantized, by name."""
+    found, take = {}, OnTheFly.take
+
+    def noted(self, name, value):
+        found[name] = value.dtype
+        take(self, name, value)
+
+    monkeypatch.setattr(OnTheFly, "take", noted)
+    return found
+
+
+@pytest.mark.parametrize("asked", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("family", ("llama", "gemma2", "mixtral", "gpt2"))  # two of them with a tied table
+def test_weights_are_quantized_in_the_dtype_that_was_asked_for(family, stored, asked, taken, tmp_path):
+    """In float32, which holds them all, they are read as they are stored, the table too."""
+    tiny(family).to(stored).save_pretrained(tmp_path)
+    expected = patch(read(tmp_path, dtype=asked), quantize="int4", **OFF)
+    model = load(tmp_path, quantize="int4", dtype=asked, **OFF)
+    assert model.dtype == asked and torch.equal(logits(model, prompt()), logits(expected, prompt()))
+    assert not {p.dtype for p in model.parameters()} ^ {p.dtype for p in expected.parameters()}
+    assert set(taken.values()) == {stored if asked is torch.float32 else asked}
+    held = [module for _, module in quantized(model) if not isinstance(module, nn.Embedding)]
+    assert len(taken) == sum(len(module.specs) for module in held)
+    assert "_get_dtype_plan" not in vars(model)
+
+
+def test_what_stays_has_the_dtype_that_was_asked_for(taken, tmp_path):
+    """Beside weights of the same name that do not."""
+    build("llama").bfloat16().save_pretrained(tmp_path)
+    options = Quantize("int4", skip=("model.layers.0.*", "*.1.mlp.up_proj"))
+    model = load(tmp_path, quantize=options, dtype=torch.float32, **OFF)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and set(taken.values()) == {torch.bfloat16}
+    expected = patch(read(tmp_path, dtype=torch.float32), quantize=options, **OFF)
+    assert torch.equal(logits(model, prompt()), logits(expected, prompt()))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("has", ("embedding", "head", "both", "two"))
+def test_tables_that_are_tied_or_should_be(has, dtype, taken, tmp_path):
+    """A checkpoint has one of them under either name, the same twice, or two that differ and are not tied then."""
+    tiny("gemma2").bfloat16().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tensors[head] = tensors[embedding].clone() if has != "two" else tensors[embedding].flip(0).contiguous()
+    if has in ("embedding", "head"):
+        del tensors[head if has == "embedding" else embedding]
+    save_file(tensors, file, {"format": "pt"})
+    expected = patch(read(tmp_path, dtype=dtype), quantize="int4", **OFF)
+    model = load(tmp_path, quantize="int4", dtype=dtype, **OFF)
+    assert torch.equal(logits(model, prompt()), logits(expected, prompt()))
+    assert isinstance(model.get_input_embeddings(), QuantizedModule) == (has != "two")
+    alone = {"embedding": {embedding}, "head": {head}}
+    assert {head, embedding} & set(taken) == alone.get(has, set())
 
 
 @pytest.mark.parametrize("found, wanted", ((64, 32), (32, 64), (2, 64), (32, 2)))
