@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_accel_patch.errors import HfAccelError
 from hf_accel_patch.journal import Journal
-from hf_accel_patch.ops.packing import BLOCKS, INT8
+from hf_accel_patch.ops.packing import BLOCKS
 from hf_accel_patch.ops.quantize import TABLES
 from hf_accel_patch.passes.grouped import shrink
 from hf_accel_patch.passes.quantize import SCHEMES, Quantize
@@ -92,9 +92,7 @@ class HfAccelConfig(QuantizationConfigMixin):
         """The pass with these options."""
         scheme: Any = self.scheme if self.scheme in SCHEMES else "nf4"
         backend: Any = self.backend
-        unsaid = self.weights and scheme in INT8  # of which some checkpoints say a size that means nothing
-        size = None if unsaid else self.group_size
-        return Quantize(scheme, size, self.skip, backend, originals="discard")
+        return Quantize(scheme, self.group_size, self.skip, backend, originals="discard")
 
     def take_options(self, other: HfAccelConfig) -> None:
         """The options of another configuration, beside what a checkpoint is."""

@@ -22,6 +22,7 @@ from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.dense import FloatBackend, linear_float
 from hf_accel_patch.ops.packing import INT8, block_on, first_rows, in_blocks
 from hf_accel_patch.ops.products import Spec, dequantize, product, rows
+from hf_accel_patch.ops.routed import of_expert, routed_product, runs
 from hf_accel_patch.ops.weight import UNCHANGEABLE, QuantizedWeight
 
 
@@ -131,6 +132,8 @@ class HasWeight(QuantizedModule):
 
     @property
     def weight(self) -> Tensor:
+        if torch.compiler.is_compiling():  # which cannot look into a tensor of a class that it makes itself
+            return self.dequantize(self.like.dtype)
         return QuantizedWeight(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -198,31 +201,41 @@ class QuantizedExperts(QuantizedModule):
         if not T:
             return torch.zeros_like(hidden_states)
         experts, order = top_k_index.reshape(-1).sort(stable=True)
-        x = hidden_states[order // chosen]
-        parts, start = [], 0
-        chosen_ones, counts = torch.unique_consecutive(experts, return_counts=True)
-        for expert, count in zip(chosen_ones.tolist(), counts.tolist(), strict=True):
-            h = self._multiply(x[start : start + count], self.into, expert)
-            h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-            parts.append(self._multiply(h, self.out, expert))
-            start += count
+        x, learning = hidden_states[order // chosen], torch.is_grad_enabled() and hidden_states.requires_grad
+        whole = torch.compiler.is_compiling() and not learning
+        parts = [self._graphed(x, experts)] if whole else [self._expert(x[rows], each) for each, rows in runs(experts)]
         y = torch.cat(parts) if len(parts) > 1 else parts[0]
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order, None]
-        y = torch.empty_like(y).index_copy(0, order, y) if len(parts) > 1 else y
+        y = torch.empty_like(y).index_copy(0, order, y) if whole or len(parts) > 1 else y
         return y.view(T, chosen, -1).sum(1).to(hidden_states.dtype)
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        """Of one expert, for its rows [n, K]."""
+        return self._multiply(self._gated(self._multiply(x, self.into, expert)), self.out, expert)
+
+    def _gated(self, h: Tensor) -> Tensor:
+        return self._apply_gate(h) if self.has_gate else self.act_fn(h)
 
     def _multiply(self, x: Tensor, name: str, expert: int) -> Tensor:
         codes, scales, spec = self.held(name)
-        codes = codes[0, expert] if spec.scheme in INT8 else codes[expert]
-        y = product(x, codes, scales[expert], spec)
+        y = product(x, of_expert(codes, spec.scheme, expert), scales[expert], spec)
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
+
+    def _graphed(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Of all of them, for rows [S, K] that are sorted by experts [S]."""
+
+        def multiply(x: Tensor, name: str) -> Tensor:
+            y = routed_product(x, experts, *self.held(name))
+            return y + getattr(self, f"{name}_bias")[experts] if self.has_bias else y
+
+        return multiply(self._gated(multiply(x, self.into)), self.out)
 
     def dequantize_expert(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] of one expert."""
         codes, scales, spec = self.held(name)
-        return dequantize(codes[0, expert] if spec.scheme in INT8 else codes[expert], scales[expert], spec, dtype)
+        return dequantize(of_expert(codes, spec.scheme, expert), scales[expert], spec, dtype)
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_accel_patch.families import ADAPTERS
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.ops.modules import HasWeight, QuantizedExperts, QuantizedModule, original_class
 
@@ -19,7 +20,7 @@ class Dequantizing:
     """As transformers' method of this name: for training, merging adapters, or saving as an ordinary checkpoint. The
     weights are those that the codes stand for, so outputs stay what they are, up to floating-point rounding; the
     originals come with `unpatch`, where they were kept or can be read again. One weight at a time, so the peak is the
-    float model and the codes of one.
+    float model and the codes of one. They are trainable, unless all others beside adapters are frozen.
 
     `dtype`: of the weights; None: that which they had. Raises ValueError where nothing is quantized.
     """
@@ -33,12 +34,18 @@ class Dequantizing:
         modules = [each for each in self.model.modules() if isinstance(each, QuantizedModule)]
         if not modules:
             raise ValueError("dequantize(): the model holds no quantized weights")
+        others = [
+            parameter.requires_grad
+            for name, parameter in self.model.named_parameters()
+            if not any(part.startswith(ADAPTERS) for part in name.split("."))
+        ]
+        trained = any(others) or not others
         for module in modules:
             specs, like = module.specs, dtype or module.like.dtype
             parameters = {}
             for name in specs:
                 held = shared.get(id(specs)) if isinstance(module, HasWeight) else None
-                parameters[name] = held if held is not None else nn.Parameter(_dense(module, name, like))
+                parameters[name] = held if held is not None else nn.Parameter(_dense(module, name, like), trained)
             if isinstance(module, HasWeight):
                 shared[id(specs)] = parameters["weight"]
             gone = [key for name in specs for key in (name, f"{name}_scales", f"{name}_order")]

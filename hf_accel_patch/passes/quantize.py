@@ -21,7 +21,7 @@ from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels import cpu
 from hf_accel_patch.ops.linear import Backend, backend_for
 from hf_accel_patch.ops.modules import QuantizedModule, Specs, quantized_class
-from hf_accel_patch.ops.packing import INT8, block_on, int4_block, pack
+from hf_accel_patch.ops.packing import block_on, int4_block, pack
 from hf_accel_patch.ops.products import Spec
 from hf_accel_patch.ops.quantize import row_blocks
 from hf_accel_patch.passes import foreign_modules
@@ -63,7 +63,7 @@ class Quantize:
     """
 
     scheme: Scheme
-    group_size: int | None = None  # input features per scale in 4 bits: 32, 64, 128; None: 64, or 32 if 64 does not fit
+    group_size: int | None = None  # input features per scale, of 4 bits only: 32, 64, 128; None: 64, or 32 if it must
     skip: tuple[str, ...] = ()  # names of modules, or shell patterns over them, that stay as they are
     backend: Literal["auto", "compiled", "torch", "bitsandbytes"] = "auto"
     calibrate: Sequence[Any] | None = field(default=None, repr=False)  # texts, or tensors of token ids [T] or [B, T]
@@ -79,11 +79,6 @@ class Quantize:
             raise TypeError(f"quantize: group_size={self.group_size!r} is not an int; allowed: 32, 64, 128")
         if self.group_size not in (None, *GROUP_SIZES):
             raise ValueError(f"quantize: group_size={self.group_size!r}; allowed: 32, 64, 128")
-        if self.group_size is not None and self.scheme in INT8:
-            raise ValueError(
-                f"quantize: group_size={self.group_size} with {self.scheme!r}, which has a scale per output channel; "
-                "group_size is for int4 and nf4"
-            )
         if self.backend not in BACKENDS:
             raise ValueError(f"quantize: unknown backend {self.backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
         if self.foreign and (self.scheme not in foreign_modules.SCHEMES or self.group_size not in (None, 64)):

@@ -5,7 +5,7 @@ import torch
 from cases import logits, prompt, tiny
 from torch import nn
 
-from hf_accel_patch import HfAccelConfig, patch
+from hf_accel_patch import HfAccelConfig, Quantize, patch
 from hf_accel_patch.ops.modules import QuantizedModule
 
 peft = pytest.importorskip("peft")
@@ -88,6 +88,21 @@ def test_a_trainable_copy_of_a_head_stays_what_it_is():
     patch(model, quantize="int4")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("lm_head.modules_to_save.default.weight" in name for name in trained)
+
+
+def test_a_trainable_copy_of_a_head_that_is_left_out():
+    """Of codes it would train nothing."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(patch(tiny("llama"), quantize=Quantize("int4", skip=("lm_head",))), config)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+
+
+def test_what_an_adapter_froze_stays_frozen_in_floats():
+    model = adapted(patch(tiny("llama"), quantize="int4"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    model.base_model.model.dequantize()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
 def test_merging_into_codes_is_refused_and_changes_nothing():

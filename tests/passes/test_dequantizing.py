@@ -130,6 +130,8 @@ def test_it_trains():
     model = patch(tiny("llama"), quantize="int4", **BARE).dequantize()
     model(input_ids=prompt(), labels=prompt()).loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    frozen = patch(tiny("llama").requires_grad_(False), quantize="int4", **BARE).dequantize()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -7,6 +7,8 @@ from torch import nn
 
 from hf_accel_patch import Quantize, patch, report, unpatch
 from hf_accel_patch.ops.modules import QuantizedExperts
+from hf_accel_patch.ops.products import as_floats
+from hf_accel_patch.ops.routed import routed_op
 
 FAMILIES = ("mixtral", "gpt_oss")  # [E, N, K]; [E, K, N] with biases and interleaved gates
 BFLOAT16 = 2**-6
@@ -52,6 +54,34 @@ def test_they_are_stock_experts_with_rounded_weights(pair, scheme, tokens, imple
     expected, y = stock(x, index, weights), ours(x, index, weights)
     assert isinstance(ours, QuantizedExperts) and y.shape == expected.shape and y.dtype == expected.dtype
     assert not tokens or (y - expected).norm() < BFLOAT16 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scheme, backend",
+    (
+        *((scheme, "eager") for scheme in ("int8", "int4", "nf4", "llm.int8")),
+        pytest.param("int4", "inductor", marks=pytest.mark.slow),
+    ),
+)
+def test_they_are_one_graph_for_any_tokens(pair, scheme, backend):
+    ours, stock = pair(scheme)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (2, 7, 300):
+        inputs = routed(tokens, 64, stock.num_experts)
+        expected = ours(*inputs)
+        close = 1e-5 if backend == "inductor" else 0  # which adds up in another order
+        assert (compiled(*inputs) - expected).norm() <= close * expected.norm()
+
+
+def test_the_operator_of_graphs_is_a_whole_one(pair):
+    ours, _ = pair("int4")
+    codes, scales, spec = ours.held(ours.into)
+    how = (spec.backend.compiled, spec.backend.rows, spec.backend.decomposed, spec.backend.many)
+    experts = torch.tensor([0, 0, 2, 3, 3, 3])
+    arguments = (torch.randn(6, codes.shape[2]), experts, codes, as_floats(scales), spec.scheme, *how)
+    torch.library.opcheck(routed_op, arguments)
 
 
 @torch.no_grad()

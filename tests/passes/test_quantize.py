@@ -175,6 +175,15 @@ def test_compiling_a_quantized_model(scheme):
     assert (logits(compiled, prompt()) - expected).abs().max() < 1e-3 * expected.std()
 
 
+@pytest.mark.parametrize("family", ("gemma2", "mixtral", "gpt2"))
+def test_a_quantized_model_is_one_graph(family):
+    """A tied table that is scaled by its weight's dtype, experts, and `Conv1D`."""
+    model = patch(tiny(family), quantize="int4", cache=False)
+    expected = logits(model, prompt())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(logits(compiled, prompt()), expected)
+
+
 def test_skipping_by_name_and_pattern():
     model = patch(tiny("llama"), quantize=Quantize("int4", skip=("lm_head", "model.layers.0.*")))
     names = {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
