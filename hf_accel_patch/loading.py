@@ -8,6 +8,7 @@ depend on how this version would choose.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -69,11 +70,13 @@ class HfAccelConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: unknown scheme {scheme!r}; the schemes are {', '.join(SCHEMES)}")
         if block not in (0, *BLOCKS):
             raise ValueError(f"quantization_config: block={block!r}; allowed: {', '.join(map(str, BLOCKS))}")
-        if not all(str(size).isdigit() and isinstance(names, list) for size, names in (weights or {}).items()):
-            raise ValueError("quantization_config: weights should be lists of names by group size")
+        if not _by_size(weights or {}) or not _names(ordered or []):
+            raise ValueError(
+                "quantization_config: weights should be lists of names by group size, ordered one of names"
+            )
         self.quant_method: Any = METHOD
         self.version, self.scheme, self.group_size, self.backend = version, scheme, group_size, backend
-        self.skip = tuple(skip) if not isinstance(skip, str) else skip
+        self.skip = tuple(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else skip
         self.block = block  # rows in a block of 4-bit codes
         if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
             raise ValueError(f"quantization_config: kv_heads={kv_heads!r} is not a number of key/value heads")
@@ -107,6 +110,20 @@ class HfAccelConfig(QuantizationConfigMixin):
         if self.only_grouped:
             described = {key: described[key] for key in ("quant_method", "version", "kv_heads")}
         return {key: copy.deepcopy(value) for key, value in described.items() if value not in (None, 0, [])}
+
+
+def _names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+
+
+def _by_size(found: Any) -> bool:
+    """Whether these are lists of names, or of lists of names that are tied, by numbers."""
+    if not isinstance(found, dict) or not all(str(size).isdecimal() for size in found):
+        return False
+    lists = found.values()
+    return all(isinstance(each, list) for each in lists) and all(
+        isinstance(entry, str) or (_names(entry) and entry) for each in lists for entry in each
+    )
 
 
 class HfAccelQuantizer(HfQuantizer):

@@ -472,6 +472,12 @@ CONFIGURATIONS = {
     "block": ({"block": 48}, ValueError, "block=48"),
     "no weights": ({"weights": {}}, HfAccelError, "names no quantized weights"),
     "no group": ({"weights": {"small": []}}, ValueError, "lists of names by group size"),
+    **{
+        f"weights {entry}": ({"weights": entry}, ValueError, "lists of names by group size")
+        for entry in ([["a"]], {"64": [5]}, {"64": [None]}, {"64": [[]]}, {"64": [["lm_head", 5]]}, {"²": []})
+    },
+    "ordered": ({"ordered": "lm_head"}, ValueError, "ordered one of names"),
+    "names to skip": ({"skip": 5}, TypeError, "skip=5 is not a tuple of names"),
     "a module": (
         {"weights": {"64": ["model.layers.9.mlp.up_proj"]}},
         HfAccelError,

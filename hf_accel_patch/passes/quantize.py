@@ -88,7 +88,8 @@ class Quantize:
             )
         if self.originals not in (None, "keep", "discard"):
             raise ValueError(f"quantize: originals={self.originals!r}; allowed: 'keep', 'discard'")
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+        several = isinstance(self.skip, Iterable) and not isinstance(self.skip, str)
+        if not several or not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"quantize: skip={self.skip!r} is not a tuple of names")
         object.__setattr__(self, "skip", tuple(self.skip))
         if self.calibrate is not None:
