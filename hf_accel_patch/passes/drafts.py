@@ -186,19 +186,24 @@ class OwnCopy(ModelSource):
 
 
 class OtherModel(ModelSource):
-    """A smaller model with the same tokens, and a cache of its own, which is kept from draft to draft."""
+    """A smaller model with the same tokens, and a cache of its own, which is kept from draft to draft. `vocabulary`: of
+    the model for which it drafts, in tokens; None: as large."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
+        self.model, self.vocabulary = model, vocabulary
+        self.known = model.get_input_embeddings().weight.shape[0]
         self.context = context_tokens(model.config.get_text_config(decoder=True))
         self.cache: DynamicCache | None = None
         self.read: Tensor | None = None  # what the cache holds, [B, T]
 
     def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor | None:
-        ids = state.input_ids
+        device = self.model.get_input_embeddings().weight.device
+        ids = state.input_ids.to(device)
         if self.context is not None and ids.shape[1] + width > self.context:
             return None
         if self.model.training:  # dropout draws random numbers, which those of the plain loop would miss
+            return None
+        if self.vocabulary is not None and self.vocabulary > self.known and int(ids.amax()) >= self.known:
             return None
         forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
         if self.cache is None or self.read is None or forgets:
@@ -210,9 +215,12 @@ class OtherModel(ModelSource):
             known = length if bool(same.all()) else int((~same).int().argmax())
             take_back(self.cache, self.read.shape[1] - known)
         names = ("attention_mask", "position_ids")
-        kwargs = {name: state.model_kwargs.get(name) for name in names} | {CACHE: self.cache}
+        given = {name: state.model_kwargs.get(name) for name in names}
+        kwargs: dict[str, Any] = {name: each if each is None else each.to(device) for name, each in given.items()}
+        kwargs[CACHE] = self.cache
         kwargs |= {"use_cache": True} | ({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {})
-        tokens = _greedy(self.model, ids, ids.shape[1] - known, kwargs, width, running)
+        new = ids.shape[1] - known
+        tokens = _greedy(self.model, ids, new, kwargs, width, running, vocabulary=self.vocabulary)
         self.read = torch.cat([ids, tokens[:, :-1]], dim=1)
         return tokens
 
@@ -225,9 +233,10 @@ def _greedy(
     width: int,
     running: list[bool],
     decoding: Decoding | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """At most `width` tokens after `ids`, of which the model has read all but the last `new`. It stops where it is not
-    sure. `decoding` calls the model."""
+    sure. `decoding` calls the model; `vocabulary`: how many of its tokens may be drafted, None for all."""
     drafted: list[Tensor] = []
     live = torch.tensor(running, device=ids.device)
     kwargs = dict(kwargs)
@@ -237,7 +246,7 @@ def _greedy(
             inputs["logits_to_keep"] = 1
         outputs = (decoding or model)(**inputs, return_dict=True)
         record_past(kwargs[CACHE])  # what a window drops from here on may be needed again
-        logits = outputs.logits[:, -1].float()
+        logits = outputs.logits[:, -1, :vocabulary].float()
         tokens = logits.argmax(-1)
         drafted.append(tokens)
         if place == width - 1:

@@ -7,28 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMode
-from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from hf_accel_patch.compat import CACHE, RECORDS_PAST, given_cache
+from hf_accel_patch.compat import RECORDS_PAST, given_cache
 from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.families import View, find_model, first_cached_module, layer_list, weight_bytes
-from hf_accel_patch.families.one_by_one import bounds, why_one_by_one
+from hf_accel_patch.families.one_by_one import why_one_by_one
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.logs import get_logger
 from hf_accel_patch.ops.ngrams import History
 from hf_accel_patch.ops.pacing import Pace
-from hf_accel_patch.passes.choosing import Chooser, Drafter, Tally, given_arguments
-from hf_accel_patch.passes.drafting import decode
+from hf_accel_patch.passes.choosing import Drafter, Tally, given_arguments
 from hf_accel_patch.passes.drafts import ModelDrafter, NGramDrafter, OtherModel, OwnCopy
+from hf_accel_patch.passes.generating import Loop
 from hf_accel_patch.passes.graphs import GRAPHS, takes_places
 from hf_accel_patch.passes.own_copy import own_copy
 from hf_accel_patch.passes.quantize import Quantize
 from hf_accel_patch.passes.replaying import WIDTHS
 from hf_accel_patch.passes.streaming import PrefillInChunks
+from hf_accel_patch.passes.translating import Translated, Translation, between, why_no_draft
 from hf_accel_patch.plan import Skip, Step, size_in_bytes
 
 logger = get_logger(__name__)
@@ -53,8 +51,9 @@ class Speculative:
     and how often drafts of this kind were right; where that does not pay, nothing is drafted, and it is tried anew
     later. "self": besides, a copy of the model with its linear weights in 4 bits drafts, on the model's own cache, for
     models in 16 or 8 bits; it takes a fourth of their memory more, and works where reading the weights is what a token
-    costs. `skip_layers` leaves layers out of the copy. `draft`: another model with the same tokens drafts instead. What
-    it cannot do (beams, static caches, sinks, `output_attentions`) runs as before, with one warning.
+    costs. `skip_layers` leaves layers out of the copy. `draft`: another model drafts instead; if its tokens are others,
+    texts go to it and back as strings, by `tokenizer` and `draft_tokenizer`. What cannot be had (beams, static caches,
+    sinks, `output_attentions`) runs as before, with one warning.
 
     >>> model = patch(model, speculative=Speculative("ngram", most=8, history="64MB"))
     """
@@ -65,6 +64,8 @@ class Speculative:
     scheme: Literal["int4", "nf4"] | None = "int4"  # of the copy that "self" makes; None: as the model
     skip_layers: tuple[int, ...] = ()  # that this copy leaves out
     draft: Any = field(default=None, repr=False)  # a causal LM of transformers, for "model"
+    tokenizer: Any = field(default=None, repr=False)  # of the model, for a draft with others; None: at its name_or_path
+    draft_tokenizer: Any = field(default=None, repr=False)  # of the draft; None: at its name_or_path
 
     name = "speculative"
 
@@ -82,6 +83,8 @@ class Speculative:
             raise ValueError(
                 f"speculative: method {self.method!r} {'needs' if self.draft is None else 'takes no'} draft"
             )
+        if self.draft is None and (self.tokenizer is not None or self.draft_tokenizer is not None):
+            raise ValueError("speculative: tokenizer and draft_tokenizer are for draft=")
         if self.scheme is not None and self.scheme not in ("int4", "nf4"):
             raise ValueError(f"speculative: unknown scheme {self.scheme!r}; allowed: 'int4', 'nf4', None")
         if self.method != "self" and self.skip_layers:
@@ -109,6 +112,8 @@ class Speculative:
         speculating = Speculating(self, history, apart)
         if self.method == "self":
             speculating.renew(view.model)
+        if self.draft is not None:
+            speculating.translation = self.translation(view.model)
         journal.set_attribute(view.model, SPECULATING, speculating)
         journal.bind_method(view.model, "generate", _generate)
 
@@ -127,6 +132,10 @@ class Speculative:
         targets, _ = Quantize(self.scheme, originals="keep").choose(view)
         return sum(target.packed_bytes for target in targets)
 
+    def translation(self, model: PreTrainedModel) -> Translation | str:
+        """Between the model and the draft model: "" where tokens are the same, or why there is none."""
+        return between(model, find_model(self.draft), self.tokenizer, self.draft_tokenizer)
+
     def _why_not(self, view: View) -> str:
         if view.config.is_encoder_decoder:
             return "it is an encoder-decoder"
@@ -137,8 +146,10 @@ class Speculative:
         if first_cached_module(view) is None:
             return "no layer of it takes a cache"
         layers = DynamicCache(config=view.config).layers
-        if self.draft is not None and (reason := _why_no_draft(find_model(self.draft), view)):
-            return reason
+        if self.draft is not None:
+            draft, translation = find_model(self.draft), self.translation(view.model)
+            if reason := translation if isinstance(translation, str) and translation else why_no_draft(draft):
+                return reason
         if self.skip_layers:
             count, kinds = len(layer_list(view)), [type(layer) for layer in layers]
             measuring = {kinds.index(kind) for kind in kinds}  # masks are made to the length of the first of each kind
@@ -150,19 +161,6 @@ class Speculative:
         if other := {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}:
             return f"its cache cannot be taken back: {', '.join(sorted(other))}"
         return ""
-
-
-def _why_no_draft(draft: PreTrainedModel, view: View) -> str:
-    """Why this model cannot draft."""
-    config, mine = draft.config.get_text_config(decoder=True), view.config.vocab_size
-    if config.vocab_size != mine:
-        return (
-            f"the draft model has {config.vocab_size} tokens, the model {mine}: give it to generate as assistant_model"
-        )
-    stateful = config.is_encoder_decoder or draft._is_stateful or not draft._supports_default_dynamic_cache()
-    if stateful or not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
-        return f"the draft model, a {type(draft).__name__}, has a state that cannot be taken back"
-    return ""
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +179,7 @@ class Speculating:
     warned: set[str] = field(default_factory=set)
     copy: Any = field(default=None, repr=False)  # the model in 4 bits, for "self"
     copy_bytes: int = 0
+    translation: Translation | str = ""  # between the model and the draft model
     made_of: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +206,7 @@ class Speculating:
                 args = (*args[:3], criteria, *args[4:])
             else:
                 kwargs["stopping_criteria"] = criteria
-        loop = _Loop(self, given.get("streamer"), handed=given_cache(given) is not None)
+        loop = Loop(self, given.get("streamer"), handed=given_cache(given) is not None)
         return generate(model, *args, custom_generate=loop, **kwargs)
 
     def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
@@ -245,7 +244,10 @@ class Speculating:
         if self.options.method == "ngram":
             return NGramDrafter(most, self.history)
         if self.options.method == "model":
-            return ModelDrafter(most, self.history, OtherModel(find_model(self.options.draft)))
+            draft, size = find_model(self.options.draft), model.config.get_text_config(decoder=True).vocab_size
+            if isinstance(self.translation, Translation):
+                return ModelDrafter(most, self.history, Translated(draft, self.translation, size))
+            return ModelDrafter(most, self.history, OtherModel(draft, size))
         return ModelDrafter(most, self.history, OwnCopy(self.renew(model), whole=not self.options.skip_layers))
 
     def renew(self, model: PreTrainedModel) -> Any:
@@ -266,41 +268,4 @@ class Speculating:
     def __deepcopy__(self, memo: dict[int, Any]) -> Speculating:
         """A copy of the model makes its own copy."""
         history = None if self.history is None else History(size_in_bytes(self.options.history))
-        return Speculating(self.options, history, self.apart)
-
-
-@dataclass(frozen=True)
-class _Loop:
-    """What `generate` calls in the place of its own loop."""
-
-    speculating: Speculating
-    streamer: Any
-    handed: bool  # whether the caller has the cache
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Any:
-        ours, cache = self.speculating, model_kwargs.get(CACHE)
-        reason = ours.why_not(model, generation_config, cache)
-        if not reason and not generation_config.is_assistant:
-            pace = ours.paces.setdefault(len(input_ids), Pace())
-            given = input_ids, logits_processor, stopping_criteria, generation_config, self.streamer
-            chooser = Chooser(*given, bounds(model))
-            what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally
-            apart = ours.apart and ours.options.method == "ngram" and not self.handed  # a model drafts for all
-            return decode(*what, apart=apart)
-        if reason:
-            ours.fall_back(model, reason)
-        mode = GenerationMode(generation_config.get_generation_mode())
-        plain = GENERATION_MODES_MAPPING[mode]
-        options = {} if self.streamer is None else {"streamer": self.streamer}
-        model._validate_generation_mode(mode, generation_config, options)
-        return getattr(type(model), plain)(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, **options, **model_kwargs
-        )
+        return Speculating(self.options, history, self.apart, translation=self.translation)
