@@ -104,16 +104,17 @@ class Speculative:
             "bytes_after": size + self.copy_bytes(view),
             "method": self.method,
         }
-        return Step(self, facts, (view, takes_places(view)), of_weights=False)
+        translation = None
+        if self.draft is not None:
+            translation = between(view.model, find_model(self.draft), self.tokenizer, self.draft_tokenizer)
+        return Step(self, facts, (view, takes_places(view), translation), of_weights=False)
 
     def apply(self, step: Step, journal: Journal) -> None:
-        view, apart = step.work
+        view, apart, translation = step.work
         history = History(size_in_bytes(self.history)) if self.history else None
-        speculating = Speculating(self, history, apart)
+        speculating = Speculating(self, history, apart, translation=translation)
         if self.method == "self":
             speculating.renew(view.model)
-        if self.draft is not None:
-            speculating.translation = self.translation(view.model)
         journal.set_attribute(view.model, SPECULATING, speculating)
         journal.bind_method(view.model, "generate", _generate)
 
@@ -132,10 +133,6 @@ class Speculative:
         targets, _ = Quantize(self.scheme, originals="keep").choose(view)
         return sum(target.packed_bytes for target in targets)
 
-    def translation(self, model: PreTrainedModel) -> Translation | str:
-        """Between the model and the draft model: "" where tokens are the same, or why there is none."""
-        return between(model, find_model(self.draft), self.tokenizer, self.draft_tokenizer)
-
     def _why_not(self, view: View) -> str:
         if view.config.is_encoder_decoder:
             return "it is an encoder-decoder"
@@ -146,10 +143,8 @@ class Speculative:
         if first_cached_module(view) is None:
             return "no layer of it takes a cache"
         layers = DynamicCache(config=view.config).layers
-        if self.draft is not None:
-            draft, translation = find_model(self.draft), self.translation(view.model)
-            if reason := translation if isinstance(translation, str) and translation else why_no_draft(draft):
-                return reason
+        if self.draft is not None and (reason := why_no_draft(find_model(self.draft))):
+            return reason
         if self.skip_layers:
             count, kinds = len(layer_list(view)), [type(layer) for layer in layers]
             measuring = {kinds.index(kind) for kind in kinds}  # masks are made to the length of the first of each kind
@@ -179,7 +174,7 @@ class Speculating:
     warned: set[str] = field(default_factory=set)
     copy: Any = field(default=None, repr=False)  # the model in 4 bits, for "self"
     copy_bytes: int = 0
-    translation: Translation | str = ""  # between the model and the draft model
+    translation: Translation | None = None  # for a draft model with other tokens
     made_of: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +240,7 @@ class Speculating:
             return NGramDrafter(most, self.history)
         if self.options.method == "model":
             draft, size = find_model(self.options.draft), model.config.get_text_config(decoder=True).vocab_size
-            if isinstance(self.translation, Translation):
+            if self.translation is not None:
                 return ModelDrafter(most, self.history, Translated(draft, self.translation, size))
             return ModelDrafter(most, self.history, OtherModel(draft, size))
         return ModelDrafter(most, self.history, OwnCopy(self.renew(model), whole=not self.options.skip_layers))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from hf_accel_patch.errors import UnsupportedModel
 from hf_accel_patch.passes.choosing import DecodingState
 from hf_accel_patch.passes.drafts import ModelSource, OtherModel
 
@@ -78,11 +79,12 @@ class Translated(ModelSource):
         return torch.tensor([found.get(row, [0] * length)[:length] for row in range(len(running))])
 
 
-def between(model: PreTrainedModel, draft: PreTrainedModel, tokenizer: Any, draft_tokenizer: Any) -> Translation | str:
-    """How texts go from a model to its draft model, or why they cannot: "" where both have the same tokens."""
+def between(model: PreTrainedModel, draft: PreTrainedModel, tokenizer: Any, draft_tokenizer: Any) -> Translation | None:
+    """How texts go from a model to its draft model; None where both have the same tokens. Raises UnsupportedModel where
+    tokens are others and a tokenizer is missing."""
     sizes = [each.config.get_text_config(decoder=True).vocab_size for each in (model, draft)]
     if sizes[0] == sizes[1] and tokenizer is None and draft_tokenizer is None:
-        return ""
+        return None
     pair: list[Any] = []
     for each, given, keyword in ((model, tokenizer, "tokenizer"), (draft, draft_tokenizer, "draft_tokenizer")):
         source = each.name_or_path if given is None else given
@@ -91,12 +93,12 @@ def between(model: PreTrainedModel, draft: PreTrainedModel, tokenizer: Any, draf
         except (OSError, ValueError):
             pair.append("")
         if not pair[-1]:
-            return (
-                f"the draft model has {sizes[1]} tokens, the model {sizes[0]}: give Speculative(..., {keyword}=...), "
-                f"for there is none at {source!r}"
+            raise UnsupportedModel(
+                f"the draft model has {sizes[1]} tokens, the model {sizes[0]}, and there is no {keyword} at {source!r}",
+                f"give Speculative(..., {keyword}=...)",
             )
     same = pair[0].get_vocab() == pair[1].get_vocab()  # models may have more rows than there are tokens
-    return "" if same else Translation(*pair)
+    return None if same else Translation(*pair)
 
 
 def why_no_draft(draft: PreTrainedModel) -> str:
