@@ -72,6 +72,13 @@ static inline integers halves(const int32_t *p) {
 #else
 #define PREFETCH(p) __builtin_prefetch(p)
 #endif
+/* From the scales of a group of codes to those that are prefetched: of the next group, or of the next block, which are
+ * beside them in memory. */
+#if BLOCK == 64
+#define SCALES_AHEAD(N) (2 * (N))
+#else
+#define SCALES_AHEAD(N) (2 * BLOCK)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define HIGH_HALVES I(set1_epi32)((int32_t)0xFFFF0000)
 
@@ -233,32 +240,32 @@ INLINE void load_scales(const uint16_t *scales, int table, floats scale[4], floa
 
 #if BLOCK == 32
 /* The sums of products of one row of activations with a group of a block, as below. Each in a variable of its own: there
- * are 16 registers, and arrays would go to memory at every step. A table is looked up while two codes share 16 bits. */
+ * are 16 registers, and arrays would go to memory at every step. A table is looked up while two codes share 16 bits. Codes
+ * of high half-bytes stay where they are: 16 times their sums fit 32 bits. */
 INLINE void sums_int4(const uint8_t *codes, const integers *table, const int16_t *q, int64_t group, integers low[4],
                       integers high[4]) {
     const integers mask = table ? _mm256_set1_epi8(15) : _mm256_set1_epi16(15), bytes = _mm256_set1_epi16(255);
+    const integers high_mask = _mm256_set1_epi16(0xF0);
     const integers lows = table ? _mm256_permute4x64_epi64(*table, 0x44) : mask;
     const integers highs = table ? _mm256_permute4x64_epi64(*table, 0xEE) : mask;
     integers low0 = ZERO(), low1 = low0, low2 = low0, low3 = low0, high0 = low0, high1 = low0, high2 = low0, high3 = low0;
-#define HALF_BYTES(sum, pairs)                                                                                    \
+#define LOOKED_UP(sum, of_four)                                                                                   \
     {                                                                                                             \
-        const integers of_four = pairs; /* codes in each 16 bits */                                               \
-        integers even, odd;                                                                                       \
-        if (table) {                                                                                              \
-            const integers two = AND(of_four, mask);                                                              \
-            const integers l = _mm256_shuffle_epi8(lows, two), h = _mm256_shuffle_epi8(highs, two);               \
-            even = _mm256_blendv_epi8(_mm256_slli_epi16(h, 8), l, bytes);                                         \
-            odd = _mm256_blendv_epi8(h, _mm256_srli_epi16(l, 8), bytes);                                          \
-        } else {                                                                                                  \
-            even = AND(of_four, mask), odd = AND(_mm256_srli_epi16(of_four, 8), mask);                            \
-        }                                                                                                         \
-        sum = dot(dot(sum, even, first), odd, second);                                                            \
+        const integers two = AND(of_four, mask); /* codes in each 16 bits */                                      \
+        const integers l = _mm256_shuffle_epi8(lows, two), h = _mm256_shuffle_epi8(highs, two);                   \
+        sum = dot(sum, _mm256_blendv_epi8(_mm256_slli_epi16(h, 8), l, bytes), first);                             \
+        sum = dot(sum, _mm256_blendv_epi8(h, _mm256_srli_epi16(l, 8), bytes), second);                            \
     }
 #define ROWS(j, pairs)                                                                                            \
     {                                                                                                             \
-        const integers mixed = pairs;                                                                             \
-        HALF_BYTES(low##j, mixed)                                                                                 \
-        HALF_BYTES(high##j, _mm256_srli_epi16(mixed, 4))                                                          \
+        const integers even = pairs, odd = _mm256_srli_epi16(even, 8);                                            \
+        if (table) {                                                                                              \
+            LOOKED_UP(low##j, even)                                                                               \
+            LOOKED_UP(high##j, _mm256_srli_epi16(even, 4))                                                        \
+        } else {                                                                                                  \
+            low##j = dot(dot(low##j, AND(even, mask), first), AND(odd, mask), second);                            \
+            high##j = dot(dot(high##j, AND(even, high_mask), first), AND(odd, high_mask), second);                \
+        }                                                                                                         \
     }
     for (int64_t k = 0; k < group; k += 8, codes += 8 * HALF, q += 8) {
         for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + AHEAD + i);
@@ -272,8 +279,12 @@ INLINE void sums_int4(const uint8_t *codes, const integers *table, const int16_t
         ROWS(2, _mm256_unpacklo_epi16(x1, x3))
         ROWS(3, _mm256_unpackhi_epi16(x1, x3))
     }
-#undef HALF_BYTES
+#undef LOOKED_UP
 #undef ROWS
+    if (!table) {
+        high0 = _mm256_srai_epi32(high0, 4), high1 = _mm256_srai_epi32(high1, 4);
+        high2 = _mm256_srai_epi32(high2, 4), high3 = _mm256_srai_epi32(high3, 4);
+    }
     low[0] = low0, low[1] = low1, low[2] = low2, low[3] = low3;
     high[0] = high0, high[1] = high1, high[2] = high2, high[3] = high3;
 }
@@ -322,7 +333,7 @@ INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const integer
                      const activations *a, int64_t m, int rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
-        for (size_t i = 0; i < BLOCK * 4; i += 64) PREFETCH((const char *)(scales + N * 2) + i);
+        for (size_t i = 0; i < BLOCK * 4; i += 64) PREFETCH((const char *)(scales + SCALES_AHEAD(N)) + i);
         load_scales(scales, table != NULL, scale, start);
         group_int4(codes, table, NULL, a, m, rows, g, group, scale, start, total);
     }
