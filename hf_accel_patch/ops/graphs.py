@@ -30,6 +30,7 @@ from hf_accel_patch.ops.tape import TapeRecorder
 
 logger = get_logger(__name__)
 STATE = threading.local()
+RACES = 5  # replays of each way, by turns
 LOCK = threading.RLock()  # of captures and replays of all models: a capture waits for the whole device
 
 
@@ -132,6 +133,7 @@ class CudaRecorder:
 
     passes, most_bytes = 64, None  # a recording takes about as long as so many passes
     fuses = True  # small operators become few kernels
+    races = True  # they have to be faster: the first step that has such is recorded both ways, which settles it for all
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -147,18 +149,39 @@ class CudaRecorder:
             self.stream.wait_stream(current)
             try:
                 with torch.cuda.stream(self.stream):
-                    function = self._tried(function)
+                    tried = self._tried(function)
             finally:
                 current.wait_stream(self.stream)
-            with LOCK, _uncollected():
-                self.made = [each for each in self.made if each() is not None]
-                if not self.made:
-                    self.pool = torch.cuda.graph_pool_handle()
-                graph = torch.cuda.CUDAGraph()
-                fused = function.plan.fused if isinstance(function, Runner) else 0
-                recorded = CudaRecorded(self._capture(graph, function), graph, self, fused)
-                self.made.append(weakref.ref(recorded))
-                return recorded
+            recorded = self._recorded(tried)
+            if recorded.fused and self.races:
+                self.races = False
+                recorded = self._faster(recorded, function)
+            return recorded
+
+    def _recorded(self, function: Callable[[], Tensor]) -> CudaRecorded:
+        with LOCK, _uncollected():
+            self.made = [each for each in self.made if each() is not None]
+            if not self.made:
+                self.pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            fused = function.plan.fused if isinstance(function, Runner) else 0
+            recorded = CudaRecorded(self._capture(graph, function), graph, self, fused)
+            self.made.append(weakref.ref(recorded))
+            return recorded
+
+    def _faster(self, fused: CudaRecorded, function: Callable[[], Tensor]) -> CudaRecorded:
+        """The one that is replayed in less time, at its best, of this and what is recorded kernel by kernel. If that is
+        the latter, so is whatever is recorded later."""
+        try:
+            apart = self._recorded(function)
+        except Exception as error:  # the memory of both, say
+            logger.info(f"fused steps are not compared with others: {_line(error)}")
+            return fused
+        rounds = [(_milliseconds(apart), _milliseconds(fused)) for _ in range(RACES)]
+        least, least_fused = map(min, zip(*rounds, strict=True))
+        logger.info(f"a step is replayed in {least_fused:.3f} ms fused, {least:.3f} ms kernel by kernel")
+        self.fuses = least_fused <= least
+        return fused if self.fuses else apart
 
     def _tried(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """What does the same, if possible in fewer kernels. It has run: libraries are loaded and have taken their
@@ -170,7 +193,7 @@ class CudaRecorder:
             except Refused:
                 raise
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                reason = _line(error)
         logger.info(f"a step is recorded kernel by kernel: {reason}")
         with Watching(self.device):
             function()
@@ -200,6 +223,20 @@ class CudaRecorder:
             with suppress(RuntimeError):  # the allocator was told of the end
                 torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
                 torch._C._cuda_releasePool(self.device.index, self.pool)
+
+
+def _milliseconds(recorded: CudaRecorded) -> float:
+    """Of one replay."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    started.record()
+    recorded.replay()
+    ended.record()
+    ended.synchronize()
+    return float(started.elapsed_time(ended))
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 @contextmanager

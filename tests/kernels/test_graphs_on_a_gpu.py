@@ -16,6 +16,7 @@ GRAPHED = KVCache(graphs=True)
 @pytest.fixture(autouse=True)
 def _texts_are_short(monkeypatch):
     monkeypatch.setattr(CudaRecorder, "passes", 8)
+    monkeypatch.setattr(CudaRecorder, "races", False)
 
 
 def generate(model, inputs, new=60, **kwargs):
@@ -110,6 +111,20 @@ def test_fused_steps_compute_what_others_do(options, monkeypatch):
     same = found[0].argmax(-1) == found[1].argmax(-1)
     steps = int(same.all(-1).cumprod(0).sum())  # until a near tie falls the other way
     assert steps > 9 and (found[0][:steps] - found[1][:steps]).norm() < 0.02 * found[1][:steps].norm()
+
+
+def test_a_race_changes_no_token(monkeypatch):
+    """A step is recorded both ways, and either is kept."""
+    monkeypatch.setattr(CudaRecorder, "races", True)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama").to("cuda", dtype)
+        patch(model, cache=GRAPHED)
+        found = generate(model, left_padded(20, 11))
+        assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] > 20
+        assert not vars(model)[GRAPHS].recorder.races
+        unpatch(model)
+        if dtype == torch.float32:
+            assert torch.equal(found, generate(model, left_padded(20, 11)))
 
 
 def test_every_width_agrees(monkeypatch):

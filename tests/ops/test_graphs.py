@@ -3,6 +3,7 @@
 import gc
 import threading
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from simulated_graphs import SimulatedRecorder
 
 from hf_accel_patch.kernels import cpu_steps
 from hf_accel_patch.ops import graphs
+from hf_accel_patch.ops.fusing.running import Runner
 from hf_accel_patch.ops.fusing.tracing import Unfusable, noted
 from hf_accel_patch.ops.graphs import CudaRecorder, Watching, marked, recorder_for, recording
 from hf_accel_patch.ops.refusing import Refused
@@ -226,6 +228,7 @@ def cuda(monkeypatch):
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(CudaRecorder, "fuses", False)
+    monkeypatch.setattr(CudaRecorder, "races", False)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *args, name=name: log.append((name, *args)), raising=False)
     return log, current
@@ -281,6 +284,66 @@ def test_what_cannot_be_fused_is_recorded_as_it_is(error, cuda, monkeypatch):
     runs = []
     recorded = recorder_for(torch.device("cuda", 0))(lambda: (runs.append(1), X * 2)[1])
     assert len(runs) == 2 and torch.equal(recorded.output, X * 2)
+
+
+class Planned(Runner):
+    """One whose plan has fused something."""
+
+    def __init__(self, function):
+        self.function, self.plan = function, SimpleNamespace(fused=7)
+
+    def __call__(self):
+        return self.function()
+
+
+class Event:
+    """One of a clock that only replays move, each by the milliseconds of its graph."""
+
+    def __init__(self, log, milliseconds):
+        self.log, self.milliseconds = log, milliseconds
+
+    def record(self):
+        replays = [entry[0] for entry in self.log if entry[1:] == ("replay",)]
+        self.at = sum(self.milliseconds[name] for name in replays)
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.mark.parametrize("fused, apart", [(2.0, 3.0), (3.0, 2.0)])
+def test_fused_steps_have_to_be_faster(fused, apart, cuda, monkeypatch):
+    """The first is recorded both ways, those after it in the way that was replayed in less time."""
+    log, current = cuda
+    monkeypatch.setattr(CudaRecorder, "fuses", True)
+    monkeypatch.setattr(CudaRecorder, "races", True)
+    times = {"graph 0": fused, "graph 1": apart}
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(log, times))
+    monkeypatch.setattr(graphs, "runner", lambda function, device: Planned(function))
+    recorder, runs = recorder_for(torch.device("cuda", 0)), []
+    first = recorder(lambda: (runs.append(current[0].name), X * 2)[1])
+    assert first.graph.name == ("graph 0" if fused < apart else "graph 1") and bool(first.fused) == (fused < apart)
+    assert torch.equal(first.replay(), X * 2) and runs == ["side"] * 2, "captured twice"
+    log.clear()
+    second = recorder(lambda: X * 3)
+    assert bool(second.fused) == (fused < apart)
+    assert not any("replay" in entry for entry in log), "it is settled"
+    assert CudaRecorder.fuses and CudaRecorder.races, "of this recorder alone"
+
+
+def test_without_memory_for_both_fused_steps_stay(cuda, monkeypatch):
+    monkeypatch.setattr(CudaRecorder, "fuses", True)
+    monkeypatch.setattr(CudaRecorder, "races", True)
+    monkeypatch.setattr(graphs, "runner", lambda function, device: Planned(lambda: X * 2))
+
+    def function():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorded = recorder_for(torch.device("cuda", 0))(function)
+    assert recorded.fused and torch.equal(recorded.replay(), X * 2)
+    assert gc.isenabled() and torch.cuda.default_generators[0].state == "state of all"
 
 
 def test_a_pool_goes_with_its_last_graph(cuda):
