@@ -42,6 +42,8 @@ class Scores:
     dropout: str  # the nn.Dropout
     window: Callable[[Any], int | None] = lambda module: None  # keys that a query sees
     listed: bool = False  # keys come transposed, causality is the method's own, and it answers a list (OpenAI GPT)
+    causal: bool = False  # additive masks come on top of a causal one and of the window, by places in the cache
+    mask_scale: Callable[[Any], float] = lambda module: 1.0  # of additive masks
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ def mpt_slopes(heads: int) -> tuple[float, ...]:
 
 def _by_scale_attn(module: Any) -> float:
     return float(module.scaling) if NEWER in vars(module) else 1 / float(module.scale_attn)
+
+
+def _by_codegen(module: Any) -> float:
+    """CodeGen scales scores and mask together."""
+    return 1.0 if NEWER in vars(module) else _by_scale_attn(module)
 
 
 def _gptj_dropout(module: Any) -> float:
@@ -157,11 +164,12 @@ BERT = Whole(
 
 CLASSES: dict[str, Handwritten] = {
     "GPTJAttention": Scores(_by_scale_attn, "attn_dropout"),
-    "CodeGenAttention": Scores(_by_scale_attn, "attn_dropout"),
+    "CodeGenAttention": Scores(_by_scale_attn, "attn_dropout", mask_scale=_by_codegen),
     "GPTNeoSelfAttention": Scores(
         scale=lambda module: 1.0,
         dropout="attn_dropout",
         window=lambda module: module.config.window_size if module.attention_type == "local" else None,
+        causal=True,
     ),
     "GPTNeoXJapaneseAttention": Scores(lambda module: 1 / float(module.norm_factor), "attention_dropout"),
     "openai.Attention": Scores(

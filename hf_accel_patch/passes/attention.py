@@ -38,7 +38,7 @@ from hf_accel_patch.ops.stored import Stored
 from hf_accel_patch.ops.unattended import unattended, unattended_biased, unattended_parts
 from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
-from hf_accel_patch.passes.described import describe_mask, mask_of, traced
+from hf_accel_patch.passes.described import describe_mask, fitting, mask_of, traced
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
@@ -163,6 +163,7 @@ def attention_forward(
     `s_aux` [H], or `sinks` [B, H, T, 1] where they depend on the query.
     """
     T, S = query.shape[2], key.shape[2]
+    attention_mask = fitting(attention_mask, (*query.shape[:3], S))
     config = getattr(module, "config", None)
     answer = kwargs.get("output_attentions") or getattr(config, "output_attentions", False) or weights_collected()
     latents = key.latents if isinstance(key, Latent) and isinstance(value, Latent) else None

@@ -107,6 +107,17 @@ def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.dev
     return Causal(S, device) if causal else Everything(S)
 
 
+def fitting(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask that a user gave, [B or 1, H or 1, T or 1, S] for these scores; one column may stand for all keys. Raises
+    RuntimeError for another shape, as adding it to scores does: kernels read what they expect there."""
+    if type(mask) is not Tensor or traced():
+        return mask
+    given = mask.shape
+    if len(given) == 4 and given[-1] == shape[-1] and all(a in (1, b) for a, b in zip(given, shape, strict=True)):
+        return mask
+    return mask.broadcast_to(shape)
+
+
 def traced() -> bool:
     """Whether operators are recorded instead of run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

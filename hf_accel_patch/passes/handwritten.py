@@ -82,6 +82,10 @@ class WithScores(Asking):
             if mask is not None:  # [B, 1, 1, S], 0 or the lowest number of its dtype, and causality comes beside it
                 mask = _causal(query.shape[2], query.shape[2], query.device, mask[:, 0, 0] >= 0)
         window = how.window(self)
+        if type(mask) is Tensor and mask.is_floating_point():  # a user's
+            mask = mask * how.mask_scale(self)
+            if how.causal:
+                mask, window = _under(mask, query.shape[2], key.shape[2], window), None
         if window is not None:
             key, value, mask = _windowed(query, key, value, mask, window)
         dropout = getattr(self, how.dropout).p
@@ -265,6 +269,16 @@ def _causal(T: int, S: int, device: torch.device, padding: Tensor | None = None)
         return DescribedMask(shape, device, build, offset=offset, causal=True)
     runs = partial(contiguous_runs, padding)
     return DescribedMask(shape, device, build, causal=True, runs=runs, square=True, padding=padding)
+
+
+def _under(mask: Tensor, T: int, S: int, window: int | None) -> Tensor:
+    """An additive mask for the last T of S keys, where each also sees none after itself, and of those before it only
+    the last `window`."""
+    places, keys = torch.arange(S - T, S, device=mask.device)[:, None], torch.arange(S, device=mask.device)
+    seen = keys <= places
+    if window is not None:
+        seen = seen & (keys > places - window)
+    return torch.where(seen, mask, torch.finfo(mask.dtype).min)
 
 
 def _additive(mask: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,77 @@
+"""Masks [B, 1, T, S] that a user gives: of every shape that stock takes, and none that it refuses."""
+
+import copy
+
+import pytest
+import torch
+from cases import build, prompt
+
+from hf_accel_patch import patch
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made = {}
+
+    def pair(family):
+        if family not in made:
+            stock = build(family)
+            made[family] = stock, patch(copy.deepcopy(stock))
+        return made[family]
+
+    return pair
+
+
+def logits(model, ids, mask):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits
+
+
+def apart(found, expected):
+    return ((found - expected).abs().max() / expected.std()).item()
+
+
+@pytest.mark.parametrize("length", [8, 40])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_shapes(family, length, pairs):
+    stock, ours = pairs(family)
+    ids = prompt(length=length)
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    kinds = {torch.bool: seen, torch.float32: torch.zeros(seen.shape).masked_fill(~seen, LOWEST)}
+    mask = kinds[torch.bool if stock.config._attn_implementation == "sdpa" else torch.float32]
+    row, heads = mask[:, :, -1:], mask.expand(1, stock.config.num_attention_heads, -1, -1)  # a row for all queries
+    for given in (mask, row, mask[..., :1], row[..., :1], heads):
+        assert apart(logits(ours, ids, given), logits(stock, ids, given)) < 1e-4, tuple(given.shape)
+    sequences, some = mask.expand(2, 1, -1, -1), mask.expand(1, 3, -1, -1)
+    for given in (mask[..., :3], mask[:, :, :2], torch.cat([mask] * 2, -1), some, sequences):
+        for model in (stock, ours):
+            with pytest.raises(RuntimeError, match="size of tensor|broadcast shape|expanded size"):
+                logits(model, ids, given.contiguous())
+
+
+def additive(T, S):
+    """Causal ones by what they add, one without, and one that hides every query's own key."""
+    places = torch.arange(S - T, S)[:, None]
+    keys, zeros = torch.arange(S), torch.zeros(1, 1, T, S)
+    found = {hidden: zeros.masked_fill(keys > places, hidden) for hidden in (LOWEST, float("-inf"), -1e9, -1e4)}
+    soft = torch.randn(1, 1, T, S, generator=torch.Generator().manual_seed(0))
+    found |= {"nothing": zeros, "soft": soft.masked_fill(keys > places, LOWEST)}
+    return found | {"own": zeros.masked_fill((keys > places) | (keys == places) & (keys > 0), LOWEST)}
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "codegen", "gptj", "gpt_neox_japanese"])
+def test_what_is_added_to_scores(family, pairs):
+    """GPT-Neo is causal without a mask as well, CodeGen scales what is added; a prompt, and one in two parts."""
+    stock, ours = pairs(family)
+    ids = prompt(length=40)
+    for name, mask in additive(40, 40).items():
+        assert apart(logits(ours, ids, mask), logits(stock, ids, mask)) < 1e-4, name
+    for name, mask in additive(20, 40).items():
+        found = []
+        for model in (stock, ours):
+            with torch.no_grad():
+                past = model(ids[:, :20], use_cache=True).past_key_values
+                found.append(model(ids[:, 20:], attention_mask=mask, past_key_values=past).logits)
+        assert apart(found[1], found[0]) < 1e-4, name
