@@ -47,7 +47,7 @@ def test_shapes(family, length, pairs):
     sequences, some = mask.expand(2, 1, -1, -1), mask.expand(1, 3, -1, -1)
     for given in (mask[..., :3], mask[:, :, :2], torch.cat([mask] * 2, -1), some, sequences):
         for model in (stock, ours):
-            with pytest.raises(RuntimeError, match="size of tensor|broadcast shape|expanded size"):
+            with pytest.raises(RuntimeError, match=r"(?i)size|shape"):
                 logits(model, ids, given.contiguous())
 
 
