@@ -105,13 +105,16 @@ def _steps(rows: list[Row], quality: list[Row]) -> list[str]:
 
 
 def _drafts(rows: list[Row]) -> list[str]:
+    """By the instructions of the processor."""
     alone = [row for row in rows if row["batch"] == 1]
-    found = {row["task"]: row for row in alone if row["system"] == "ngram"}
+    found = {(row["hardware"]["cpu_capability"], row["task"]): row for row in alone if row["system"] == "ngram"}
     lines = []
-    for task, text in TASKS.items():
-        if row := found.get(task):
-            speed = speculative_table.times_of(speculative_table.base_of(row, alone), row)
-            lines.append(line('`speculative="ngram"`', f"{text} by {row['shape']}", *_cells(speed, None, None)))
+    for capability in sorted({capability for capability, _ in found}, reverse=True):
+        for task, text in TASKS.items():
+            if row := found.get((capability, task)):
+                speed = speculative_table.times_of(speculative_table.base_of(row, alone), row)
+                where = f"{text} by {row['shape']}, {capability}"
+                lines.append(line('`speculative="ngram"`', where, *_cells(speed, None, None)))
     return lines
 
 
