@@ -46,7 +46,8 @@ def describe_mask(
     windowed = local_size is not None and kv_length >= local_size
     square = q_length == kv_length and not windowed and allow_is_causal_skip and q_offset == 0
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if (square or (both_ways and not windowed)) and (attention_mask is None or bool(attention_mask.all())):
+    whole = attention_mask is None or (attention_mask.shape[-1] >= kv_length and bool(attention_mask.all()))
+    if (square or (both_ways and not windowed)) and whole:  # keys beyond the end of a mask are not seen
         return None
 
     aligned = square and plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length)

@@ -75,3 +75,12 @@ def test_what_is_added_to_scores(family, pairs):
                 past = model(ids[:, :20], use_cache=True).past_key_values
                 found.append(model(ids[:, 20:], attention_mask=mask, past_key_values=past).logits)
         assert apart(found[1], found[0]) < 1e-4, name
+
+
+def test_keys_beyond_the_end_of_a_mask(pairs):
+    """They are not seen, as in stock; a text whose mask of all scores would be large."""
+    stock, ours = pairs("llama")
+    ids = prompt(length=530)
+    mask = torch.ones(1, 520, dtype=torch.long)
+    assert apart(logits(ours, ids, mask), logits(stock, ids, mask)) < 1e-4
+    assert apart(logits(ours, ids, mask), logits(ours, ids, None)) > 1e-2, "it matters"
