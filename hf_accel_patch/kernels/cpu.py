@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from hf_accel_patch.kernels import compiling
@@ -61,12 +62,13 @@ def readable(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def recorded_or_replaced() -> bool:
-    """Whether anything records or replaces the operators of PyTorch, which must then be all that computes. What notes
-    our calls beside them does not count."""
+    """Whether anything records or replaces the operators of PyTorch, which must then be all that computes; derivatives
+    that go forward beside them are such a thing. What notes our calls beside them does not count."""
     modes = _dispatch_modes()
     if modes == 1 and notes() is not None:
         modes = 0
-    return bool(torch.compiler.is_compiling() or modes or _tracing_state() or _transforms())
+    forward = forward_ad._current_level >= 0
+    return bool(torch.compiler.is_compiling() or modes or forward or _tracing_state() or _transforms())
 
 
 def linear_int4(kernels: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:

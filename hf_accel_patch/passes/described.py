@@ -91,6 +91,8 @@ def _carried(
     [B, T, S], which both leave alone."""
     recorded = traced()
     skip = not isinstance(q_offset, Tensor) and not recorded
+    if q_length == 1 and not isinstance(q_offset, Tensor):  # the first of a static cache, whose other places are empty
+        skip = skip and q_offset + 1 >= kv_offset + kv_length
     rest = {name: value for name, value in kwargs.items() if name != "config"}
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     content = describe_mask(*sizes, attention_mask, allow_is_causal_skip=skip, device=device, **rest)

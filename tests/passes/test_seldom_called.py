@@ -1,10 +1,13 @@
-"""Masks [B, 1, T, S] that a user gives: of every shape that stock takes, and none that it refuses."""
+"""What callers do with attention that programs seldom do: masks of their own, caches whose first call has one token,
+derivatives that go forward."""
 
 import copy
 
 import pytest
 import torch
 from cases import build, prompt
+from torch.autograd import forward_ad
+from transformers import DynamicCache, StaticCache
 
 from hf_accel_patch import patch
 
@@ -84,3 +87,43 @@ def test_keys_beyond_the_end_of_a_mask(pairs):
     mask = torch.ones(1, 520, dtype=torch.long)
     assert apart(logits(ours, ids, mask), logits(stock, ids, mask)) < 1e-4
     assert apart(logits(ours, ids, mask), logits(ours, ids, None)) > 1e-2, "it matters"
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("bloom", {}),
+        ("llama", {}),
+        ("mpt", {}),
+        ("falcon", {"alibi": False}),
+        ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),  # stock raises
+    ],
+)
+def test_a_static_cache_whose_first_call_has_one_token(family, options):
+    """Its other places are empty, and not seen."""
+    stock = build(family, **options)
+    ours, ids = patch(copy.deepcopy(stock)), prompt(length=4)
+    cache = StaticCache(config=ours.config, max_cache_len=32)
+    with torch.no_grad():
+        truth = stock(ids, use_cache=False).logits
+        found = [ours(ids[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
+    assert apart(torch.cat(found, 1), truth) < 1e-4
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_derivatives_that_go_forward(pieces):
+    """Kernels outside of PyTorch know nothing of them, so they compute nothing then."""
+    stock = build("gemma2").requires_grad_(False)
+    ours, ids = patch(copy.deepcopy(stock)), prompt(length=9)
+    embedded = stock.get_input_embeddings()(ids)
+    direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (stock, ours):
+        cache = DynamicCache(config=model.config)
+        with forward_ad.dual_level():
+            start = 8 if pieces == 2 else 0
+            if start:
+                model(ids[:, :start], past_key_values=cache)
+            given = forward_ad.make_dual(embedded[:, start:], direction[:, start:])
+            found.append(forward_ad.unpack_dual(model(inputs_embeds=given, past_key_values=cache).logits).tangent)
+    assert apart(found[1], found[0]) < 1e-4
