@@ -61,7 +61,7 @@ class Growing:
     def adopt(self, content: Tensor) -> None:
         """Become this content: a slice of `view()` stays where it is, anything else becomes the buffer."""
         buffer: Tensor | None = vars(self).get("buffer")
-        start = None if buffer is None else _start(content, buffer)
+        start = None if buffer is None or torch.compiler.is_compiling() else _start(content, buffer)
         if start is None:
             self.buffer, self.start, self.shared = content, 0, True
         else:

@@ -1,11 +1,12 @@
 """What callers do with attention that programs seldom do: masks of their own, caches whose first call has one token,
-derivatives that go forward."""
+derivatives that go forward, steps that are compiled on a cache that grows."""
 
 import copy
 
 import pytest
 import torch
 from cases import build, prompt
+from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from transformers import DynamicCache, StaticCache
 
@@ -127,3 +128,21 @@ def test_derivatives_that_go_forward(pieces):
             given = forward_ad.make_dual(embedded[:, start:], direction[:, start:])
             found.append(forward_ad.unpack_dual(model(inputs_embeds=given, past_key_values=cache).logits).tangent)
     assert apart(found[1], found[0]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_step_on_a_growing_cache_is_one_graph(family, pairs):
+    """Compiled, and with ordinary steps before and after it."""
+    ours, ids = pairs(family)[1], prompt(length=30)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, cache = torch.compile(ours, backend="eager", fullgraph=True), DynamicCache(config=ours.config)
+    with torch.no_grad():
+        truth = ours(ids).logits
+        found = [ours(ids[:, :20], past_key_values=cache).logits]
+        for place in range(20, 30):
+            call = compiled if 22 <= place < 27 else ours
+            found.append(call(ids[:, place : place + 1], past_key_values=cache).logits)
+    assert apart(torch.cat(found, 1), truth) < 1e-4
+    assert counters["stats"]["unique_graphs"] <= 2, "the second is for any length"
+    torch._dynamo.reset()
