@@ -117,8 +117,14 @@ def _values(p, codes, scales, group: tl.constexpr, VALUE: tl.constexpr, GROUPS: 
     rest = tl.sum(p * (minimum - 1024 * scale)[:, None], axis=0)
     terms = _parted(_terms(p * (scale / most)[:, None]), BITS)
     y = tl.zeros([N, 2 * p.shape[1]], tl.float32)
-    for part in tl.static_range(16 // BITS):
-        y = tl.dot(_numbers(words, part, BITS, ASM), terms[part], y)
+    if BITS == 8:
+        for part in tl.static_range(2):
+            y = tl.dot(_numbers(words, part, BITS, ASM), terms[part], y)
+    else:  # two parts at once: Triton gives each lane 8 of the 16 tokens of one, four lanes 32, and computes nonsense
+        for half in tl.static_range(2):
+            numbers = tl.join(_numbers(words, 2 * half, BITS, ASM), _numbers(words, 2 * half + 1, BITS, ASM))
+            both = tl.permute(tl.join(terms[2 * half], terms[2 * half + 1]), (0, 2, 1))
+            y = tl.dot(tl.reshape(numbers, [N, 32]), tl.reshape(both, [32, 2 * p.shape[1]]), y)
     return _folded(y) * most + rest[None, :]
 
 

@@ -311,6 +311,7 @@ def test_cuda_graphs_record_it(bits):
 
 
 COMPILES = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from hf_accel_patch.kernels import triton_decode as kernels, triton_decode_codes as codes
@@ -333,14 +334,20 @@ def compiled(kernel, type, sizes, warps, registers=None, word="u8"):
     source = triton.compiler.ASTSource(kernel, signature, sizes, attributes)
     binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps, maxnreg=registers))
     assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
+    for line in binary.asm["ttgir"].splitlines():  # what a lane gets of a row, four times, is within the row
+        if "tt.dot %" in line:
+            K, width = re.search(r": tensor<[0-9]+x(?:[0-9]+x)*?([0-9]+)x[a-z0-9]+, #ttg.dot_op.*?kWidth = ([0-9]+)", line).groups()
+            assert 4 * int(width) <= int(K), line
     return binary.asm
 
 
-for bits in (8, 4):
-    sizes = dict(k_r=128, v_r=128, D=128, V=128, GROUPS=8 // bits, BITS=bits, SPLIT=True, ROWS=4)
-    stages, fit = codes.STAGES[bits], codes.fit(4, 128)
+for bits, size in ((8, 64), (4, 64), (8, 128), (4, 128)):
+    sizes = dict(k_r=size, v_r=size, D=size, V=size, GROUPS=1 if bits == 8 else size // 64, BITS=bits, SPLIT=True, ROWS=4)
+    stages, fit = codes.STAGES[bits], codes.fit(4, size)
     sizes |= dict(N=16, STAGES=stages, ASM=True)
     asm = compiled(codes.attend_codes, "fp16", sizes, 1, kernels._registers(1, fit), "i32")
+    if size == 64:
+        continue
     assert asm["ptx"].count("cp.async.cg.shared.global") >= 2 * bits * stages
     assert asm["ptx"].count("lop3.b32") >= 256 and "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in asm["ptx"]
 
