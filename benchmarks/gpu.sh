@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Correctness and speed on a machine with a GPU, in a quarter of an hour, without network or installation.
+# Correctness and speed on a machine with a GPU, in less than twenty minutes, without network or installation.
 #
 #   OUT=results bash benchmarks/gpu.sh        # OUT: the folder for rows and logs (default: benchmarks/results)
 #   DEVICE=cpu SHAPE=tiny LARGE=tiny LONG=64 LAYERS=1 bash benchmarks/gpu.sh    # tries the script itself without a GPU
 #   PARTS="machine decode graphs" bash benchmarks/gpu.sh               # some parts only
 #
 # Every part has a time limit; one that fails or runs out of time is named in the summary, and the next one goes on. The
-# limits together are a quarter of an hour; PARTS chooses. What has no rows yet comes first. A system that is compared
+# limits together are twenty minutes; PARTS chooses. What has no rows yet comes first. A system that is compared
 # has a process of its own, which took 17 s on the machine of the rows to import, start CUDA and make a 1B model, and 25 s
 # with an 8B one; those of a part begin together. Triton compiles for seconds what it has not compiled
 # before, so what the benchmarks need is compiled beside the tests.
@@ -94,9 +94,9 @@ part kvcache 100 "$python" -m benchmarks.kvcache --device "$device" --out "$OUT/
     --caches exact int8 int4 --contexts "$((4 * long))" "$((16 * long))" --rounds 4 --load-limit 60 --limit 30 --run-limit 8
 part attention-decode 20 "$python" -m benchmarks.attention_decode --device "$device" --out "$OUT/gpu.jsonl" \
     --contexts "$((4 * long))" "$((16 * long))" "$((64 * long))"
-part speculative 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$large" \
+part speculative 150 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --shape "$large" \
     --parts held --held-prompts 2 --new 64 --rounds 3 --limit 60
-part ngram 75 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --parts generate \
+part ngram 150 "$python" -m benchmarks.speculative --device "$device" --out "$OUT/gpu.jsonl" --parts generate \
     --tasks editing unpredictable --systems stock stock-lookup exact ngram --batches 1 --prompts 6 --rounds 3 --limit 60
 part octocoder 60 "$python" -m benchmarks.octocoder --device "$device" --out "$OUT/gpu.jsonl" ${layers:+--layers "$layers"}
 decode decode 55 --shape "$shape" --systems stock exact int4 --rounds 4 --limit 40

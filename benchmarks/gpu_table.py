@@ -7,6 +7,7 @@ import json
 from statistics import median
 from typing import Any
 
+from benchmarks.cache_table import cache_markdown
 from benchmarks.table import line, markdown, number, origin
 
 Row = dict[str, Any]
@@ -32,22 +33,25 @@ CACHED = {
     "int8": "**int8**",
     "int4": "**int4**",
 }
+ALIKE = ("shape", "batch", "prompt", "length", "quantize")  # in a table
+APART = ("width", "context", "system", "scheme", "kind", "backend", "tile")  # its rows, as far as they have these
 OCTOCODER = ("weights", "GiB", "more while quantizing, GiB", "seconds")
 
 
 def gpu_markdown(rows: list[Row]) -> str:
-    """Rows of GPUs only. A group is what was measured alike, on one machine."""
+    """Rows of GPUs only. A group is what was measured alike, on one machine: the latest row of each."""
+    rows = sorted(rows, key=lambda row: str(row["run"]))
     tables = [markdown([row for row in rows if "part" not in row and row.get("decode_ms")])]
     parts = {"graphs": _steps, "attention-kernels": _kernels, "attention-tilings": _tilings}
     parts |= {"attention-decode": _decodes, "octocoder": _octocoder}
     for part, table in parts.items():
-        groups: dict[str, list[Row]] = {}
+        groups: dict[str, dict[str, Row]] = {}
         for row in rows:
             if row.get("part") == part and "reason" not in row:
-                alike = ("batch", "prompt", "length", "quantize")
-                same = [row["hardware"], row.get("shape"), *(row.get(name) for name in alike), bool(row.get("fused"))]
-                groups.setdefault(json.dumps(same), []).append(row)
-        tables += map(table, groups.values())
+                same = [row["hardware"], *map(row.get, ALIKE), bool(row.get("fused"))]
+                groups.setdefault(json.dumps(same), {})[json.dumps([*map(row.get, APART)])] = row
+        tables += [table(list(group.values())) for group in groups.values()]
+    tables.append(cache_markdown([row for row in rows if row.get("part") == "cache-decode"]))
     tables.append(linear_table([row for row in rows if row.get("part") == "linear-kernels"]))
     return "\n\n".join(filter(None, tables))
 

@@ -336,13 +336,14 @@ def compiled(kernel, type, sizes, warps, registers=None, word="u8"):
     assert binary.metadata.shared <= 99 << 10 and len(binary.asm["cubin"]), binary.metadata.shared
     for line in binary.asm["ttgir"].splitlines():  # what a lane gets of a row, four times, is within the row
         if "tt.dot %" in line:
-            K, width = re.search(r": tensor<[0-9]+x(?:[0-9]+x)*?([0-9]+)x[a-z0-9]+, #ttg.dot_op.*?kWidth = ([0-9]+)", line).groups()
-            assert 4 * int(width) <= int(K), line
+            row = re.search(r": tensor<[0-9x]*?([0-9]+)x[a-z][a-z0-9]*, #ttg.dot_op.*?kWidth = ([0-9]+)", line)
+            assert 4 * int(row[2]) <= int(row[1]), line
     return binary.asm
 
 
 for bits, size in ((8, 64), (4, 64), (8, 128), (4, 128)):
-    sizes = dict(k_r=size, v_r=size, D=size, V=size, GROUPS=1 if bits == 8 else size // 64, BITS=bits, SPLIT=True, ROWS=4)
+    groups = 1 if bits == 8 else size // 64
+    sizes = dict(k_r=size, v_r=size, D=size, V=size, GROUPS=groups, BITS=bits, SPLIT=True, ROWS=4)
     stages, fit = codes.STAGES[bits], codes.fit(4, size)
     sizes |= dict(N=16, STAGES=stages, ASM=True)
     asm = compiled(codes.attend_codes, "fp16", sizes, 1, kernels._registers(1, fit), "i32")

@@ -166,8 +166,8 @@ FUNCTIONS = {  # how many kernels and how many operators of PyTorch are left
     "softmax of what is the same in all columns": (
         lambda g: (torch.zeros(2, 64, device=ON) + g.x.float()[:, 0, :1]).softmax(-1), 1, 0),
     "compared with a rounded number": (
-        lambda g: (torch.full_like(g.x, 0.3) == 0.3) | (g.x > torch.tensor(0.3, device=ON)), 1, 0),
-    "rounded tensors": (lambda g: g.x + torch.tensor(0.3, device=ON) + torch.arange(1000, 1064, device=ON), 1, None),
+        lambda g: (torch.full_like(g.x, 0.3) == 0.3) | (g.x > torch.full((), 0.3, device=ON)), 1, 0),
+    "rounded tensors": (lambda g: g.x + torch.full((), 0.3, device=ON) + torch.arange(1000, 1064, device=ON), 1, None),
     "subtracted from": (lambda g: torch.rsub(g.x, g.y, alpha=2), 1, 0),
     "signs of zero": (lambda g: 1 / -torch.zeros_like(g.x), 1, 0),
     "quotients": (lambda g: g.x / g.y.abs().clamp_min(0.5) / 3, 1, 0),
