@@ -42,7 +42,7 @@ class Scores:
     dropout: str  # the nn.Dropout
     window: Callable[[Any], int | None] = lambda module: None  # keys that a query sees
     listed: bool = False  # keys come transposed, causality is the method's own, and it answers a list (OpenAI GPT)
-    causal: bool = False  # additive masks come on top of a causal one and of the window, by places in the cache
+    own_mask: bool = False  # causal, by places in the cache: additive masks come on top of it and of the window
     mask_scale: Callable[[Any], float] = lambda module: 1.0  # of additive masks
 
 
@@ -169,7 +169,7 @@ CLASSES: dict[str, Handwritten] = {
         scale=lambda module: 1.0,
         dropout="attn_dropout",
         window=lambda module: module.config.window_size if module.attention_type == "local" else None,
-        causal=True,
+        own_mask=True,
     ),
     "GPTNeoXJapaneseAttention": Scores(lambda module: 1 / float(module.norm_factor), "attention_dropout"),
     "openai.Attention": Scores(

@@ -84,7 +84,7 @@ class WithScores(Asking):
         window = how.window(self)
         if type(mask) is Tensor and mask.is_floating_point():  # a user's
             mask = mask * how.mask_scale(self)
-            if how.causal:
+            if how.own_mask:
                 mask, window = _under(mask, query.shape[2], key.shape[2], window), None
         if window is not None:
             key, value, mask = _windowed(query, key, value, mask, window)
