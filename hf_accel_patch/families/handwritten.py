@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -76,7 +75,6 @@ class Layer:
 Handwritten = Scores | Whole | Layer
 
 
-@cache
 def bloom_slopes(heads: int) -> tuple[float, ...]:
     """Powers of 2 ** (-8 / n) for the largest power of two n, and for the heads beyond it odd powers of its root."""
     n = 2 ** math.floor(math.log2(heads))
@@ -84,7 +82,6 @@ def bloom_slopes(heads: int) -> tuple[float, ...]:
     return tuple(first + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)])
 
 
-@cache
 def mpt_slopes(heads: int) -> tuple[float, ...]:
     """Powers of 2 ** (-8 / n) for the next power of two n; where there are fewer heads, every second one first."""
     n = 2 ** math.ceil(math.log2(heads))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ THETA = 10000.0  # of all of them
 SCALED_TABLE = "_hf_accel_table"  # on a module: its `ScaledTable`
 
 _needed: ContextVar[int] = ContextVar("hf_accel_positions_needed", default=0)
+
+
+class _Traced:
+    """The same under torch.compile, which can read no ContextVar; its graphs read longer tables as attributes."""
+
+    needed = 0
+
+
+_traced, _numbers = _Traced(), dict[Any, int]()
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ def growing(kind: Any) -> Any:
     @functools.wraps(stock)
     def with_buffer(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
+        if torch.compiler.is_compiling():
+            _traced.needed = _traced_positions(given, getattr(self, "layer_idx", 0)) if counts else 0
+            output = stock(self, *args, **kwargs)
+            _traced.needed = 0
+            return output
         token = _needed.set(_positions(given, vars(self).get("layer_idx"), counts))
         try:
             return stock(self, *args, **kwargs)
@@ -86,17 +100,16 @@ def growing(kind: Any) -> Any:
         last = first + input_ids_shape[1]
         held: Tensor = self.weight
         scaled = vars(self).get(SCALED_TABLE)
-        if scaled is None and (position_ids is not None or last <= len(held) or torch.compiler.is_compiling()):
+        if scaled is None and (position_ids is not None or last <= len(held)):
             return stock(self, input_ids_shape, first, position_ids)
-        made = _longer(scaled or _makes(kind), _room(max(last, len(held))), held.shape[1], held.dtype, held.device)
+        made = _with_room(held, scaled or _makes(kind), last)
         return made[first:last] if position_ids is None else made[position_ids]
 
     def table(self: Any) -> Tensor:
         held: Tensor = self._buffers[TABLE]
-        needed, scaled = _needed.get(), vars(self).get(SCALED_TABLE)
-        if scaled is None and needed <= len(held):
-            return held
-        return _longer(scaled or _makes(kind), _room(max(needed, len(held))), held.shape[1], held.dtype, held.device)
+        needed = _traced.needed if torch.compiler.is_compiling() else _needed.get()
+        scaled = vars(self).get(SCALED_TABLE)
+        return held if scaled is None and needed <= len(held) else _with_room(held, scaled or _makes(kind), needed)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Classes made at run time are made again where a pickle is read."""
@@ -161,8 +174,29 @@ def _positions(given: dict[str, Any], layer: int | None, counts: bool) -> int:
     return positions.shape[-1] + (past.get_seq_length(layer) if isinstance(past, Cache) else 0)
 
 
+def _traced_positions(given: dict[str, Any], layer: int) -> int:
+    """How many positions a call reaches if none is left out, as a size that torch.compile knows."""
+    positions, past = given.get("position_ids"), given_cache(given)
+    if positions is None:
+        return 0
+    held = past.get_seq_length(layer) if isinstance(past, Cache) else 0
+    if isinstance(held, Tensor):  # of a static cache, which has an end
+        return past.layers[layer].max_cache_len
+    return positions.shape[-1] + held
+
+
+def _with_room(held: Tensor, make: Any, needed: int) -> Tensor:
+    """A table for so many positions and no fewer than in this one; up to twice as many, so that it is made seldom."""
+    if not torch.compiler.is_compiling():
+        return _longer(make, _room(max(needed, len(held))), held.shape[1], held.dtype, held.device)
+    rows = len(held)
+    while rows < needed:  # each comparison is a length up to which a graph serves
+        rows *= 2
+    return cast(Tensor, getattr(_traced, _traced_table(make, rows, held.shape[1], held.dtype, held.device)))
+
+
 def _room(positions: int) -> int:
-    """The next power of two, so that a table is made seldom."""
+    """The next power of two."""
     return 1 << (positions - 1).bit_length()
 
 
@@ -171,3 +205,11 @@ def _longer(make: Any, positions: int, channels: int, dtype: torch.dtype, device
     with torch.device("cpu"):
         table: Tensor = make(positions, channels)
     return table.to(device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_table(*given: Any) -> str:
+    """The attribute where a table is: as a constant itself, it would be one of unknown sizes in a graph for any."""
+    name = f"table{_numbers.setdefault(given, len(_numbers))}"
+    setattr(_traced, name, _longer(*given))
+    return name

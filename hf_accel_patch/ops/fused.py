@@ -30,8 +30,10 @@ def fused_attention(
     Where PyTorch would store all scores, the heads of a group become rows, or under `causal` a call each."""
     (B, H, T, D), K = query.shape, key.shape[1]
     attend = F.scaled_dot_product_attention
-    if H == K or not _groups_store_scores(query, key, value, mask, dropout, causal):
-        return attend(query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=H != K)
+    if H == K:  # said apart, for torch.compile knows this and cannot hand `H != K` on
+        return attend(query, key, value, mask, dropout, is_causal=causal, scale=scale)
+    if not _groups_store_scores(query, key, value, mask, dropout, causal):
+        return attend(query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=True)
     if causal:
         heads = query.reshape(B, K, H // K, T, D).unbind(2)
         each = [attend(q, key, value, None, dropout, is_causal=True, scale=scale) for q in heads]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask
 from hf_accel_patch.ops.lazy import Lazy
 
 Build = Callable[[int, int, int, int], Tensor]
@@ -153,3 +154,12 @@ def contiguous_runs(padding: Tensor) -> list[tuple[int, int]] | None:
     whole = (stops - starts == counts) | (counts == 0)
     rows = torch.stack([starts, starts + counts, whole], dim=-1).tolist()
     return [(start, stop) for start, stop, _ in rows] if all(row[2] for row in rows) else None
+
+
+def mask_of(mask: Tensor | None, keys: int, causal: bool, device: torch.device) -> Mask:
+    """What an attention function was given, as our own functions take it."""
+    if isinstance(mask, DescribedMask):
+        return mask
+    if mask is not None:
+        return Dense(mask)
+    return Causal(keys, device) if causal else Everything(keys)

@@ -26,6 +26,7 @@ from hf_accel_patch.families.handwritten import (
 )
 from hf_accel_patch.journal import Journal
 from hf_accel_patch.kernels.noting import notes
+from hf_accel_patch.ops.attended import attended
 from hf_accel_patch.ops.attention import attend, scored
 from hf_accel_patch.ops.backends import BACKENDS, DECODED_ROWS, Asked, Backend, attend_by, missing
 from hf_accel_patch.ops.case import Dense, Variant
@@ -33,12 +34,12 @@ from hf_accel_patch.ops.decode import MOST_TOKENS, attend_cached, attend_stored
 from hf_accel_patch.ops.fused import fused_attention
 from hf_accel_patch.ops.graphs import recording
 from hf_accel_patch.ops.latent import Latent, attend_latents
-from hf_accel_patch.ops.mask import DescribedMask
+from hf_accel_patch.ops.mask import DescribedMask, mask_of
 from hf_accel_patch.ops.stored import Stored
 from hf_accel_patch.ops.unattended import unattended, unattended_biased, unattended_parts
 from hf_accel_patch.passes.attention_backend import BACKEND, asked_by, chosen, refuse, used
 from hf_accel_patch.passes.batching import init_continuous_batching, refuse_continuous_batching
-from hf_accel_patch.passes.described import describe_mask, fitting, mask_of, traced
+from hf_accel_patch.passes.described import describe_mask, fitting, traced
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY, KEY, Replaced, replacement
 from hf_accel_patch.passes.latent import absorb, latent_modules
 from hf_accel_patch.plan import Skip, Step
@@ -165,7 +166,8 @@ def attention_forward(
     T, S = query.shape[2], key.shape[2]
     attention_mask = fitting(attention_mask, (*query.shape[:3], S))
     config = getattr(module, "config", None)
-    answer = kwargs.get("output_attentions") or getattr(config, "output_attentions", False) or weights_collected()
+    told = kwargs.get("output_attentions")
+    answer = told or getattr(config, "output_attentions", False) or (told is None and weights_collected())
     latents = key.latents if isinstance(key, Latent) and isinstance(value, Latent) else None
     if latents is not None and (answer or dropout or (T > 1 and attention_mask is None) or not latents.stay(T)):
         (key, value), latents = latents.expanded, None
@@ -173,7 +175,7 @@ def attention_forward(
     if query.is_meta and not answer:  # only planned
         plain = softcap is None and sinks is None and (s_aux is None or position_bias is None)
         if stored is not None:
-            mask = mask_of(attention_mask, T, S, False, query.device)
+            mask = mask_of(attention_mask, S, False, query.device)
             return unattended_parts(query, stored, mask, softcap), None
         if isinstance(attention_mask, DescribedMask) and not attention_mask.square and plain:
             if position_bias is not None and key.shape[-1] == value.shape[-1]:
@@ -194,9 +196,9 @@ def attention_forward(
         sinks = s_aux.reshape(1, -1, 1, 1)
     variant = Variant(scale, dropout, softcap, sinks, position_bias)
     if latents is not None:
-        return attend_latents(query, latents, mask_of(attention_mask, T, S, causal, query.device), variant), None
+        return attend_latents(query, latents, mask_of(attention_mask, S, causal, query.device), variant), None
     if stored is not None:
-        return attend_stored(query, stored, mask_of(attention_mask, T, S, causal, query.device), variant), None
+        return attend_stored(query, stored, mask_of(attention_mask, S, causal, query.device), variant), None
     asked = asked_by(module)
     if recording() and T <= MOST_TOKENS and not answer and attention_mask is not None:
         if (output := _split(asked, query, key, value, attention_mask, variant)) is not None:
@@ -204,7 +206,7 @@ def attention_forward(
         asked = Asked("torch")  # others wait for the device, to learn what a mask says
     elsewhere = query.is_cuda and T > MOST_TOKENS if asked.backend == "auto" else asked.backend != "torch"
     if elsewhere and not answer and not traced():
-        mask = mask_of(attention_mask, T, S, causal, query.device)
+        mask = mask_of(attention_mask, S, causal, query.device)
         if (output := attend_by(asked, query, key, value, mask, variant)) is not None:
             return output, None
     if T <= MOST_TOKENS and not causal and not answer and not isinstance(attention_mask, DescribedMask):
@@ -216,7 +218,10 @@ def attention_forward(
         elements = SCORE_ELEMENTS if query.is_cpu else GPU_SCORE_ELEMENTS
         if not described and (key.shape[-1] == value.shape[-1] or T * S * query.shape[1] <= elements):
             return _direct(query, key, value, attention_mask, dropout, scale, causal), None
-    mask = mask_of(attention_mask, T, S, causal, query.device)
+    graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if graph and not (answer or dropout or torch.is_grad_enabled()):
+        return attended(query, key, value, attention_mask, causal, scale, softcap, sinks, position_bias), None
+    mask = mask_of(attention_mask, S, causal, query.device)
     if answer:
         output, weights = scored(query, key, value, mask.block(0, T, 0, S), position_bias, variant)
         return output.transpose(1, 2).contiguous(), weights

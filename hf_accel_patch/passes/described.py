@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_accel_patch.families.handwritten import CHANGES_MASKS
-from hf_accel_patch.ops.case import Causal, Dense, Everything, Mask
 from hf_accel_patch.ops.decode import MOST_TOKENS
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs
 
@@ -99,15 +98,6 @@ def _carried(
     if recorded and content is not None:
         return content[:, 0]
     return Carried(content, (batch_size, q_length, kv_length), torch.device(device))
-
-
-def mask_of(mask: Tensor | None, T: int, S: int, causal: bool, device: torch.device) -> Mask:
-    """What an attention function was given, as our own functions take it."""
-    if isinstance(mask, DescribedMask):
-        return mask
-    if mask is not None:
-        return Dense(mask)
-    return Causal(S, device) if causal else Everything(S)
 
 
 def fitting(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

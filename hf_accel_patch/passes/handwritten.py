@@ -19,10 +19,11 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel_patch.compat import given_cache
-from hf_accel_patch.families.handwritten import Layer, Scores, Whole, handwritten, without_shared
+from hf_accel_patch.families.handwritten import Layer, Scores, Slopes, Whole, handwritten, without_shared
 from hf_accel_patch.families.tables import growing
 from hf_accel_patch.ops.mask import Carried, DescribedMask, contiguous_runs, last_keys
 from hf_accel_patch.ops.stored import Stored
+from hf_accel_patch.passes.described import traced
 
 KEY = "hf_accel_patch"  # in transformers' registries; names with "flash", "sdpa" or "/" mean something there
 EXTENDED_KEY = f"{KEY}_extended"  # the same, for positions in groups
@@ -219,11 +220,19 @@ def _alibi(how: Whole, query: Tensor, key: Tensor, mask: Tensor | None, given: T
             positions = torch.arange(1 - S, 1, device=query.device)
         else:
             positions = (seen.cumsum(-1) - seen.sum(-1, keepdim=True))[:, None, None]
-        return torch.tensor(how.slopes(H), device=query.device)[None, :, None, None] * positions
+        slopes = torch.tensor(how.slopes(H), device=query.device) if traced() else _slopes(how.slopes, H, query.device)
+        return slopes[None, :, None, None] * positions
     if given is None or given.ndim == 4:  # then it is in the mask already, which a user gave
         return None
     row = given.view(B, H, 1, -1).float() / math.sqrt(D)
     return F.pad(row, (0, S - row.shape[-1])) if row.shape[-1] < S else row  # room of a static cache, never seen
+
+
+@cache
+def _slopes(made: Slopes, heads: int, device: torch.device) -> Tensor:
+    """Copied once: no CUDA graph records a copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(made(heads), device=device)
 
 
 def _seen(mask: Tensor | None) -> Tensor | None:
@@ -252,11 +261,12 @@ def _windowed(
         return key, value, mask.masked_fill(~last_keys(mask > lowest / 2, window), lowest)
     if T == 1 and not isinstance(key, Stored):
         return key[:, :, -window:], value[:, :, -window:], None
-    return key, value, _causal(T, S, query.device).windowed(window)
+    return _windowed(query, key, value, _causal(T, S, query.device), window)
 
 
-def _causal(T: int, S: int, device: torch.device, padding: Tensor | None = None) -> DescribedMask:
-    """Queries from the first key on, or one query at the last key. `padding`: the keys that are seen, bool [B, S]."""
+def _causal(T: int, S: int, device: torch.device, padding: Tensor | None = None) -> Tensor:
+    """Queries from the first key on, or one query at the last key, described, but for a graph that is being traced.
+    `padding`: the keys that are seen, bool [B, S]."""
     offset = S - T if T == 1 else 0
 
     def build(start: int, stop: int, first: int, last: int) -> Tensor:
@@ -264,6 +274,8 @@ def _causal(T: int, S: int, device: torch.device, padding: Tensor | None = None)
         seen = (torch.arange(first, last, device=device) <= rows)[None, None]
         return seen if padding is None else seen & padding[:, None, None, first:last]
 
+    if traced():
+        return build(0, T, 0, S)
     shape = (1 if padding is None else len(padding), 1, T, S)
     if padding is None:
         return DescribedMask(shape, device, build, offset=offset, causal=True)

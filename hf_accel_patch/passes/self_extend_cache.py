@@ -22,9 +22,10 @@ from hf_accel_patch.families.rotation import Rotation
 from hf_accel_patch.ops.case import Variant
 from hf_accel_patch.ops.grouped import Grouping, Keys, attend_grouped, scored_grouped
 from hf_accel_patch.ops.lazy import Lazy
+from hf_accel_patch.ops.mask import mask_of
 from hf_accel_patch.ops.rope import Lengths
 from hf_accel_patch.passes.attention import attention_forward
-from hf_accel_patch.passes.described import describe_mask, mask_of
+from hf_accel_patch.passes.described import describe_mask
 from hf_accel_patch.passes.handwritten import EXTENDED_KEY
 from hf_accel_patch.passes.layers import InPlaceLayer
 from hf_accel_patch.passes.placed import PlacedLayer, Places, Rotated, fresh
@@ -187,7 +188,7 @@ def extended_forward(
     query = how.sharpened(query, turn)
     far_query = how.rotated(query, turn, "queries")
     keys = key.keys if isinstance(key, HeldKeys) else Keys((how.rotated(key[:, :, : S - window], turn, "keys"),), key)
-    mask = mask_of(attention_mask, T, S, T > 1 and attention_mask is None, query.device)
+    mask = mask_of(attention_mask, S, T > 1 and attention_mask is None, query.device)
     given = query, far_query, keys, value, mask, _variant(query, options), window
     if options.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         output, weights = scored_grouped(*given)
