@@ -19,11 +19,11 @@ from torch import Tensor
 
 from hf_accel_patch.kernels import triton_prefill
 from hf_accel_patch.kernels.triton_prefill import approximates, room, shared_memory, strides
-from hf_accel_patch.kernels.triton_prefill_parts import LOG2E, bounds, load_rows, to_scores, unit_of
+from hf_accel_patch.kernels.triton_prefill_parts import BIAS_ROOM, LOG2E, bounds, load_rows, to_scores, unit_of
 
 
 @triton.jit
-def _gradient(q, k, v, do, bias, lse, delta, column, seen, scale, cap, S, FAST: tl.constexpr):
+def _gradient(q, k, v, do, bias, lse, delta, column, seen, scale, cap, FAST: tl.constexpr):
     """Of queries [M, DP], keys [N, DP], values [N, VP] and output gradients [M, VP]: the weights, and the gradient of
     the scores, [M, N]."""
     scores = to_scores(tl.dot(q, tl.trans(k), input_precision="tf32x3"), scale, cap, FAST)
@@ -32,7 +32,7 @@ def _gradient(q, k, v, do, bias, lse, delta, column, seen, scale, cap, S, FAST: 
         slope = scale - scale * (scores * scores)
     logits = scores * unit_of(scale, cap)
     if bias is not None:
-        logits += tl.load(bias + column, mask=column < S, other=0)[None, :] * LOG2E
+        logits += tl.load(bias + column)[None, :]
     p = tl.where(seen, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="tf32x3")
     return p, p * (dp - delta[:, None]) * slope
@@ -54,7 +54,7 @@ def _backward_queries(
     k += batch * k_b + head // G * k_k
     v += batch * v_b + head // G * v_k
     if bias is not None:
-        bias += batch * bias_b + head * bias_h
+        bias += tl.multiple_of(batch * bias_b + head * bias_h, BIAS_ROOM)
     first, last, start, stop, _inner, _outer = bounds(seen + batch * seen_b, row, T, S, N)
     queries = load_rows(q + batch * q_b + head * q_h, tile * M, q_t, T, D, M, DP, False)
     wanted = load_rows(do + (batch * T * H + head) * V, tile * M, H * V, T, V, M, VP, False)
@@ -62,11 +62,11 @@ def _backward_queries(
     mean = tl.load(delta + line * T + row, mask=row < T, other=0)
     sums = tl.zeros([M, DP], tl.float32)
     for begin in tl.range(start, stop, N, num_stages=STAGES):
-        column = begin + tl.arange(0, N)
+        column = tl.multiple_of(begin, N) + tl.arange(0, N)
         keys = load_rows(k, begin, k_s, S, D, N, DP, False)
         values = load_rows(v, begin, v_s, S, V, N, VP, False)
         sees = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-        _p, ds = _gradient(queries, keys, values, wanted, bias, norm, mean, column, sees, scale, cap, S, FAST)
+        _p, ds = _gradient(queries, keys, values, wanted, bias, norm, mean, column, sees, scale, cap, FAST)
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision="tf32x3")
     d = tl.arange(0, DP)[None, :]
     tl.store(dq + (line * T + row)[:, None] * D + d, sums.to(dq.dtype.element_ty), mask=(row < T)[:, None] & (d < D))
@@ -97,7 +97,7 @@ def _backward_keys(
         one = batch * H + head
         added = bias
         if bias is not None:
-            added = bias + batch * bias_b + head * bias_h
+            added = bias + tl.multiple_of(batch * bias_b + head * bias_h, BIAS_ROOM)
         for tile in tl.range(start, stop, num_stages=STAGES):
             row = tile * M + tl.arange(0, M)
             first = tl.load(seen + row * 2, mask=row < T, other=0)
@@ -107,7 +107,7 @@ def _backward_keys(
             norm = tl.load(lse + one * T + row, mask=row < T, other=0)
             mean = tl.load(delta + one * T + row, mask=row < T, other=0)
             sees = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            p, ds = _gradient(queries, keys, values, wanted, added, norm, mean, column, sees, scale, cap, S, FAST)
+            p, ds = _gradient(queries, keys, values, wanted, added, norm, mean, column, sees, scale, cap, FAST)
             dvs = tl.dot(tl.trans(p.to(wanted.dtype)), wanted, dvs, input_precision="tf32x3")
             dks = tl.dot(tl.trans(ds.to(queries.dtype)), queries, dks, input_precision="tf32x3")
     at, live = (line * S + column)[:, None], (column < S)[:, None]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+BIAS_ROOM = tl.constexpr(128)  # rows of a bias are multiples of this, as long as the largest block of keys
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Attention of many queries in Triton against float64: on the GPU, or interpreted where there is none."""
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -149,6 +150,7 @@ OPTIONS = {
     "no sink": {"sinks": torch.tensor([0.0, -torch.inf, 3.0, -5.0])},
     "ALiBi": {"bias": row(4, 40)},
     "a row per head": {"bias": normal(1, 4, 1, 40, seed=6)},
+    "rows that lie between each other": {"bias": normal(1, 40, 1, 4, seed=6).transpose(1, 3)},
     "all": {"softcap": 2.0, "sinks": normal(4, seed=5), "bias": row(4, 40)},
 }
 
@@ -295,6 +297,14 @@ def test_what_the_kernels_cannot_read():
     with pytest.raises(TypeError, match=r"the bias is torch.float32 \[1, 1, 3, 3\]; it must be torch.float32, one row"):
         kernels.attend(q, k, k, seen, 1.0, bias=torch.zeros(1, 1, 3, 3, device=DEVICE))
     assert kernels.attend(q[:0], k[:0], k[:0], seen, 1.0)[0].shape == (0, 3, 2, 16)
+
+
+@pytest.mark.parametrize("length", [128, 130])
+def test_rows_of_a_bias_are_read_in_whole_blocks(length):
+    bias = normal(2, length, 1, 3).transpose(1, 3)
+    prepared = kernels.prepared(bias)
+    assert prepared.is_contiguous() and prepared.shape == (2, 3, 1, -(-length // 128) * 128)
+    assert torch.allclose(prepared[..., :length] / math.log2(math.e), bias) and not prepared[..., length:].any()
 
 
 COMPILES = """
