@@ -114,10 +114,10 @@ def _weight(skeleton: PreTrainedModel, layer: str, module: str, leaf: str) -> We
         found = linear_weights(skeleton.get_submodule(module))
     except AttributeError:
         raise UnsupportedModel(f"the checkpoint has a quantized layer {layer}, which this model lacks") from None
-    if isinstance(found, str) or found[0] not in ("linear", "experts"):
+    if isinstance(found, str) or found[0] not in ("linear", "transposed", "experts"):
         raise UnsupportedModel(f"the checkpoint has quantized {layer}, which is no nn.Linear here")
     weight = next((each for each in found[1] if each.name == leaf), None)
-    if weight is None or weight.transposed:
+    if weight is None or (weight.transposed and weight.experts):  # a Conv1D's is quantized as an nn.Linear's, [N, K]
         raise UnsupportedModel(f"the checkpoint has quantized {layer}, which {module} holds in another way")
     return weight
 

@@ -228,6 +228,33 @@ def test_they_can_be_saved_as_ours(name, tmp_path):
     assert model.dtype == torch.float16 and torch.equal(logits(again, prompt()), logits(model, prompt()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "awq"])  # which knows no such layer
+def test_layers_that_hold_their_weights_transposed(name, tmp_path):
+    """GPT-2's `Conv1D` are [K, N]; other quantizers quantize and write [N, K]."""
+    config = transformers.GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=4, n_positions=128)
+    stock = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    (make, how), tensors, generator = FORMATS[name], {}, torch.Generator().manual_seed(0)
+    for key, parameter in stock.named_parameters():
+        layer = key.removesuffix(".weight")
+        if layer.endswith(("c_attn", "c_proj", "c_fc")):
+            dense, parts = make(parameter.T, generator)
+            parameter.copy_(dense.T)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        else:
+            tensors[key] = parameter.copy_(parameter.half()).half()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    described = config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(described | {"quantization_config": how}))
+    ours, expected = load(tmp_path, dtype=torch.float32), logits(stock, prompt())
+    assert (logits(ours, prompt()) - expected).std() < BFLOAT16 * expected.std()
+    row = next(row for row in report(ours).to_dict()["passes"] if row["pass"] == "quantize")
+    assert row["weights"] == 8
+    ours.save_pretrained(tmp_path / "ours")
+    again = load(tmp_path / "ours", dtype=torch.float32)
+    assert torch.equal(logits(again, prompt()), logits(ours, prompt()))
+
+
 def test_its_generation_config_is_read(tmp_path):
     write(tmp_path, "gptq")
     transformers.GenerationConfig(temperature=0.3, do_sample=True).save_pretrained(tmp_path)
