@@ -102,7 +102,7 @@ def weighed(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask if keep else scores.add_(mask).clamp_(min=torch.finfo(scores.dtype).min)
     elif mask is not None:
-        lowest = torch.finfo(dtype).min
+        lowest = max(torch.finfo(dtype).min, torch.finfo(scores.dtype).min)  # of float64, no float32
         scores = scores.masked_fill(~mask, lowest) if keep else scores.masked_fill_(~mask, lowest)
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)

@@ -64,7 +64,7 @@ class Notes:
     entries: list[Operator | Plain] = field(default_factory=list)
     made: dict[int, Tensor] = field(default_factory=dict)  # kept, so that no address comes twice
     given: list[weakref.ref[Tensor]] = field(default_factory=list)  # what the function has got of it
-    constants: set[int] = field(default_factory=set)  # that were made from numbers of the host
+    constants: dict[int, Tensor] = field(default_factory=dict)  # made from numbers of the host; kept for the same
     made_bytes: int = 0
     kept_bytes: int = 0  # of them, what operators of PyTorch give
 
@@ -104,7 +104,7 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             notes.made_bytes += each.untyped_storage().nbytes()
         notes.given += [weakref.ref(each) for each in outputs if address(each) in notes.made]
         if func is torch.ops.aten.lift_fresh.default:
-            notes.constants.add(address(outputs[0]))
+            notes.constants[address(outputs[0])] = outputs[0].detach()
         if torch.Tag.inplace_view in tags:
             return result  # what it says of a tensor is noted where that is used
         if not fresh and not func._schema.is_mutable:

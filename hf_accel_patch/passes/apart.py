@@ -85,6 +85,10 @@ def why_together(model: PreTrainedModel, chooser: Chooser, cache: Cache, model_k
         return "its attention may not take a mask of its own for each token"
     if chooser.bounds.lengths:
         return "its positions depend on the length of the text"
+    if chooser.before:
+        return "its table of positions ends, and they are not those of the tokens that are given"
+    if chooser.foreign:
+        return "a logits processor of the caller's may compare sequences, those that have ended too"
     if chooser.answers:
         return "scores, logits or the cache are asked for, of all tokens"
     if other := {name for name, value in model_kwargs.items() if value is not None} - KNOWN:

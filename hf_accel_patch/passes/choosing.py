@@ -113,7 +113,9 @@ class Chooser:
     ) -> None:
         self.input_ids, self.finished = input_ids, False
         self.processor, self.criteria, self.streamer = _processing(logits_processor), stopping_criteria, streamer
+        self.foreign = any(not type(each).__module__.startswith("transformers.") for each in logits_processor)
         self.bounds = bounds
+        self.before: int | None = None  # positions that tokens have which are not in input_ids; None: not known yet
         self.end = min(filter(None, (stopping_criteria.max_length, bounds.positions)), default=0)  # of text and drafts
         self.samples = generation_config.do_sample
         self.answers = bool(generation_config.return_dict_in_generate)
@@ -151,16 +153,28 @@ class Chooser:
 
     def room(self, model_kwargs: Mapping[str, Any]) -> int:
         """How many tokens may follow the next one; 0 if nothing says so. `model_kwargs`: of the next pass."""
-        room = max(0, self.end - self.input_ids.shape[1] - 1) if self.criteria.max_length else 0
-        if not room or not self.bounds.lengths:
+        room, length = 0, self.input_ids.shape[1]
+        if self.criteria.max_length:
+            room = max(0, self.end - length - 1)
+        if not room or not (self.bounds.lengths or self.bounds.positions):
             return room
-        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-        texts = {self.input_ids.shape[1]}  # Phi-3 counts padding
-        if positions is not None and positions.ndim == 2:
-            texts |= set((positions.amax(-1) + 1).tolist())
-        elif mask is not None and mask.ndim == 2:
-            texts |= set(mask.sum(-1).tolist())
-        return min(room, self.bounds.within(texts))
+        if self.bounds.positions:
+            if self.before is None:
+                self.before = max(0, max(_texts(model_kwargs), default=0) - length)
+            room = max(0, min(room, self.bounds.positions - self.before - length))
+        if self.bounds.lengths:
+            room = min(room, self.bounds.within({length, *_texts(model_kwargs)}))  # Phi-3 counts padding
+        return room
+
+
+def _texts(model_kwargs: Mapping[str, Any]) -> set[int]:
+    """How long texts are with the tokens of the next pass, as far as it says so."""
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is not None and positions.ndim == 2:
+        return set((positions.amax(-1) + 1).tolist())
+    if mask is not None and mask.ndim == 2:
+        return set(mask.sum(-1).tolist())
+    return set()
 
 
 def _processing(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:

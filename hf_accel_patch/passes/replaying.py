@@ -21,7 +21,8 @@ from hf_accel_patch.ops.agreeing import agree
 from hf_accel_patch.ops.graphs import Recorder, marked
 from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.ops.refusing import Refused, overheard
-from hf_accel_patch.passes.layers import InPlaceLayer, InPlaceSlidingWindowLayer, Places, _InPlace
+from hf_accel_patch.passes.layers import Places, _InPlace
+from hf_accel_patch.passes.recordable import masks, unfit
 from hf_accel_patch.passes.rooms import SPARE, Of, Pass, Room, Step, reserve, token_bytes, visible
 
 logger = get_logger(__name__)
@@ -152,7 +153,7 @@ class Decoding:
         if reason := self._unfit():
             return self._refuse(reason, given.plain)
         if room is None or room.capacity < given.stop + SPARE or not room.holds(layers):
-            if reason := unfit(given.cache):
+            if reason := unfit(given.cache, self.model):
                 return self._refuse(reason, given.plain)
             self.moves += room is not None and room.capacity >= given.stop + SPARE
             if self.moves > MOVES:
@@ -211,6 +212,9 @@ class Decoding:
             self.other = ", ".join(sorted(returned - {"logits", CACHE}))
             return outputs
         size = min(room.capacity, visible(given.stop + max(NEAR, min(self._to_come(given.stop), AHEAD))))
+        places = (placed for layer in given.cache.layers for placed in layer.placed())
+        entries = [each.view()[..., -given.tokens.shape[1] :, :] for each in places]
+        kept = [each.clone() for each in entries]
         try:
             room.fill(width, given)
             with self.graphs.lock, marked():
@@ -218,6 +222,9 @@ class Decoding:
         except Exception as error:
             self.graphs.stop(_line(error), refused=isinstance(error, Refused))
             return outputs
+        finally:  # whatever was recorded has written these too, and is compared with the model only when it is replayed
+            for each, entry in zip(entries, kept, strict=True):
+                each.copy_(entry)
         room.add(width, size, Step(recorded, type(outputs)), self.of)
         self.graphs.counts["recorded"] += 1
         if recorded.fused:
@@ -261,37 +268,6 @@ class Decoding:
         if reason := overheard():
             return reason
         return f"the model returns {self.other}" if self.other else ""
-
-
-def masks(model: PreTrainedModel, room: Room, places: Tensor, size: int, cache: Any) -> Any:
-    """What tokens at `places` [B, T] see of the first `size` entries, [B, 1, T, S], as the model takes it: by the kind
-    of layer where there are two."""
-    columns, seen = room.columns[:size], room.seen[:, None, :size]
-    mask, found = (columns <= places[:, :, None]) & seen, {}
-    for layer in cache.layers:
-        kind = "sliding_attention" if layer.is_sliding else "full_attention"
-        if kind not in found:
-            part = mask & (columns > places[:, :, None] - layer.sliding_window) if layer.is_sliding else mask
-            if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
-                added = torch.zeros(part.shape, dtype=model.dtype, device=part.device)
-                part = added.masked_fill(~part, torch.finfo(model.dtype).min)
-            found[kind] = part[:, None]
-    return found if len(found) > 1 else next(iter(found.values()))
-
-
-def unfit(cache: Any) -> str:
-    """Why passes over this cache are not recorded."""
-    if cache.offloading:
-        return "the cache offloads itself"
-    for layer in cache.layers:
-        if type(layer) not in (InPlaceLayer, InPlaceSlidingWindowLayer):
-            return f"a layer of the cache is a {type(layer).__name__}"
-        placed = layer.placed()
-        if placed is None or layer.first() + len(placed[0]) != cache.get_seq_length():
-            return "a layer of the cache holds other tokens than the first"
-        if any(type(each.buffer) is not Tensor or each.buffer.requires_grad for each in placed):
-            return "a layer of the cache holds no plain tensor"
-    return ""
 
 
 def _line(error: BaseException) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cache_utils import DynamicLayer
 
 from hf_accel_patch.compat import RECORDS_PAST, given_cache
@@ -36,6 +44,7 @@ THEIRS = (  # what asks for a loop of transformers' own, or of the caller's
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "custom_generate",
     "penalty_alpha", "constraints", "force_words_ids", "dola_layers", "token_healing",
 )  # fmt: skip
+BEFORE_LOOP = list(inspect.signature(GenerationMixin.generate).parameters).index("custom_generate") - 1  # the last
 SPECULATING = "_hf_accel_speculating"  # on a model: a deep copy of it gets its own
 RENEWING = threading.Lock()
 
@@ -142,7 +151,10 @@ class Speculative:
             return "it has a recurrent state, which cannot be taken back"
         if first_cached_module(view) is None:
             return "no layer of it takes a cache"
-        layers = DynamicCache(config=view.config).layers
+        try:
+            layers = DynamicCache(config=view.config).layers
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return f"transformers makes no cache from its configuration: {error}"
         if self.draft is not None and (reason := why_no_draft(find_model(self.draft))):
             return reason
         if self.skip_layers:
@@ -202,7 +214,7 @@ class Speculating:
             else:
                 kwargs["stopping_criteria"] = criteria
         loop = Loop(self, given.get("streamer"), handed=given_cache(given) is not None)
-        return generate(model, *args, custom_generate=loop, **kwargs)
+        return generate(model, *args[:BEFORE_LOOP], **{**kwargs, "custom_generate": loop})
 
     def why_not(self, model: PreTrainedModel, config: GenerationConfig, cache: Any) -> str:
         """Why this call runs as before."""

@@ -44,6 +44,16 @@ def test_variants(variant, heads):
     assert (ours - reference(query, key, value, causal(), variant)).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_float64(variant):
+    """Its lowest number is none of float32, in which scores are."""
+    query, key, value = inputs(dtype=torch.float64)
+    with torch.no_grad():
+        ours = attend(query, key, value, Dense(causal()), variant)
+    assert ours.dtype == torch.float64
+    assert (ours - reference(query, key, value, causal(), variant)).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_scores_are_overwritten_without_gradients(variant, additive):

@@ -301,6 +301,20 @@ def test_numbers_for_the_host_are_refused(read):
     assert torch.equal(record(lambda: x * 2).replay(), x * 2), "nothing is left behind"
 
 
+def test_memory_of_a_constant_that_is_gone_is_not_taken_by_others():
+    """They could not be changed in place then."""
+    x, constants, others = normal(8), set(), set()
+
+    def function():
+        for number in range(50):
+            constants.add(torch.tensor(float(number)).data_ptr())  # nobody reads it
+            others.add(x.sum().add_(1).data_ptr())
+        return x * 2
+
+    record(function)
+    assert len(constants) == 50 and not constants & others
+
+
 @pytest.mark.parametrize("view", [lambda c: c.conj(), lambda c: c.conj().imag, lambda c: c.resolve_conj()])
 def test_numbers_that_are_said_to_be_others(view):
     x = normal(4, 2)

@@ -334,6 +334,24 @@ def test_windows_go_on_after_drafts_and_ordinary_calls(family, made, monkeypatch
     assert torch.allclose(*after, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gemma2", marks=SLOW), pytest.param("gpt_oss", marks=SLOW)])
+def test_windows_over_a_cache_that_knows_of_none(family, made):
+    """A cache that was made without a configuration keeps all tokens, and the model hides those behind its windows."""
+    model = tiny(family)
+    truth = generate(model, prompt(40), 40, past_key_values=DynamicCache())
+    patch(model, cache=RECORDED)
+    assert torch.equal(generate(model, prompt(40), 40, past_key_values=DynamicCache()), truth)
+    assert said(model)["graphs"] == "on" and said(model)["graphs_replayed"] >= 20
+
+
+def test_windows_that_are_not_the_models_are_not_recorded(made):
+    model, others = tiny("mistral"), DynamicCache(config=build("mistral", sliding_window=4).config)
+    truth = generate(model, prompt(40), 20, past_key_values=copy.deepcopy(others))
+    patch(model, cache=RECORDED)
+    assert torch.equal(generate(model, prompt(40), 20, past_key_values=others), truth)
+    assert "a layer of the cache has another window than the model's" in said(model)["graphs_not_used"]
+
+
 def test_graphs_are_on_where_there_are_any_and_nobody_says_otherwise(made):
     model = small()
     truth = generate(model)
@@ -613,6 +631,24 @@ def test_what_goes_wrong_costs_no_token(kind, why, options, monkeypatch, logged)
     assert not vars(model)[GRAPHS].rooms
     unpatch(model)
     assert torch.equal(generate(model, inputs), truth)
+
+
+def test_what_a_wrong_recording_writes_is_taken_back(made, monkeypatch):
+    """It runs behind the ordinary pass, over the same entries."""
+
+    def blind(model, room, places, size, cache):
+        return replaying_masks(model, room, places, size, cache) & (room.columns[:size] == places[:, :, None])[:, None]
+
+    replaying_masks, model = replaying.masks, small()
+    monkeypatch.setattr(replaying, "masks", blind)
+    truth, cache = generate(model, new=30), DynamicCache(config=model.config)
+    patch(model, cache=RECORDED)
+    assert torch.equal(generate(model, new=30, past_key_values=cache), truth)
+    assert "other logits" in said(model)["graphs"]
+    expected = DynamicCache(config=model.config)
+    generate(unpatch(model), new=30, past_key_values=expected)
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert torch.allclose(ours.values, theirs.values, atol=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["item", "kept"])

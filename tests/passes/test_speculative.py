@@ -187,6 +187,26 @@ def test_each_sequence_goes_on_at_its_own_pace(family, oracle, apart, monkeypatc
     )
 
 
+class Guided(LogitsProcessor):
+    """The second sequence is guided by the first."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[1] = 1.5 * scores[1] - 0.5 * scores[0]
+        return scores
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_processor_that_compares_sequences_sees_those_that_have_ended(mode, oracle, apart):
+    model, inputs = tiny("llama"), left_padded()
+    end = int(generate(model, inputs, 40)[0, 45])
+    options = {"eos_token_id": end, "pad_token_id": 0, "logits_processor": LogitsProcessorList([Guided()])}
+    truth = generate(model, inputs, 40, **options)
+    patch(model, speculative="ngram")
+    oracle(truth, mode)
+    assert torch.equal(generate(model, inputs, 40, **options), truth) and not apart
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_transformers_attention_takes_sequences_of_different_lengths(implementation, oracle, apart):
     model, inputs = tiny("llama"), left_padded()
@@ -576,6 +596,16 @@ def test_configurations_by_place_stay_as_they_are(oracle):
     assert config.to_dict() == before and model.generation_config.to_dict() == own
 
 
+@pytest.mark.parametrize("given", [(), (None,) * 10, (None,) * 9], ids=["by name", "by place", "by both"])
+def test_no_loop_of_the_callers_is_none(given, always):
+    options = {"max_new_tokens": 12} | ({"custom_generate": None} if len(given) < 10 else {})
+    model = tiny("llama")
+    truth = model.generate(repeating(), *given, **options)
+    patch(model, speculative="ngram")
+    assert torch.equal(model.generate(repeating(), *given, **options), truth)
+    assert entry(report(model).to_dict(), "speculative")["tokens"] == 11, "all but that of the prompt"
+
+
 def test_prompts_of_a_single_token_and_of_none(always):
     model = tiny("llama")
     calls = [lambda: generate(model, prompt(1)), lambda: model.generate(max_new_tokens=9, do_sample=False)]
@@ -651,6 +681,28 @@ def test_drafts_end_with_the_positions(family, name, batch, oracle):
     for mode in MODES:
         oracle(longer, mode)
         assert torch.equal(generate(model, ids, 100, stopping_criteria=until), truth), mode
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family, name", [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+@pytest.mark.parametrize("given", ["embeddings", "positions"])
+def test_drafts_end_with_the_positions_of_tokens_that_are_not_given(given, family, name, batch, oracle):
+    """Stock ends within the table, at its last row."""
+    model, ids = build(family, **{name: 64}), prompt(40, batch)
+    if given == "embeddings":
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+        options = {"new": 400, "stopping_criteria": StoppingCriteriaList([Until(23)])}
+    else:
+        inputs = {"input_ids": ids, "position_ids": torch.arange(10, 50)[None].expand(batch, -1)}
+        options = {"new": 400, "stopping_criteria": StoppingCriteriaList([Until(53)])}
+    truth = generate(model, inputs, **options)
+    longer = torch.cat([truth, prompt(40, batch, seed=3)], 1)
+    patch(model, speculative="ngram")
+    for mode in MODES:
+        oracle(longer, mode)
+        found, count = passes(model, lambda: generate(model, inputs, **options))
+        assert torch.equal(found, truth), mode
+        assert mode != "right" or count < truth.shape[1] - 40 * (given != "embeddings")
 
 
 @pytest.mark.parametrize("types", [[7] * 39 + [9], [7, 7, 8] * 13 + [8]], ids=["last", "in turns"])
@@ -1093,6 +1145,7 @@ def test_impossible_values(value):
 
 REFUSED = {
     "a recurrent state": (lambda: build("mamba"), lambda: "ngram", "recurrent state"),
+    "no cache": (lambda: build("blt"), lambda: "ngram", "transformers makes no cache from its configuration"),
     "hybrid layers": (lambda: build("jamba"), lambda: "ngram", "taken back"),
     "another vocabulary": (
         lambda: tiny("llama"), lambda: Speculative(draft=build("llama", vocab_size=99)), "99 tokens",
