@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hf_accel_patch.errors import UnsupportedModel
+from hf_accel_patch.logs import get_logger
 from hf_accel_patch.passes.choosing import DecodingState
 from hf_accel_patch.passes.drafts import ModelSource, OtherModel
 
+logger = get_logger(__name__)
 JOIN = 10  # tokens before a draft that are read with it, for spaces and parts of words
 UNFINISHED = "\ufffd"  # the bytes of a character that are not all there
 
@@ -25,28 +27,42 @@ class Translation:
 
     tokenizer: Any = field(repr=False)
     draft_tokenizer: Any = field(repr=False)
+    failed: set[type[Exception]] = field(default_factory=set, repr=False, compare=False)  # that were told of
 
-    def into(self, tokens: list[int]) -> list[int] | None:
-        """A text in the tokens of the draft model; None for one that ends within a character."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not text or text.endswith(UNFINISHED):
-            return None
-        ids: list[int] = self.draft_tokenizer(text, verbose=False)["input_ids"]
-        return ids
+    def into(self, tokens: list[int]) -> list[int]:
+        """A text in the tokens of the draft model; none of one that ends within a character, or that a tokenizer does
+        not take."""
+        try:
+            text = _text(self.tokenizer, tokens)
+            if not text or text.endswith(UNFINISHED):
+                return []
+            ids: list[int] = self.draft_tokenizer(text, verbose=False)["input_ids"]
+            return ids
+        except Exception as error:  # those in Rust have no other type, such as for a word that is not in a table
+            return self._nothing(error)
 
     def back(self, tokens: list[int], theirs: list[int], drafted: list[int]) -> list[int]:
         """What the draft model wrote after `theirs`, in the tokens of the model, to follow `tokens`; nothing where its
         words end elsewhere."""
-        before = _text(self.draft_tokenizer, theirs[-JOIN:])
-        after = _text(self.draft_tokenizer, [*theirs[-JOIN:], *drafted])
-        if not after.startswith(before):
-            return []
-        end = _text(self.tokenizer, tokens[-JOIN:])
-        more = after[len(before) :].rstrip(UNFINISHED)
-        both: list[int] = self.tokenizer(end + more, add_special_tokens=False, verbose=False)["input_ids"]
-        for place in range(1, len(both)):
-            if both[place - 1] == tokens[-1] and _text(self.tokenizer, both[:place]) == end:
-                return both[place:]
+        try:
+            before = _text(self.draft_tokenizer, theirs[-JOIN:])
+            after = _text(self.draft_tokenizer, [*theirs[-JOIN:], *drafted])
+            if not after.startswith(before):
+                return []
+            end = _text(self.tokenizer, tokens[-JOIN:])
+            more = after[len(before) :].rstrip(UNFINISHED)
+            both: list[int] = self.tokenizer(end + more, add_special_tokens=False, verbose=False)["input_ids"]
+            for place in range(1, len(both)):
+                if both[place - 1] == tokens[-1] and _text(self.tokenizer, both[:place]) == end:
+                    return both[place:]
+        except Exception as error:
+            return self._nothing(error)
+        return []
+
+    def _nothing(self, error: Exception) -> list[int]:
+        if type(error) not in self.failed:
+            self.failed.add(type(error))
+            logger.warning(f"nothing is drafted where a tokenizer fails: {type(error).__name__}: {error}")
         return []
 
 
@@ -65,9 +81,9 @@ class Translated(ModelSource):
         read = {row: self.translation.into(texts[row]) for row, on in enumerate(running) if on}
         found: dict[int, list[int]] = {}
         for row, theirs in read.items():
-            if theirs is None:
-                return None
             source = self.sources.setdefault(row, OtherModel(self.model))
+            if not theirs or max(theirs) >= source.known:  # a tokenizer may have tokens that its model has not
+                return None
             ids = torch.tensor([theirs])
             drafted = source.propose(width, [True], DecodingState(ids, {"attention_mask": torch.ones_like(ids)}))
             if drafted is None:

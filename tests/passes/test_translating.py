@@ -95,7 +95,7 @@ def test_a_draft_goes_on_where_the_text_ends(name, tokenizer, others, shuffled):
     found = missed = 0
     for place in range(2, len(tokens) - 4):
         theirs = translation.into(tokens[:place])
-        if theirs is None:
+        if not theirs:
             assert "\ufffd" in tokenizer.decode(tokens[:place])[-1]
             continue
         whole = other(TEXT)["input_ids"]
@@ -116,8 +116,8 @@ def test_a_draft_goes_on_where_the_text_ends(name, tokenizer, others, shuffled):
 def test_what_cannot_be_translated_gives_nothing(tokenizer, others):
     translation = Translation(tokenizer, others["bytes"])
     half = tokenizer("na")["input_ids"] + tokenizer("∑")["input_ids"][:1]
-    assert tokenizer.decode(half).endswith("\ufffd") and translation.into(half) is None
-    assert translation.into([]) is None and translation.into([0, 0]) is None, "nothing but special tokens"
+    assert tokenizer.decode(half).endswith("\ufffd") and translation.into(half) == []
+    assert translation.into([]) == translation.into([0, 0]) == [], "nothing but special tokens"
     theirs = translation.into(tokenizer("return tot")["input_ids"])
     assert translation.back(tokenizer("return tot")["input_ids"], theirs, []) == []
     word, rest = tokenizer("retu")["input_ids"], others["bytes"]("rn")["input_ids"]
@@ -155,6 +155,32 @@ def test_a_model_that_is_wrong_changes_nothing(name, bundled, tokenizer, others,
     assert torch.equal(generate(bundled, given, 40), expected)
     said = entry(report(bundled).to_dict(), "speculative")
     assert said["tokens"] == 39 and said["acceptance"] < 0.5 and "fallbacks" not in said
+
+
+UNREADABLE = {  # the draft model's tokenizer, its rows, the text, whether it drafts nothing at all
+    "a text without tokens": ({"unk_token": "[UNK]"}, 32, "\n\n    \n", False),
+    "a word without a token": ({}, 32, TEXT, True),
+    "a token without a row": ({"unk_token": "[UNK]"}, 2, "return total\n", True),
+}
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_text_that_the_draft_model_cannot_read(name, batch, bundled, tokenizer, always, warned):
+    """It waits until there is something to read; a tokenizer that fails is told of once."""
+    special, rows, text, never = UNREADABLE[name]
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "def": 1, "return": 2, "total": 3}, **special))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [text, "def add(first, second):\n"] if batch else [text]
+    given = dict(tokenizer(texts, return_tensors="pt", padding=batch, padding_side="left"))
+    given.pop("token_type_ids", None)
+    expected = generate(bundled, given)
+    options = {"tokenizer": tokenizer, "draft_tokenizer": wrapped(words, **special)}
+    patch(bundled, speculative=Speculative(draft=build("llama", vocab_size=rows), **options))
+    assert torch.equal(generate(bundled, given), expected) and torch.equal(generate(bundled, given), expected)
+    tally = vars(bundled)["_hf_accel_speculating"].tally
+    assert tally.tokens == 46 and (tally.drafted == 0) == never and not tally.fallbacks
+    assert ["a tokenizer fails" in line for line in warned()] == [True] * (not special), warned()
 
 
 @pytest.mark.parametrize("rows", [4096 + 64, 4096 - 96])
