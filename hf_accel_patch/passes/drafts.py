@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, take_back
+from hf_accel_patch.compat import CACHE, RECORDS_PAST, record_past, returned_cache, take_back
 from hf_accel_patch.families import context_tokens
 from hf_accel_patch.ops.ngrams import LONGEST, History, NGrams
 from hf_accel_patch.ops.pacing import Guess, Pace
@@ -179,7 +181,7 @@ class OwnCopy(ModelSource):
         record_past(cache)
         before = [layer.get_seq_length() for layer in cache.layers]
         try:
-            return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running, self.decoding)
+            return _greedy(self.copy, state.input_ids, 1, state.model_kwargs, width, running, self.decoding)[0]
         finally:
             for layer, length in zip(cache.layers, before, strict=True):
                 take_back(layer, layer.get_seq_length() - length)
@@ -193,8 +195,11 @@ class OtherModel(ModelSource):
         self.model, self.vocabulary = model, vocabulary
         self.known = model.get_input_embeddings().weight.shape[0]
         self.context = context_tokens(model.config.get_text_config(decoder=True))
+        self.takes_places = "position_ids" in inspect.signature(model.forward).parameters
         self.cache: DynamicCache | None = None
         self.read: Tensor | None = None  # what the cache holds, [B, T]
+        self.places: Tensor | None = None  # where, [B or 1, T]
+        self.least = 0  # of how many tokens its windows have all, at least
 
     def propose(self, width: int, running: list[bool], state: DecodingState) -> Tensor | None:
         device = self.model.get_input_embeddings().weight.device
@@ -205,24 +210,51 @@ class OtherModel(ModelSource):
             return None
         if self.vocabulary is not None and self.vocabulary > self.known and int(ids.amax()) >= self.known:
             return None
-        forgets = self.cache is not None and any(self.cache.is_sliding) and not RECORDS_PAST
-        if self.cache is None or self.read is None or forgets:
-            self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            known = 0
+        mask, places = self._mask_and_places(ids, width, state.model_kwargs)
+        known = self._known(ids, places)
+        if self.cache is None or self.read is None or known < self.least:
+            self.cache, known = DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
+            if self.read is not None:  # a text that has changed may change again
+                record_past(self.cache)
         else:
-            length = min(self.read.shape[1], ids.shape[1] - 1)
-            same = (self.read[:, :length] == ids[:, :length]).all(0)
-            known = length if bool(same.all()) else int((~same).int().argmax())
             take_back(self.cache, self.read.shape[1] - known)
-        names = ("attention_mask", "position_ids")
-        given = {name: state.model_kwargs.get(name) for name in names}
-        kwargs: dict[str, Any] = {name: each if each is None else each.to(device) for name, each in given.items()}
-        kwargs[CACHE] = self.cache
-        kwargs |= {"use_cache": True} | ({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {})
-        new = ids.shape[1] - known
-        tokens = _greedy(self.model, ids, new, kwargs, width, running, vocabulary=self.vocabulary)
-        self.read = torch.cat([ids, tokens[:, :-1]], dim=1)
+        kwargs: dict[str, Any] = {"attention_mask": mask, CACHE: self.cache, "use_cache": True}
+        kwargs |= {"position_ids": places} if self.takes_places else {}
+        kwargs |= {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        tokens, cache = _greedy(
+            self.model, ids, ids.shape[1] - known, kwargs, width, running, vocabulary=self.vocabulary
+        )
+        self.least = 0
+        if cache is not None and any(cache.is_sliding):
+            recorded = self.read is not None and cache is self.cache
+            self.least = (known if recorded else ids.shape[1]) if RECORDS_PAST else sys.maxsize
+        ahead = torch.arange(1, tokens.shape[1], device=ids.device)
+        self.read, self.places = torch.cat([ids, tokens[:, :-1]], dim=1), torch.cat([places, places[:, -1:] + ahead], 1)
+        self.cache = cache
         return tokens
+
+    def _known(self, ids: Tensor, places: Tensor) -> int:
+        """How many of these tokens the cache holds at these places, but for the last, which is read in any case."""
+        if self.read is None or self.places is None:
+            return 0
+        length = min(self.read.shape[1], ids.shape[1] - 1)
+        same = (self.read[:, :length] == ids[:, :length]).all(0)
+        same &= (self.places[:, :length] == places[:, :length]).all(0)
+        return length if bool(same.all()) else int((~same).int().argmax())
+
+    def _mask_and_places(self, ids: Tensor, width: int, given: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """Of these ids: the model's where they mean the same here, which they do not for a text that goes on behind a
+        cache, for positions of images, and beyond the table of this model; else what `generate` makes of the text."""
+        mask, places = given.get("attention_mask"), given.get("position_ids")
+        mask = None if mask is None or mask.ndim != 2 else mask[:, -ids.shape[1] :].to(ids.device)
+        if mask is not None and mask.shape != ids.shape:
+            mask = None
+        if places is not None and places.ndim == 2 and places.shape[1] == ids.shape[1]:
+            first, last = (int(each) for each in places.aminmax())
+            if first >= 0 and (self.context is None or last + width <= self.context):
+                return mask, places.to(ids.device)
+        seen = torch.ones_like(ids) if mask is None else mask.long()
+        return mask, (seen.cumsum(-1) - 1).masked_fill(seen == 0, 0)
 
 
 def _greedy(
@@ -234,18 +266,21 @@ def _greedy(
     running: list[bool],
     decoding: Decoding | None = None,
     vocabulary: int | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Any]:
     """At most `width` tokens after `ids`, of which the model has read all but the last `new`. It stops where it is not
-    sure. `decoding` calls the model; `vocabulary`: how many of its tokens may be drafted, None for all."""
+    sure. `decoding` calls the model; `vocabulary`: how many of its tokens may be drafted, None for all. And the cache,
+    which holds all but the last of them; None if they cannot be taken back."""
     drafted: list[Tensor] = []
     live = torch.tensor(running, device=ids.device)
-    kwargs = dict(kwargs)
+    kwargs, recorded = dict(kwargs), True
     for place in range(width):
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **kwargs)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1
         outputs = (decoding or model)(**inputs, return_dict=True)
-        record_past(kwargs[CACHE])  # what a window drops from here on may be needed again
+        cache = returned_cache(outputs)  # of Phi-3 a new one, where its frequencies change: windows have dropped some
+        recorded = recorded and (place == 0 or cache is kwargs[CACHE])
+        record_past(cache)  # what a window drops from here on may be needed again
         logits = outputs.logits[:, -1, :vocabulary].float()
         tokens = logits.argmax(-1)
         drafted.append(tokens)
@@ -256,7 +291,7 @@ def _greedy(
             break
         ids, new = torch.cat([ids, tokens[:, None]], dim=1), 1
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-    return torch.stack(drafted, dim=1)
+    return torch.stack(drafted, dim=1), cache if recorded else None
 
 
 def _kind(length: int, running: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import FAMILIES, VOCABULARY, build, entry, left_padded, prompt, tiny
+from cases import FAMILIES, VOCABULARY, build, configuration, entry, left_padded, prompt, randomise, tiny
 from fingerprint import changes, fingerprint
 from transformers import (
     DynamicCache,
@@ -124,14 +124,15 @@ def test_tokens_are_those_of_stock(family, oracle):
         assert "fallbacks" not in said and said["tokens"] > 16 and said["tokens_per_pass"] > 1
 
 
+def longrope(**overrides):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    return build("phi3", rope_parameters=rope, **lengths, **overrides)
+
+
 VARYING = {  # frequencies of rotary positions that are others beyond 64 tokens
-    "longrope": lambda: build(
-        "phi3", max_position_embeddings=256, original_max_position_embeddings=64,
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
-            "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 64,
-        },
-    ),
+    "longrope": longrope,
     "dynamic": lambda: build(
         "llama", max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     ),
@@ -1023,6 +1024,63 @@ def test_a_draft_model_with_a_short_context_stops_drafting(modelled):
     patch(model, speculative=Speculative(draft=build("gpt2", n_positions=60)))
     assert torch.equal(generate(model, new=40), expected)
     assert entry(report(model).to_dict(), "speculative")["tokens"] > 30
+
+
+def with_images():
+    """A model whose positions are those of the text and of three axes, [4, B, T]."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = configuration(transformers.Qwen2VLConfig)
+    config.text_config = configuration(type(config.text_config), rope_parameters=rope)
+    return randomise(transformers.Qwen2VLForConditionalGeneration(config))
+
+
+def shifted(by):
+    return lambda model: generate(model, prompt(), 24, position_ids=torch.arange(40)[None] + by)
+
+
+def two_turns(model):
+    """The second gives the tokens that the cache has not, and a mask of all."""
+    inputs, cache = left_padded(40, 33), DynamicCache(config=model.config)
+    said = generate(model, inputs, 10, past_key_values=cache)
+    ids = torch.cat([said[:, cache.get_seq_length() :], prompt(6, 2, seed=3)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 16).long()], 1)
+    return generate(model, {"input_ids": ids, "attention_mask": mask}, 24, past_key_values=cache)
+
+
+ELSEWHERE = {  # what decodes, a draft model, the call, and whether all drafts are right
+    "positions of images": (with_images, lambda: tiny("gpt2"), lambda model: generate(model, left_padded(), 24), False),
+    "positions across its table": (lambda: tiny("llama"), lambda: build("gpt2", n_positions=64), shifted(7), False),
+    "positions beyond its table": (
+        lambda: tiny("llama"), lambda: build("llama", max_position_embeddings=64), shifted(100), True,
+    ),
+    "positions before its table": (lambda: tiny("llama"), lambda: tiny("gpt2"), shifted(-5), False),
+    "positions that it has": (lambda: tiny("gpt2"), lambda: tiny("gpt2"), shifted(100), True),
+    "a text behind a cache": (lambda: tiny("llama"), lambda: build("gpt2", n_positions=60), two_turns, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_draft_model_has_its_own_positions(where, modelled):
+    make, draft, call, right = ELSEWHERE[where]
+    model = make()
+    expected = call(model)
+    patch(model, speculative=Speculative(draft=draft()))
+    assert torch.equal(call(model), expected)
+    tally = vars(model)[SPECULATING].tally
+    assert tally.drafted > 10 and not tally.fallbacks and (not right or tally.accepted == tally.drafted)
+
+
+@pytest.mark.parametrize("length", [50, 62, 64, 70])
+@pytest.mark.parametrize("window", [None, 16, 300])
+def test_a_draft_model_that_reads_its_text_anew(window, length, modelled):
+    """Phi-3 makes another cache beyond the length of its short frequencies, with drafts in it if they lead there."""
+    right, wrong = longrope(sliding_window=window), tiny("llama")
+    for model, inputs in ((right, prompt(length)), (wrong, left_padded(length, length - 7))):
+        expected = generate(model, inputs, 40)
+        patch(model, speculative=Speculative(draft=longrope(sliding_window=window)))
+        assert torch.equal(generate(model, inputs, 40), expected)
+        tally = vars(model)[SPECULATING].tally
+        assert tally.drafted > 20 and not tally.fallbacks and (model is wrong or tally.accepted == tally.drafted)
 
 
 @pytest.mark.parametrize("who", ["the copy", "the draft model"])
