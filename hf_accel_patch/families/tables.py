@@ -84,7 +84,7 @@ def growing(kind: Any) -> Any:
     def with_buffer(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if torch.compiler.is_compiling():
-            _traced.needed = _traced_positions(given, getattr(self, "layer_idx", 0)) if counts else 0
+            _traced.needed = _traced_positions(given, getattr(self, "layer_idx", 0))
             output = stock(self, *args, **kwargs)
             _traced.needed = 0
             return output
