@@ -187,17 +187,11 @@ def _traced_positions(given: dict[str, Any], layer: int) -> int:
 
 def _with_room(held: Tensor, make: Any, needed: int) -> Tensor:
     """A table for so many positions and no fewer than in this one; up to twice as many, so that it is made seldom."""
-    if not torch.compiler.is_compiling():
-        return _longer(make, _room(max(needed, len(held))), held.shape[1], held.dtype, held.device)
     rows = len(held)
-    while rows < needed:  # each comparison is a length up to which a graph serves
+    while rows < needed:  # in a graph, each comparison is a length up to which it serves
         rows *= 2
-    return cast(Tensor, getattr(_traced, _traced_table(make, rows, held.shape[1], held.dtype, held.device)))
-
-
-def _room(positions: int) -> int:
-    """The next power of two."""
-    return 1 << (positions - 1).bit_length()
+    longer = make, rows, held.shape[1], held.dtype, held.device
+    return cast(Tensor, getattr(_traced, _traced_table(*longer))) if torch.compiler.is_compiling() else _longer(*longer)
 
 
 @functools.lru_cache(KEPT)

@@ -113,7 +113,8 @@ class Chooser:
     ) -> None:
         self.input_ids, self.finished = input_ids, False
         self.processor, self.criteria, self.streamer = _processing(logits_processor), stopping_criteria, streamer
-        self.foreign = any(not type(each).__module__.startswith("transformers.") for each in logits_processor)
+        own = "transformers."  # whose processors look at one sequence at a time
+        self.foreign = any(not type(each).__module__.startswith(own) for each in logits_processor)
         self.bounds = bounds
         self.before: int | None = None  # positions that tokens have which are not in input_ids; None: not known yet
         self.end = min(filter(None, (stopping_criteria.max_length, bounds.positions)), default=0)  # of text and drafts
