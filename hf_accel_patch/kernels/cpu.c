@@ -65,12 +65,14 @@ static inline integers halves(const int32_t *p) {
 }
 #endif
 
-/* Whether products of quantized weights prefetch by hand is measured on each machine: it helps where memory is fast, and
- * hinders where it is busy. Those of float weights do so where they have more to multiply than to read. */
+/* Weights that come later are fetched into the second cache: the first is full of what is multiplied now. Products of up
+ * to four rows of activations, or of two with codes of 4 bits, read more than they multiply. Whether these do it too is
+ * measured on each machine: it helps where memory is fast, and may hinder where it is busy. */
+#define FETCH(p) __builtin_prefetch(p, 0, 2)
 #ifdef PLAIN
-#define PREFETCH(p) ((void)(p))
+#define PREFETCHES 0
 #else
-#define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCHES 1
 #endif
 /* From the scales of a group of codes to those that are prefetched: of the next group, or of the next block, which are
  * beside them in memory. */
@@ -92,7 +94,7 @@ enum {
     COLUMNS = PARTS,     /* rows of float weights that go together */
     FEW_ROWS = 8,        /* rows of bfloat16 that int8 codes are multiplied with as integers */
     MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights before the next tile */
-    AHEAD = 6144,        /* bytes to prefetch: further than the processor does by itself */
+    AHEAD = 6144,        /* bytes to prefetch at least: further than the processor does by itself */
     STREAMED_BYTES = 1 << 20, /* that are unpacked at a time at most, to go into the caches */
 };
 
@@ -268,7 +270,7 @@ INLINE void sums_int4(const uint8_t *codes, const integers *table, const int16_t
         }                                                                                                         \
     }
     for (int64_t k = 0; k < group; k += 8, codes += 8 * HALF, q += 8) {
-        for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + AHEAD + i);
+        for (int i = 0; PREFETCHES && i < 8 * HALF; i += 64) FETCH(codes + AHEAD + i);
         const integers first = HALVES((const int32_t *)q), second = HALVES((const int32_t *)q + 2);
         const integers x0 = _mm256_unpacklo_epi8(LOAD(codes), LOAD(codes + 2 * HALF));
         const integers x2 = _mm256_unpacklo_epi8(LOAD(codes + 4 * HALF), LOAD(codes + 6 * HALF));
@@ -304,7 +306,7 @@ INLINE void group_int4(const uint8_t *codes, const integers *table, integers (*e
     for (int64_t k = 0; k < group && (BLOCK == 64 || expanded || rows > 1); k += 8) {
         integers here[4][4], first[3], second[3];
         if (!expanded) {
-            for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + k * HALF + AHEAD + i);
+            for (int i = 0; PREFETCHES && i < 8 * HALF; i += 64) FETCH(codes + k * HALF + AHEAD + i);
             expand_int4(codes + k * HALF, table, here);
         }
         integers(*const w)[4] = expanded ? expanded[k / 8] : here;
@@ -333,7 +335,8 @@ INLINE void few_int4(const uint8_t *codes, const uint16_t *scales, const integer
                      const activations *a, int64_t m, int rows, int64_t group, floats (*total)[4]) {
     for (int64_t g = 0; g < a->groups; g++, codes += group * HALF, scales += N * 2) {
         floats scale[4], start[4];
-        for (size_t i = 0; i < BLOCK * 4; i += 64) PREFETCH((const char *)(scales + SCALES_AHEAD(N)) + i);
+        for (size_t i = 0; PREFETCHES && i < BLOCK * 4; i += 64)
+            FETCH((const char *)(scales + SCALES_AHEAD(N)) + i);
         load_scales(scales, table != NULL, scale, start);
         group_int4(codes, table, NULL, a, m, rows, g, group, scale, start, total);
     }
@@ -347,7 +350,7 @@ INLINE void many_int4(const uint8_t *codes, const uint16_t *scales, const intege
         integers expanded[GROUP_MOST / 8][4][4];
         load_scales(scales, table != NULL, scale, start);
         for (int64_t k = 0; k < group; k += 8) {
-            for (int i = 0; i < 8 * HALF; i += 64) PREFETCH(codes + k * HALF + AHEAD + i);
+            for (int i = 0; i < 8 * HALF; i += 64) FETCH(codes + k * HALF + AHEAD + i);
             expand_int4(codes + k * HALF, table, expanded[k / 8]);
         }
         int64_t r = 0;
@@ -437,13 +440,15 @@ INLINE void rows_int8(const int8_t *codes, int count, int64_t K, const activatio
                       float (*out)[2]) {
     const int16_t *q = a->q + m * a->stride;
     const float *scale = a->scale + m * a->groups;
+    const int64_t together = count * K, ahead = (AHEAD + together - 1) / together * together; /* bytes: whole rows */
     floats total[4][2];
     int64_t g = 0;
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < count; n++) total[r][n] = I(setzero_ps)();
     for (; (g + 1) * GROUP <= K; g++) {
         integers sum[4][2];
-        for (int n = 0; n < count; n++) PREFETCH(codes + n * K + g * GROUP + AHEAD);
+        for (int n = 0; (PREFETCHES || rows == 4) && n < count; n++)
+            for (int i = 0; i < GROUP; i += 64) FETCH(codes + ahead + n * K + g * GROUP + i);
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < count; n++) sum[r][n] = ZERO();
         for (int k = 0; k < GROUP; k += 2 * LANES) {
@@ -538,7 +543,7 @@ INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *
         for (int c = 0; c < columns; c++) total[r][c] = I(setzero_ps)();
     for (int64_t k = 0; k + step <= K; k += step, x += rows * step * wide) {
         for (int i = 0; i < ahead; i++)
-            for (int64_t j = 0; j < step * size; j += 64) __builtin_prefetch(next + (i * K + k) * size + j);
+            for (int64_t j = 0; j < step * size; j += 64) FETCH(next + (i * K + k) * size + j);
 #if PRODUCTS_OF_BFLOAT16
         if (dtype == BFLOAT16) {
             integers pairs[COLUMNS];
@@ -582,8 +587,8 @@ INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *
 
 typedef void (*block_function)(const char *, int64_t, const char *, const char *, float (*)[TILE]);
 
-/* A function for each case: inlined they would leave one another no registers. By what is prefetched (the last: one row
- * of weights, and nothing), and by the rows of activations. */
+/* A function for each case: inlined they would leave one another no registers. By the rows of weights that are prefetched
+ * (0, 1, 2, COLUMNS; the last: nothing for a single row of weights), and by the rows of activations. */
 #define BLOCK_FUNCTION(name, dtype, rows, columns, ahead)                                                         \
     static __attribute__((noinline)) void name(const char *w, int64_t K, const char *x, const char *next,          \
                                                float (*out)[TILE]) {                                               \
@@ -598,10 +603,12 @@ typedef void (*block_function)(const char *, int64_t, const char *, const char *
     BLOCK_FUNCTIONS(name##_0, dtype, COLUMNS, 0)                                                                   \
     BLOCK_FUNCTIONS(name##_1, dtype, COLUMNS, 1)                                                                   \
     BLOCK_FUNCTIONS(name##_2, dtype, COLUMNS, 2)                                                                   \
-    BLOCK_FUNCTIONS(name##_3, dtype, 1, 0)                                                                         \
-    static const block_function name[4][4] = {                                                                     \
+    BLOCK_FUNCTIONS(name##_3, dtype, COLUMNS, COLUMNS)                                                             \
+    BLOCK_FUNCTIONS(name##_4, dtype, 1, 0)                                                                         \
+    static const block_function name[5][4] = {                                                                     \
         {name##_0_1, name##_0_2, name##_0_3, name##_0_4}, {name##_1_1, name##_1_2, name##_1_3, name##_1_4},        \
         {name##_2_1, name##_2_2, name##_2_3, name##_2_4}, {name##_3_1, name##_3_2, name##_3_3, name##_3_4},        \
+        {name##_4_1, name##_4_2, name##_4_3, name##_4_4},                                                          \
     };
 BLOCKS(blocks_float32, FLOAT32)
 BLOCKS(blocks_bfloat16, BFLOAT16)
@@ -615,14 +622,15 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
                                                           : blocks_float32;
     const int64_t size = dtype == FLOAT32 ? 4 : 2, whole = K / (2 * LANES) * (2 * LANES);
     const char *w = weights + n * K * size;
-    const int full = N - n >= 2 * columns, shares = columns == COLUMNS && full ? (M > 12 ? 1 : 2) : 0;
+    const int fetches = columns == COLUMNS && N - n >= 2 * columns && (PREFETCHES || M > 4);
+    const int share = !fetches ? 0 : M > 12 ? 1 : M > 4 ? 2 : columns; /* rows of weights, at each pass over these */
     int64_t fetched = 0;
     for (int64_t m = 0, rows; m < M; m += rows) {
         const char *xm = x + m * whole * WIDE(dtype), *next = w + (columns + fetched) * K * size;
         rows = together(M - m);
-        const int ahead = M <= 4 || fetched >= columns ? 0 : shares;
+        const int ahead = fetched >= columns ? 0 : share;
         fetched += ahead;
-        blocks[columns == COLUMNS ? ahead : 3][rows - 1](w, K, xm, next, out + m);
+        blocks[columns != COLUMNS ? 4 : M <= 4 && ahead ? 3 : ahead][rows - 1](w, K, xm, next, out + m);
     }
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)

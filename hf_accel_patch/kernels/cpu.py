@@ -27,7 +27,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STRIDE = 32  # more than the rows, so that what lies below one another does not fall on the same cache sets
 SPAN, TURNS = 1 << 26, 7  # bytes that are read to see what reads faster, and how often
-QUANTIZED = ("linear_int4", "linear_int8")  # products that prefetch, or do not
+FETCHING = ("linear_int4", "linear_int8", "linear_float")  # products that prefetch where that is faster
 
 _threads = threading.local()
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -190,7 +190,7 @@ def _load(block: int) -> tuple[ctypes.CDLL | None, str]:
     if plain is not None:
         _declare(plain)
         faster = remembered(f"plain {block}", lambda: _read_faster(plain, kernels, block))
-        for name, is_faster in zip(QUANTIZED, faster, strict=True):
+        for name, is_faster in zip(FETCHING, faster, strict=True):
             if is_faster:
                 setattr(kernels, name, getattr(plain, name))
     return kernels, ""
@@ -217,15 +217,17 @@ def _declare(kernels: ctypes.CDLL) -> None:
 
 @torch.no_grad()
 def _read_faster(first: ctypes.CDLL, second: ctypes.CDLL, block: int) -> list[int]:
-    """Whether each of QUANTIZED of the first multiplies a weight that no cache holds in less time, at its best."""
+    """Whether each of FETCHING of the first multiplies a weight that no cache holds in less time, at its best."""
     K, group, x = 2048, 64, torch.ones(1, 2048, dtype=torch.bfloat16, device="cpu")
     int8 = torch.ones(SPAN // K, K, dtype=torch.int8, device="cpu")
     int4 = torch.ones(2 * SPAN // K // block, K, block // 2, dtype=torch.uint8, device="cpu")
     scales = torch.ones(len(int8), dtype=torch.bfloat16, device="cpu")
     pairs = torch.ones(K // group, len(int4) * block, 2, dtype=torch.bfloat16, device="cpu")
+    floats = torch.ones(SPAN // 2 // K, K, dtype=torch.bfloat16, device="cpu")
     return [
         _is_less(lambda kernels: linear_int4(kernels, x, int4, pairs, None), first, second),
         _is_less(lambda kernels: linear_int8(kernels, x, int8, scales), first, second),
+        _is_less(lambda kernels: linear_float(kernels, x, floats, None), first, second),
     ]
 
 

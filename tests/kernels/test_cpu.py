@@ -306,13 +306,13 @@ def test_the_library_is_made_once_and_kept(tmp_path, block):
     assert (tmp_path / "hf_accel_patch").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("faster", [[0, 0], [0, 1], [1, 0], [1, 1]], ids=str)
+@pytest.mark.parametrize("faster", [[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]], ids=str)
 def test_what_reads_faster_is_taken(faster, block, monkeypatch):
     asked = []
 
     def answer(plain, other, rows):
         assert rows == block
-        asked.extend((other.linear_int4, other.linear_int8, plain.linear_int4, plain.linear_int8))
+        asked.extend([getattr(kernels, name) for name in cpu.FETCHING] for kernels in (other, plain))
         return faster
 
     monkeypatch.setattr(cpu, "_read_faster", answer)
@@ -320,13 +320,14 @@ def test_what_reads_faster_is_taken(faster, block, monkeypatch):
     kernels, reason = cpu._load.__wrapped__(block)
     if kernels is None:
         pytest.skip(reason)
-    assert kernels.linear_int4 is asked[2 * faster[0]] and kernels.linear_int8 is asked[2 * faster[1] + 1]
+    for place, name in enumerate(cpu.FETCHING):
+        assert getattr(kernels, name) is asked[faster[place]][place]
 
 
 def test_the_measurement_of_what_reads_faster(block, monkeypatch):
     monkeypatch.setattr(cpu, "SPAN", 1 << 20)
     answer = cpu._read_faster(cpu.library(block), cpu.library(block), block)
-    assert len(answer) == 2 and set(answer) <= {0, 1}
+    assert len(answer) == len(cpu.FETCHING) and set(answer) <= {0, 1}
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, block):
