@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
-FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+FIRST_GAIN = 1.3  # tokens that the draft is to bring by which the cost of a longer pass becomes known
 COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
 TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
@@ -70,7 +70,10 @@ class Pace:
     that drafts would be much faster fills it again, by ever less as long as nothing is won.
 
     Where drafts always pay there is now and then a plain step or a longer draft: what they cost may have changed, or
-    may have been timed while something else held up the machine."""
+    may have been timed while something else held up the machine.
+
+    `batch`: sequences. `recorded`: for how many tokens there are recorded passes; one over another number costs as much
+    as the next of these, through which it goes."""
 
     plain: float | None = None
     usual: float = 0.0
@@ -87,6 +90,8 @@ class Pace:
     renewal: int = LEAST_WAIT  # drafts until that is done again
     longer: bool = False  # whether that was by a longer draft
     held_up: bool = False  # whether the step that is timed next has done more than steps of its kind do
+    batch: int = 1
+    recorded: tuple[int, ...] = ()
 
     def choose(self, guesses: Sequence[Guess], draft_cost: float = 0.0) -> int:
         """How many tokens to draft, of those that are to be had for each sequence, for `draft_cost` seconds each, and
@@ -101,11 +106,11 @@ class Pace:
                 if width <= term[2]:
                     tokens += term[0]
                     term[0] *= term[1]
-            if width not in WIDTHS:
+            if width not in WIDTHS and width != most:
                 continue
             ratio = self.ratio(1 + width)
             if ratio is None:  # the first time
-                if width < min(most, FIRST_WIDTH):
+                if width < min(most, self._first()):
                     continue
                 best = tokens / (1 + width * draft_ratio)
                 choice = width if best > FIRST_GAIN else 0
@@ -125,7 +130,8 @@ class Pace:
             return self._renewed(choice, most)
         if rehearsed and (tokens < TRIED_GAIN or not self.ratios):
             return 0
-        return int(self._tries(about, draft_ratio))
+        width = min(most, self._shortest()) if rehearsed else 1
+        return width if self._tries(about, width, draft_ratio) else 0
 
     def learn(self, kind: int, prior: float, drafted: int, accepted: int) -> None:
         """`accepted` of the tokens drafted were right."""
@@ -173,11 +179,12 @@ class Pace:
         pass_s = max(seconds - drafting, LEAST_S)
         if tokens == 1 and pass_s < self.plain:  # no less than a plain step
             self.plain = _nearer(self.plain, pass_s)
+        known = self.draft_cost * (tokens - 1) / self.usual if drafting else 0.0
+        tokens = self._through(tokens)
         first, alone = tokens not in self.ratios, not self.ratios.keys() - {1}  # the very first is held up by much
         ratio = pass_s / self.plain
         times = self.times[tokens] = self.times.get(tokens, 0) + 1
         self.ratios[tokens] = min(ratio, 2.0) if first else _nearer(self.ratios[tokens], ratio, 1 / times)
-        known = self.draft_cost * (tokens - 1) / self.usual if drafting else 0.0
         lost = min(seconds / self.usual, 2 * (known + self.ratios[tokens])) - new
         self.purse = min(max(self.purse - (min(lost, 1.0) if alone else lost), -LENT), MOST_KEPT)
         if lost < 0:
@@ -186,6 +193,7 @@ class Pace:
     def ratio(self, tokens: int) -> float | None:
         """What a pass costs, in passes over one token: between those that were timed; beyond them in proportion to the
         tokens, at most."""
+        tokens = self._through(tokens)
         if tokens in self.ratios:
             return self.ratios[tokens]
         timed = tuple(self.ratios)  # other threads may add to it
@@ -197,6 +205,19 @@ class Pace:
         if above is None:
             return None if below == 1 else start + max(0.0, (start - 1) / (below - 1)) * (tokens - below)
         return start + (tokens - below) / (above - below) * (self.ratios[above] - start)
+
+    def _through(self, tokens: int) -> int:
+        """How many tokens the recorded pass has through which so many go."""
+        return min((each for each in self.recorded if each >= tokens > 1), default=tokens)
+
+    def _first(self) -> int:
+        """Tokens of the first draft: fewer in a batch, in which a pass sooner computes more than it reads."""
+        return self._through(5 if self.batch == 1 else 4 if self.batch <= 4 else 2) - 1
+
+    def _shortest(self) -> int:
+        """Tokens of the draft by which it is cheapest to see what drafts cost: as many as fill the shortest of the
+        passes that were recorded already, else one."""
+        return min((each - 1 for each in tuple(self.ratios) if each in self.recorded), default=1)
 
     def _term(self, guess: Guess, weights: float) -> list[float]:
         """What the first token of a draft is worth; of what it is worth, each further one; and how many there are."""
@@ -215,12 +236,13 @@ class Pace:
         if self.drafts < self.renewal:
             return choice
         self.drafts, self.renewal, self.longer = 0, min(2 * self.renewal, MOST_WAIT), not self.longer
-        return next((width for width in WIDTHS if choice < width <= most), choice) if self.longer else 0
+        wider = next((width for width in WIDTHS if self._through(1 + choice) <= width <= most), choice)
+        return min(most, self._through(1 + wider) - 1) if self.longer else 0
 
-    def _tries(self, kind: int, draft_ratio: float) -> bool:
+    def _tries(self, kind: int, width: int, draft_ratio: float) -> bool:
         """Whether it is time for a try, as short as can be: ever more seldom, and never for more than there is."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        wait, loss = self.waits.setdefault(kind, LEAST_WAIT), (self.ratio(2) or 2.0) + draft_ratio - 1
+        wait, loss = self.waits.setdefault(kind, LEAST_WAIT), (self.ratio(1 + width) or 2.0) + draft_ratio - 1
         if self.skipped[kind] < wait or loss > self.purse:
             return False
         self.skipped[kind], self.waits[kind] = 0, min(2 * wait, MOST_WAIT)

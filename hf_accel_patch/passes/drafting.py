@@ -25,7 +25,7 @@ from hf_accel_patch.ops.pacing import Pace
 from hf_accel_patch.passes.apart import decode_apart, why_together
 from hf_accel_patch.passes.choosing import Chooser, DecodingState, Draft, Drafter, Tally
 from hf_accel_patch.passes.graphs import begin
-from hf_accel_patch.passes.replaying import Decoding
+from hf_accel_patch.passes.replaying import WIDTHS, Decoding
 
 WHOLE = 512  # tokens: a longer prompt may be read in chunks, of which only the last gives logits
 
@@ -53,6 +53,7 @@ def decode(
         whole = whole and "logits_to_keep" in model_kwargs and prompt.shape[1] < WHOLE
     draft = drafter.first(room, pace) if fresh and whole and room > 0 else None
     decoding = begin(model, generation_config, pace)
+    pace.recorded = () if decoding is None else WIDTHS[1:]
     if decoding is not None:
         drafter.replay(decoding)
     outputs = _prefill(model, prompt, generation_config, model_kwargs, draft)

@@ -37,7 +37,7 @@ class Loop:
         ours, cache = self.speculating, model_kwargs.get(CACHE)
         reason = ours.why_not(model, generation_config, cache)
         if not reason and not generation_config.is_assistant:
-            pace = ours.paces.setdefault(len(input_ids), Pace())
+            pace = ours.paces.setdefault(len(input_ids), Pace(batch=len(input_ids)))
             given = input_ids, logits_processor, stopping_criteria, generation_config, self.streamer
             chooser = Chooser(*given, bounds(model))
             what = model, chooser, generation_config, model_kwargs, ours.drafter(model), pace, ours.tally

@@ -30,7 +30,7 @@ WIDTHS = (1, 2, 4, 8, 16)  # tokens of a recorded pass
 MOVES = 3  # of a cache out of its room in one call of `generate`; after more of them another room would not pay
 AHEAD = 64  # tokens to come, of which a recorded step sees the place at least, so that texts end in one
 NEAR = 8  # the same where fewer are to come
-WIDER = 4  # times as many passes as make a recording pay may go through a wider one, before they get their own
+WIDER = 4  # times as many passes as make a recording pay may go through a wider one if they do not fill their own
 UNKNOWN = 1024  # the same where nothing says how many are to come
 KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict"}
 
@@ -163,7 +163,8 @@ class Decoding:
         width, to_come = next(each for each in WIDTHS if each >= t), self._to_come(given.stop)
         step = None if room is None else room.step(width, given.stop, self.of)
         alike = len(given.tokens), width, self.of
-        if step is None and room is not None and width > 1 and self.graphs.waited[alike] < WIDER * self.recorder.passes:
+        patient = self.graphs.waited[alike] < WIDER * self.recorder.passes and width != t
+        if step is None and room is not None and patient:
             steps = ((each, room.step(each, given.stop, self.of)) for each in WIDTHS if each > width)
             width, step = next((pair for pair in steps if pair[1] is not None), (width, None))
             self.graphs.waited[alike] += step is not None

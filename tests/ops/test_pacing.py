@@ -28,17 +28,23 @@ def seconds(tokens, slope):
     return 1.0 + slope * (tokens - 1)
 
 
+def through(tokens, recorded):
+    """A pass over so many tokens is one over these."""
+    return min((each for each in recorded if each >= tokens), default=tokens) if tokens > 1 else 1
+
+
 def simulate(pace, chance, slope, passes=600, most=16, draft_cost=0.0, seed=0, noise=0.0, held=0.0, **more):
     """Tokens and seconds of so many passes, of a machine and drafts like this, and the widths that were chosen. `held`:
     of what drafts bring, what never arrives. `slower(number)`: how many times as slow a pass is."""
     slower, rehearsed = more.get("slower", lambda number: 1.0), more.get("rehearsed", False)
+    pace.recorded = more.get("recorded", ())
     draw = random.Random(seed)
     tokens = spent = 0.0
     widths = []
     for number in range(passes):
         width = pace.choose([Guess(KIND, PRIOR, most, rehearsed=rehearsed)], draft_cost)
         widths.append(width)
-        took = seconds(1 + width, slope) * (1 + noise * draw.random()) * slower(number)
+        took = seconds(through(1 + width, pace.recorded), slope) * (1 + noise * draw.random()) * slower(number)
         accepted = 0
         while accepted < width and draw.random() < chance:
             accepted += 1
@@ -67,6 +73,47 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_width(chance, slope, noise):
     tokens, spent, _ = simulate(Pace(), chance, slope, noise=noise)
     best = best_rate(chance, slope) / (1 + noise / 2)
     assert tokens / spent > 0.86 * best
+
+
+RECORDED = (2, 4, 8, 16)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("rehearsed", [False, True])
+@pytest.mark.parametrize("slope", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("chance", [0.6, 0.9, 0.99])
+def test_drafts_fill_the_passes_that_are_recorded(chance, slope, rehearsed, batch):
+    """One over five tokens costs as much as one over eight, so there is one of four or one of eight."""
+    options = {"most": 15, "rehearsed": rehearsed, "recorded": RECORDED}
+    tokens, spent, widths = simulate(Pace(batch=batch), chance, slope, passes=1500, **options)
+    best = max(expected(chance, each - 1) / seconds(each, slope) for each in RECORDED)
+    assert tokens / spent > 0.86 * best and {1 + width for width in widths} <= {1, *RECORDED}
+    assert sum(widths) > 0
+
+
+def test_what_is_known_of_a_recorded_pass_holds_for_all_that_go_through_it():
+    pace = Pace(plain=1.0, usual=1.0, recorded=RECORDED)
+    pace.passed(5, 2, 1.5)
+    assert pace.ratios == {8: 1.5} and pace.ratio(6) == pace.ratio(8) == 1.5 and pace.ratio(9) == pace.ratio(16) > 1.5
+    assert 1 < pace.ratio(2) < pace.ratio(3) == pace.ratio(4) < 1.5
+    pace.passed(17, 2, 1.9)
+    assert pace.ratios[17] == 1.9, "there is none as long"
+
+
+@pytest.mark.parametrize("batch, widths", [(1, (7, 4)), (2, (3, 3)), (4, (3, 3)), (5, (1, 1))])
+def test_a_first_draft_is_shorter_in_a_batch(batch, widths):
+    for recorded, width in zip((RECORDED, ()), widths, strict=True):
+        pace = Pace(batch=batch, recorded=recorded)
+        pace.timed(1.0)
+        assert pace.choose([Guess(1, 0.9, 15)]) == width
+
+
+def test_a_try_fills_the_shortest_pass_that_is_recorded():
+    """Nothing is recorded to see whether a draft is cheap by now, and none is shorter than what it costs."""
+    pace = Pace(plain=1.0, usual=1.0, ratios={1: 1.1, 4: 9.0, 8: 9.0}, recorded=RECORDED, purse=100.0)
+    for most, width in ((9, 3), (2, 2)):
+        tries = [pace.choose([Guess(2, 0.9, most, rehearsed=True)]) for _ in range(80)]
+        assert set(tries) == {0, width}
 
 
 @pytest.mark.parametrize("slope", [1.0, 1.5])

@@ -276,8 +276,8 @@ def test_drafts_of_a_copy_are_recorded_too(made, monkeypatch):
     assert GRAPHS not in vars(model)
 
 
-@pytest.mark.parametrize("wider, recorded", [(1, 1), (0, 2)])
-def test_a_wider_pass_serves_until_another_pays(wider, recorded, made, monkeypatch):
+@pytest.mark.parametrize("wider, full, recorded", [(1, (), 1), (0, (), 2), (1, (4, 4), 2)])
+def test_a_wider_pass_serves_until_another_pays(wider, full, recorded, made, monkeypatch):
     monkeypatch.setattr(replaying, "WIDER", wider)
     monkeypatch.setattr(rooms, "LEAST_VISIBLE", 256)
     stock, ids, at = small(), prompt(60), 20
@@ -287,7 +287,7 @@ def test_a_wider_pass_serves_until_another_pays(wider, recorded, made, monkeypat
         for each, cache in zip((stock, model), caches, strict=True):
             each(ids[:, :at], past_key_values=cache)
         decoding = graphs.begin(model, GenerationConfig(max_length=1000, use_cache=True))
-        for width in (8, 8, 3, 4, 3, 4):
+        for width in (8, 8, 3, 3, 3, 3, *full):
             given = {"input_ids": ids[:, at : at + width], "use_cache": True}
             expected, found = stock(past_key_values=caches[0], **given), decoding(past_key_values=caches[1], **given)
             assert found.logits.shape == expected.logits.shape

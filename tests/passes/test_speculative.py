@@ -505,7 +505,7 @@ def test_where_drafts_do_not_pay_none_is_made_with_the_prompt(monkeypatch):
     monkeypatch.setattr(NGramDrafter, "first", lambda *args: (widths.append(inner(*args)), widths[-1])[1])
     expected = generate(model, repeating())
     (pace,) = vars(model)[SPECULATING].paces.values()
-    pace.ratios.update({2: 9.0, 5: 9.0, 9: 9.0})
+    pace.ratios.update(dict.fromkeys((2, 4, 5, 8, 9, 16), 9.0))
     assert torch.equal(generate(model, repeating()), expected)
     assert len(widths) == 2 and widths[0] is not None and widths[1] is None
 
