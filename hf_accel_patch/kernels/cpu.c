@@ -93,6 +93,7 @@ enum {
     TILE = 32,           /* rows of int8 codes or floats that stay in the cache for all rows of activations */
     COLUMNS = PARTS,     /* rows of float weights that go together */
     FEW_ROWS = 8,        /* rows of bfloat16 that int8 codes are multiplied with as integers */
+    NEAR = 2048,         /* bytes of weights that leave room in the first cache for as many that come later */
     MOST_ROWS = 64,      /* rows of activations that go through a tile of float weights before the next tile */
     AHEAD = 6144,        /* bytes to prefetch at least: further than the processor does by itself */
     STREAMED_BYTES = 1 << 20, /* that are unpacked at a time at most, to go into the caches */
@@ -534,16 +535,20 @@ static char *laid_out(const void *x, enum dtype dtype, int64_t M, int64_t K, cre
 /* out[r][c] = the products of `rows` rows of activations, laid out as above, with `columns` rows of weights, of whole
  * chunks. A sum runs from the first chunk to the last, and then over the lanes, however many rows and columns there
  * are: so a row gives the same bits among others as it does alone. At `next` lie weights that come later, of which
- * `ahead` rows are prefetched. */
+ * `ahead` rows are prefetched, into the first cache if they are so few that they are wanted soon (`near`). */
 INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *x, int rows, int columns,
-                        const char *next, int ahead, float (*out)[TILE]) {
+                        const char *next, int ahead, int near, float (*out)[TILE]) {
     const int64_t size = dtype == FLOAT32 ? 4 : 2, wide = WIDE(dtype), step = 2 * LANES;
     floats total[4][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) total[r][c] = I(setzero_ps)();
     for (int64_t k = 0; k + step <= K; k += step, x += rows * step * wide) {
         for (int i = 0; i < ahead; i++)
-            for (int64_t j = 0; j < step * size; j += 64) FETCH(next + (i * K + k) * size + j);
+            for (int64_t j = 0; j < step * size; j += 64)
+                if (near)
+                    __builtin_prefetch(next + (i * K + k) * size + j);
+                else
+                    FETCH(next + (i * K + k) * size + j);
 #if PRODUCTS_OF_BFLOAT16
         if (dtype == BFLOAT16) {
             integers pairs[COLUMNS];
@@ -585,14 +590,14 @@ INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *
     }
 }
 
-typedef void (*block_function)(const char *, int64_t, const char *, const char *, float (*)[TILE]);
+typedef void (*block_function)(const char *, int64_t, const char *, const char *, int, float (*)[TILE]);
 
 /* A function for each case: inlined they would leave one another no registers. By the rows of weights that are prefetched
  * (0, 1, 2, COLUMNS; the last: nothing for a single row of weights), and by the rows of activations. */
 #define BLOCK_FUNCTION(name, dtype, rows, columns, ahead)                                                         \
     static __attribute__((noinline)) void name(const char *w, int64_t K, const char *x, const char *next,          \
-                                               float (*out)[TILE]) {                                               \
-        block_float(w, dtype, K, x, rows, columns, next, ahead, out);                                              \
+                                               int near, float (*out)[TILE]) {                                     \
+        block_float(w, dtype, K, x, rows, columns, next, ahead, near, out);                                        \
     }
 #define BLOCK_FUNCTIONS(name, dtype, columns, ahead)                                                              \
     BLOCK_FUNCTION(name##_1, dtype, 1, columns, ahead)                                                             \
@@ -623,6 +628,7 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
     const int64_t size = dtype == FLOAT32 ? 4 : 2, whole = K / (2 * LANES) * (2 * LANES);
     const char *w = weights + n * K * size;
     const int fetches = columns == COLUMNS && N - n >= 2 * columns && (PREFETCHES || M > 4);
+    const int near = M > 4 && columns * K * size <= NEAR;
     const int share = !fetches ? 0 : M > 12 ? 1 : M > 4 ? 2 : columns; /* rows of weights, at each pass over these */
     int64_t fetched = 0;
     for (int64_t m = 0, rows; m < M; m += rows) {
@@ -630,7 +636,7 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
         rows = together(M - m);
         const int ahead = fetched >= columns ? 0 : share;
         fetched += ahead;
-        blocks[columns != COLUMNS ? 4 : M <= 4 && ahead ? 3 : ahead][rows - 1](w, K, xm, next, out + m);
+        blocks[columns != COLUMNS ? 4 : M <= 4 && ahead ? 3 : ahead][rows - 1](w, K, xm, next, near, out + m);
     }
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)
@@ -725,7 +731,7 @@ static void columns_int8(const char *x, const uint16_t *plain, int64_t M, int64_
         const int ahead = m == 0 && N - n >= 2 * COLUMNS ? 2 : 0; /* as many bytes as COLUMNS rows of codes */
         rows = together(M - m);
         blocks_bfloat16[ahead][rows - 1]((const char *)expanded, whole, x + m * whole * 2,
-                                         (const char *)(w + COLUMNS * K), out + m);
+                                         (const char *)(w + COLUMNS * K), 0, out + m);
     }
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)
