@@ -212,7 +212,7 @@ class Pace:
 
     def _first(self) -> int:
         """Tokens of the first draft: fewer in a batch, in which a pass sooner computes more than it reads."""
-        return self._through(5 if self.batch == 1 else 4 if self.batch <= 4 else 2) - 1
+        return self._through(5 if self.batch == 1 else 4 if self.batch == 2 else 2) - 1
 
     def _shortest(self) -> int:
         """Tokens of the draft by which it is cheapest to see what drafts cost: as many as fill the shortest of the

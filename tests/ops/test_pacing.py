@@ -100,7 +100,7 @@ def test_what_is_known_of_a_recorded_pass_holds_for_all_that_go_through_it():
     assert pace.ratios[17] == 1.9, "there is none as long"
 
 
-@pytest.mark.parametrize("batch, widths", [(1, (7, 4)), (2, (3, 3)), (4, (3, 3)), (5, (1, 1))])
+@pytest.mark.parametrize("batch, widths", [(1, (7, 4)), (2, (3, 3)), (3, (1, 1)), (8, (1, 1))])
 def test_a_first_draft_is_shorter_in_a_batch(batch, widths):
     for recorded, width in zip((RECORDED, ()), widths, strict=True):
         pace = Pace(batch=batch, recorded=recorded)
