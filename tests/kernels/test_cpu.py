@@ -324,6 +324,24 @@ def test_what_reads_faster_is_taken(faster, block, monkeypatch):
         assert getattr(kernels, name) is asked[faster[place]][place]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 13])
+@pytest.mark.parametrize("N, K", [(33, 100), (130, 384), (70, 4000)])
+def test_what_is_fetched_changes_no_bits(N, K, rows, block, monkeypatch):
+    def products(faster):
+        monkeypatch.setattr(cpu, "remembered", lambda question, measure: [faster] * len(cpu.FETCHING))
+        kernels, reason = cpu._load.__wrapped__(block)
+        if kernels is None:
+            pytest.skip(reason)
+        made = [cpu.linear_float(kernels, x.to(dtype), w.to(dtype), None) for dtype in ROUNDING]
+        made.append(cpu.linear_int8(kernels, x, *quantize_int8(w)))
+        if K % 32 == 0:
+            made.append(cpu.linear_int4(kernels, x, *pack_int4(w, 32, block), None))
+        return made
+
+    w, x = normal(N, K), normal(rows, K, seed=1)
+    assert all(map(torch.equal, products(0), products(1)))
+
+
 def test_the_measurement_of_what_reads_faster(block, monkeypatch):
     monkeypatch.setattr(cpu, "SPAN", 1 << 20)
     answer = cpu._read_faster(cpu.library(block), cpu.library(block), block)
