@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are considered
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
-FIRST_GAIN = 1.3  # tokens that the draft is to bring by which the cost of a longer pass becomes known
+FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
 COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
 TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
@@ -211,8 +211,11 @@ class Pace:
         return min((each for each in self.recorded if each >= tokens > 1), default=tokens)
 
     def _first(self) -> int:
-        """Tokens of the first draft: fewer in a batch, in which a pass sooner computes more than it reads."""
-        return self._through(5 if self.batch == 1 else 4 if self.batch == 2 else 2) - 1
+        """Tokens of the first draft. One that is to be recorded is shorter in a batch, in which a pass sooner computes
+        more than it reads; where none is, Python takes most of the time, whatever there is to compute."""
+        if not self.recorded:
+            return FIRST_WIDTH
+        return self._through(FIRST_WIDTH + 1 if self.batch == 1 else 4 if self.batch == 2 else 2) - 1
 
     def _shortest(self) -> int:
         """Tokens of the draft by which it is cheapest to see what drafts cost: as many as fill the shortest of the

@@ -100,8 +100,8 @@ def test_what_is_known_of_a_recorded_pass_holds_for_all_that_go_through_it():
     assert pace.ratios[17] == 1.9, "there is none as long"
 
 
-@pytest.mark.parametrize("batch, widths", [(1, (7, 4)), (2, (3, 3)), (3, (1, 1)), (8, (1, 1))])
-def test_a_first_draft_is_shorter_in_a_batch(batch, widths):
+@pytest.mark.parametrize("batch, widths", [(1, (7, 4)), (2, (3, 4)), (3, (1, 4)), (8, (1, 4))])
+def test_a_first_draft_that_is_recorded_is_shorter_in_a_batch(batch, widths):
     for recorded, width in zip((RECORDED, ()), widths, strict=True):
         pace = Pace(batch=batch, recorded=recorded)
         pace.timed(1.0)
