@@ -65,9 +65,9 @@ static inline integers halves(const int32_t *p) {
 }
 #endif
 
-/* Weights that come later are fetched into the second cache: the first is full of what is multiplied now. Products of up
- * to four rows of activations, or of two with codes of 4 bits, read more than they multiply. Whether these do it too is
- * measured on each machine: it helps where memory is fast, and may hinder where it is busy. */
+/* Weights that come later are fetched into the second cache: the first is full of what is multiplied now. Products of
+ * up to four rows of activations, or of two with codes of 4 bits, read more than they multiply. Whether these do it too
+ * is measured on each machine: it helps where memory is fast, and may hinder where it is busy. */
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 #ifdef PLAIN
 #define PREFETCHES 0
@@ -436,38 +436,48 @@ int linear_int4(const void *x, int dtype, int64_t M, int64_t K, const uint8_t *c
     return 0;
 }
 
+/* total[r] += the products of `rows` rows of activations with `count` rows of int8 codes, of `length` features that share
+ * a scale. */
+INLINE void group_int8(const int8_t *codes, int count, int64_t K, const int16_t *q, int64_t stride, int rows,
+                       int64_t length, const float *scale, int64_t groups, floats (*total)[2]) {
+    integers sum[4][2];
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < count; n++) sum[r][n] = ZERO();
+    for (int64_t k = 0; k < length; k += 2 * LANES) {
+        integers w[2];
+        for (int n = 0; n < count; n++) w[n] = LOAD_BYTES(codes + n * K + k);
+        for (int r = 0; r < rows; r++) {
+            const integers x = LOAD(q + r * stride + k);
+            for (int n = 0; n < count; n++) sum[r][n] = dot(sum[r][n], w[n], x);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < count; n++)
+            total[r][n] = I(fmadd_ps)(I(cvtepi32_ps)(sum[r][n]), I(set1_ps)(scale[r * groups]), total[r][n]);
+}
+
 /* `rows` rows of activations from m on times `count` rows of int8 codes: out [rows][count]. */
 INLINE void rows_int8(const int8_t *codes, int count, int64_t K, const activations *a, int64_t m, int rows,
                       float (*out)[2]) {
     const int16_t *q = a->q + m * a->stride;
     const float *scale = a->scale + m * a->groups;
     const int64_t together = count * K, ahead = (AHEAD + together - 1) / together * together; /* bytes: whole rows */
+    const int64_t rest = K % GROUP / (2 * LANES) * (2 * LANES);
     floats total[4][2];
     int64_t g = 0;
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < count; n++) total[r][n] = I(setzero_ps)();
     for (; (g + 1) * GROUP <= K; g++) {
-        integers sum[4][2];
         for (int n = 0; (PREFETCHES || rows == 4) && n < count; n++)
             for (int i = 0; i < GROUP; i += 64) FETCH(codes + ahead + n * K + g * GROUP + i);
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < count; n++) sum[r][n] = ZERO();
-        for (int k = 0; k < GROUP; k += 2 * LANES) {
-            integers w[2];
-            for (int n = 0; n < count; n++) w[n] = LOAD_BYTES(codes + n * K + g * GROUP + k);
-            for (int r = 0; r < rows; r++) {
-                const integers x = LOAD(q + r * a->stride + g * GROUP + k);
-                for (int n = 0; n < count; n++) sum[r][n] = dot(sum[r][n], w[n], x);
-            }
-        }
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < count; n++)
-                total[r][n] = I(fmadd_ps)(I(cvtepi32_ps)(sum[r][n]), I(set1_ps)(scale[r * a->groups + g]), total[r][n]);
+        group_int8(codes + g * GROUP, count, K, q + g * GROUP, a->stride, rows, GROUP, scale + g, a->groups, total);
     }
+    if (rest)
+        group_int8(codes + g * GROUP, count, K, q + g * GROUP, a->stride, rows, rest, scale + g, a->groups, total);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < count; n++) {
             out[r][n] = sum_lanes(total[r][n]);
-            for (int64_t k = g * GROUP; k < K; k++)
+            for (int64_t k = g * GROUP + rest; k < K; k++)
                 out[r][n] += (float)(codes[n * K + k] * q[r * a->stride + k]) * scale[r * a->groups + g];
         }
 }
@@ -592,8 +602,8 @@ INLINE void block_float(const char *w, enum dtype dtype, int64_t K, const char *
 
 typedef void (*block_function)(const char *, int64_t, const char *, const char *, int, float (*)[TILE]);
 
-/* A function for each case: inlined they would leave one another no registers. By the rows of weights that are prefetched
- * (0, 1, 2, COLUMNS; the last: nothing for a single row of weights), and by the rows of activations. */
+/* A function for each case: inlined they would leave one another no registers. By the rows of weights that are
+ * prefetched (0, 1, 2, COLUMNS; the last: nothing for a single row of weights), and by the rows of activations. */
 #define BLOCK_FUNCTION(name, dtype, rows, columns, ahead)                                                         \
     static __attribute__((noinline)) void name(const char *w, int64_t K, const char *x, const char *next,          \
                                                int near, float (*out)[TILE]) {                                     \

@@ -101,7 +101,7 @@ def test_sums_of_a_table_do_not_overflow(kernels, group_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 4, 9, 33])
-@pytest.mark.parametrize("N, K", [(1, 1), (33, 100), (130, 384), (70, 4000)])
+@pytest.mark.parametrize("N, K", [(1, 1), (33, 100), (130, 384), (40, 240), (70, 4000)])
 def test_int8(kernels, N, K, rows, dtype):
     w, x = normal(N, K), normal(rows, K, seed=1).to(dtype)
     codes, scales = quantize_int8(w)
