@@ -66,8 +66,9 @@ static inline integers halves(const int32_t *p) {
 #endif
 
 /* Weights that come later are fetched into the second cache: the first is full of what is multiplied now. Products of
- * up to four rows of activations, or of two with codes of 4 bits, read more than they multiply. Whether these do it too
- * is measured on each machine: it helps where memory is fast, and may hinder where it is busy. */
+ * few rows of activations read more than they multiply: of up to four with floats, three with int8, two with codes of 4
+ * bits. Whether these fetch too is measured on each machine: it helps where memory is fast, and may hinder where it is
+ * busy. */
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 #ifdef PLAIN
 #define PREFETCHES 0
@@ -646,7 +647,7 @@ INLINE void columns_float(const char *x, const void *plain, enum dtype dtype, in
         rows = together(M - m);
         const int ahead = fetched >= columns ? 0 : share;
         fetched += ahead;
-        blocks[columns != COLUMNS ? 4 : M <= 4 && ahead ? 3 : ahead][rows - 1](w, K, xm, next, near, out + m);
+        blocks[columns != COLUMNS ? 4 : ahead == COLUMNS ? 3 : ahead][rows - 1](w, K, xm, next, near, out + m);
     }
     for (int64_t m = 0; m < M && whole < K; m++)
         for (int c = 0; c < columns; c++)

@@ -9,6 +9,7 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 9, 11, 15, 19, 23, 31)  # drafted tokens that are co
 FORGET = 0.05  # the weight of a new observation
 GAIN = 1.03  # expected at least, or nothing is drafted
 FIRST_WIDTH, FIRST_GAIN = 4, 1.3  # of the draft by which the cost of a longer pass becomes known; tokens it is to bring
+FIRST_TOKENS = 8  # of all sequences, of that pass, where it is recorded
 COST = -1  # in the place of a kind: what tries of rehearsed drafts are about
 TRIED_GAIN = 1.3  # tokens that a rehearsed draft is to bring, or it is not tried where it does not seem to pay
 LEAST_WAIT, MOST_WAIT = 4, 64  # drafts that are let go by before one that does not seem to pay is tried anew
@@ -215,7 +216,7 @@ class Pace:
         more than it reads; where none is, Python takes most of the time, whatever there is to compute."""
         if not self.recorded:
             return FIRST_WIDTH
-        return self._through(FIRST_WIDTH + 1 if self.batch == 1 else 4 if self.batch == 2 else 2) - 1
+        return self._through(max(2, FIRST_TOKENS // self.batch)) - 1
 
     def _shortest(self) -> int:
         """Tokens of the draft by which it is cheapest to see what drafts cost: as many as fill the shortest of the
